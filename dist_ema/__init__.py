@@ -1,0 +1,67 @@
+"""
+dist_ema: a DDP- and FSDP-aware exponential moving average of model weights for PyTorch.
+
+The names below are the public surface. They are imported at first use, so that the command line answers without
+loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dist_ema._version import __version__
+
+if TYPE_CHECKING:
+    from dist_ema.ema import ShardedEMA
+    from dist_ema.errors import (
+        AttachError,
+        CheckpointCorruptError,
+        CheckpointError,
+        CheckpointMismatchError,
+        CheckpointNotFoundError,
+        ConfigError,
+        DistEMAError,
+        RankMismatchError,
+        SwapError,
+        UnsupportedModelError,
+    )
+    from dist_ema.integrations.accelerate import attach
+    from dist_ema.schedules import ConstantSchedule, CosineSchedule
+
+__all__ = [
+    "AttachError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "DistEMAError",
+    "RankMismatchError",
+    "ShardedEMA",
+    "SwapError",
+    "UnsupportedModelError",
+    "__version__",
+    "attach",
+]
+
+_HOME = {
+    "ShardedEMA": "dist_ema.ema",
+    "attach": "dist_ema.integrations.accelerate",
+    "ConstantSchedule": "dist_ema.schedules",
+    "CosineSchedule": "dist_ema.schedules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'dist_ema' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME.get(name, "dist_ema.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,57 @@
+"""Checks of single values that users give: each returns the value in the type we keep, or raises."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+
+from dist_ema.errors import ConfigError
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def folder_name(name: str, value: object) -> str:
+    """
+    `value` as the name of one folder below another: letters, digits, '-', '_' and inner dots.
+
+    Raises:
+        ConfigError: it is something else, or could leave the folder.
+    """
+    if not isinstance(value, str) or not _FOLDER_NAME.fullmatch(value):
+        raise ConfigError(f"{name} is {value!r}, expected a folder name of letters, digits, '-', '_' and '.'")
+    return value
+
+
+def positive_integer(name: str, value: object) -> int:
+    """
+    `value` as an int of at least 1; bools and floats are refused.
+
+    Raises:
+        ConfigError: it is not such a number.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
+    return number
+
+
+def real_number(name: str, value: object) -> float:
+    """
+    `value` as a finite float; bools and strings are refused.
+
+    Raises:
+        ConfigError: it is not such a number.
+    """
+    number = math.nan
+    if not isinstance(value, bool | str | bytes):
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} is {value!r}, expected a finite number")
+    return number

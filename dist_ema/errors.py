@@ -1,0 +1,82 @@
+"""
+The exceptions of the package.
+
+    DistEMAError
+    ├── ConfigError (also ValueError)            an option or a schedule has a value out of range
+    ├── UnsupportedModelError (also TypeError)   the model cannot be averaged as it is
+    ├── AttachError                              model, optimizer and accelerator do not belong together
+    ├── SwapError                                not allowed while the averaged weights are in the model
+    ├── RankMismatchError                        the ranks disagree about model, options or counter
+    └── CheckpointError                          a folder could not be written or read
+        ├── CheckpointNotFoundError              there is nothing to read at the path
+        ├── CheckpointMismatchError              it belongs to another model or other options
+        └── CheckpointCorruptError               it is damaged or was not written by this package
+
+Each message says what was given, what was expected and what to do. An error found on one of several ranks
+is raised on all of them with the same class and text (see `dist_ema.exchange.Exchange.agree`).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AttachError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "DistEMAError",
+    "RankMismatchError",
+    "SwapError",
+    "UnsupportedModelError",
+]
+
+
+class DistEMAError(Exception):
+    """Root of every refusal of this package."""
+
+
+class ConfigError(DistEMAError, ValueError):
+    """An option or a schedule has a value that is out of range."""
+
+
+class UnsupportedModelError(DistEMAError, TypeError):
+    """The model, or one of its tensors, cannot be averaged exactly as it is."""
+
+
+class AttachError(DistEMAError):
+    """The model, the optimizer and the accelerator do not belong together."""
+
+
+class SwapError(DistEMAError):
+    """The call is not allowed while the averaged weights are swapped into the model."""
+
+
+class RankMismatchError(DistEMAError):
+    """The ranks disagree about the model, the options or the number of updates."""
+
+
+class CheckpointError(DistEMAError):
+    """A checkpoint or export could not be written or read."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no checkpoint at the given path."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The checkpoint belongs to another model, or to other options."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """The checkpoint is damaged, incomplete, or was not written by this package."""
+
+
+def error_class(name: str) -> type[DistEMAError]:
+    """
+    The class of this module called `name`; `DistEMAError` for any other name.
+
+    Used to raise on every rank what one rank reported by name. No communication.
+    """
+    found = globals().get(name) if name in __all__ else None
+    return found if isinstance(found, type) and issubclass(found, DistEMAError) else DistEMAError

@@ -1,0 +1,146 @@
+"""
+Every collective of the package.
+
+[Note: agreement]
+A rank that fails before a collective leaves the others waiting for the process group's timeout (30 minutes
+by default). So work that can fail is done locally first, inside `Exchange.agree`: the ranks then compare one
+integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
+It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
+
+Control messages go over a gloo group of their own, so they need no GPU and never mix with the traffic of
+training.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_ema.errors import CheckpointError, DistEMAError, error_class
+
+__all__ = ["Exchange", "broadcast_from"]
+
+T = TypeVar("T")
+
+_control_groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def _control_group() -> dist.ProcessGroup | None:
+    """The gloo group of all ranks, made once for each default group. Collective at the first call."""
+    world = dist.group.WORLD
+    if world is None or dist.get_world_size() == 1:
+        return None
+    # Keyed by one constant: a default group that was destroyed and made anew replaces the entry.
+    known = _control_groups.get("world")
+    if known is None or known[0] is not world:
+        timeout = datetime.timedelta(minutes=30)
+        known = (world, dist.new_group(backend="gloo", timeout=timeout))
+        _control_groups["world"] = known
+    return known[1]
+
+
+class Exchange:
+    """
+    Control traffic among all ranks of the default process group; trivial when there is none.
+
+    Construction is collective: every rank must make it.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank() if distributed else 0
+        self._group = _control_group() if distributed else None
+
+    def agree(self, action: str, work: Callable[[], T]) -> T:
+        """
+        Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
+
+        Args:
+            action: what is being done, for the message.
+            work: must not communicate. See [Note: agreement].
+
+        Raises:
+            DistEMAError: the class the first failed rank raised, the same on every rank. Errors of other kinds
+                (OSError, ...) become `CheckpointError`.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        self.settle(action, failure)
+        return result  # type: ignore[return-value]
+
+    def settle(self, action: str, failure: Exception | None) -> None:
+        """
+        Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
+
+        Raises:
+            DistEMAError: as `agree` does.
+        """
+        if self._group is None:
+            reports = [] if failure is None else [(0, *_describe(failure))]
+        else:
+            flag = torch.tensor([0 if failure is None else 1])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            if not flag.item():
+                return
+            gathered = self.gather_objects(None if failure is None else _describe(failure))
+            reports = [(rank, *report) for rank, report in enumerate(gathered) if report is not None]
+        if not reports:
+            return
+        messages = {message for _, _, message in reports}
+        if len(messages) == 1 and len(reports) == self.world_size:
+            text = f"{action}: {messages.pop()}"
+        else:
+            told = "; ".join(f"rank {rank}: {message}" for rank, _, message in reports)
+            text = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
+        raise error_class(reports[0][1])(text) from failure
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collective: every rank must call it. The values of all ranks, in rank order, on every rank."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Collective: every rank must call it. The value of rank 0, on every rank."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def send_bytes(self, values: torch.Tensor, target: int) -> None:
+        """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
+        dist.send(values, dst=target, group=self._group)
+
+    def receive_bytes(self, values: torch.Tensor, source: int) -> None:
+        """Point to point: `source` must call `send_bytes`. Fills a CPU uint8 tensor of the sent size."""
+        dist.recv(values, src=source, group=self._group)
+
+
+def broadcast_from(owner: int, values: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """
+    Collective: every rank of `group` must call it.
+
+    Args:
+        owner: global rank whose values are sent.
+        values: contiguous tensor, read on the owner and overwritten elsewhere.
+        group: the process group of the replicas; None is the default group.
+    """
+    dist.broadcast(values, src=owner, group=group)
+
+
+def _describe(failure: Exception) -> tuple[str, str]:
+    if isinstance(failure, DistEMAError):
+        return type(failure).__name__, str(failure)
+    return CheckpointError.__name__, f"{type(failure).__name__}: {failure}"

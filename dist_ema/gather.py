@@ -1,0 +1,52 @@
+"""Whole tensors on rank 0, for small models and tests; checkpoints never pass through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dist_ema.exchange import Exchange
+from dist_ema.layout import Box, Plan
+
+__all__ = ["whole_tensors"]
+
+
+def whole_tensors(
+    exchange: Exchange, plan: Plan, pieces: Sequence[tuple[Box, torch.Tensor]], dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """
+    Collective: every rank must call it. Point-to-point traffic to rank 0, one piece at a time.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        plan: the model as boxes.
+        pieces: the boxes this rank owns and their values; over the ranks they cover every tensor once.
+        dtypes: fqn -> dtype of the pieces.
+
+    Returns:
+        On rank 0 every tensor whole, on the CPU, tied ones under each of their names; elsewhere {}.
+    """
+    boxes_by_rank: list[list[Box]] = exchange.gather_objects([box for box, _ in pieces])
+    if exchange.rank != 0:
+        for _, values in pieces:
+            if values.numel():
+                exchange.send_bytes(_host_bytes(values), 0)
+        return {}
+    whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn]) for spec in plan.specs}
+    for box, values in pieces:
+        whole[box.fqn][box.region] = values.detach().cpu()
+    for rank, boxes in enumerate(boxes_by_rank):
+        for box in boxes if rank != 0 else ():
+            if box.numel:
+                dtype = dtypes[box.fqn]
+                received = torch.empty(box.numel * dtype.itemsize, dtype=torch.uint8)
+                exchange.receive_bytes(received, rank)
+                whole[box.fqn][box.region] = received.view(dtype).view(box.sizes)
+    for alias, fqn in plan.aliases.items():
+        whole[alias] = whole[fqn]
+    return whole
+
+
+def _host_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

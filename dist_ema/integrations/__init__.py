@@ -1,0 +1,1 @@
+"""Wiring into training frameworks."""

@@ -1,0 +1,131 @@
+"""
+Wiring into accelerate: the average follows the optimizer's steps and travels with its checkpoints.
+
+- step: `register_step_post_hook` of the inner torch optimizer; it fires once per real step, not per micro-batch
+  (accelerate's wrapper refuses hooks).
+- save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook`, which run on every rank;
+  `register_for_checkpointing` would write rank 0's part only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from dist_ema.checks import folder_name
+from dist_ema.ema import ShardedEMA
+from dist_ema.errors import AttachError
+from dist_ema.exchange import Exchange
+from dist_ema.schedules import Schedule
+from dist_ema.topology import trained_parameters
+
+__all__ = ["attach"]
+
+# Names in use on each accelerator: two averages of one name would overwrite each other's folder.
+_attached_names: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    schedule: Schedule | Mapping[str, Schedule],
+    *,
+    name: str = "ema",
+    **options: Any,
+) -> ShardedEMA:
+    """
+    Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
+
+    `update` is called after each real optimizer step; `accelerator.save_state(dir)` also writes `dir/<name>/`,
+    and `accelerator.load_state(dir)` brings it back, on any number of ranks. `ema.detach()` undoes all of it.
+
+    Args:
+        accelerator: the one that prepared model and optimizer.
+        model: the model as `prepare` returned it (its unwrapped module is accepted too).
+        optimizer: the optimizer as `prepare` returned it.
+        schedule: a schedule, or `{track_name: schedule}`.
+        name: folder of this average within a checkpoint.
+        **options: the options of `ShardedEMA`.
+
+    Raises:
+        AttachError: something was not prepared, the optimizer is not the model's, or the name is taken.
+        ConfigError: an option is out of range.
+        UnsupportedModelError: the model cannot be averaged exactly as it is.
+    """
+    exchange = Exchange()
+    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name))
+    ema = ShardedEMA(model, schedule, **options)
+    names = _attached_names.setdefault(accelerator, set())
+    names.add(name)
+    ema.on_detach(lambda: names.discard(name))
+
+    def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not _is_state_initialisation():
+            ema.update()
+
+    def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        ema.save(os.path.join(output_dir, name))
+
+    def before_load(models: list[nn.Module], input_dir: str) -> None:
+        ema.load(os.path.join(input_dir, name))
+
+    ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
+    ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
+    ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
+    return ema
+
+
+def _check(accelerator: object, model: object, optimizer: object, name: str) -> None:
+    folder_name("name", name)
+    if not isinstance(accelerator, Accelerator):
+        raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        raise AttachError(
+            f"optimizer is {type(optimizer).__name__}, expected the one that accelerator.prepare returned: call "
+            "model, optimizer = accelerator.prepare(model, optimizer) first"
+        )
+    prepared = [*accelerator._models, *(accelerator.unwrap_model(each) for each in accelerator._models)]
+    if not isinstance(model, nn.Module) or not any(model is each for each in prepared):
+        raise AttachError(
+            f"model is a {type(model).__name__} that this accelerator has not prepared, expected the one that "
+            "accelerator.prepare returned: call model, optimizer = accelerator.prepare(model, optimizer) first"
+        )
+    if name in _attached_names.get(accelerator, ()):
+        raise AttachError(f"an average named {name!r} is attached already: give another name=, or detach() the first")
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = trained_parameters(model)
+    if not stepped.intersection(trained):
+        raise AttachError(
+            f"the optimizer steps none of the model's {len(trained)} trained parameters: give the optimizer that was "
+            "prepared together with this model"
+        )
+
+
+def _is_state_initialisation() -> bool:
+    """
+    Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
+
+    `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
+    optimizer without state (accelerate's FSDP2 save and load reach them): no training step, so no update. An lr of
+    0 alone does not tell, a warm-up may begin there; the caller does. Guarded by
+    `test_a_phantom_step_of_dcp_is_not_counted`.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if (
+            frame.f_code.co_name == "_init_optim_state"
+            and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        ):
+            return True
+        frame = frame.f_back
+    return False

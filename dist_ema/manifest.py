@@ -1,0 +1,108 @@
+"""`manifest.json`: what a saved average is. Written last, so its presence in a folder means "complete"."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_ema.checks import folder_name
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
+
+__all__ = ["MANIFEST_NAME", "Manifest", "SavedTensor", "read_manifest"]
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT = "dist_ema"
+_FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedTensor:
+    """A whole tensor of the checkpoint; `averaged` is False where it is a copy of the live one."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    averaged: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """
+    The record beside the tensors.
+
+    Attributes:
+        num_updates: calls of `update` so far.
+        options: the options that shape the averaged values.
+        tracks: track name -> its schedule, as JSON.
+        tensors: fqn -> shape, dtype and kind.
+        aliases: further names of tied tensors -> the name in `tensors`.
+        written_by: versions of the packages and the number of ranks, for the reader's information.
+    """
+
+    num_updates: int
+    options: Mapping[str, Any]
+    tracks: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, SavedTensor]
+    aliases: Mapping[str, str]
+    written_by: Mapping[str, Any]
+
+    def folder_of(self, track: str) -> str:
+        """Sub-folder of the track's files: the top for a single track, else its name."""
+        return "." if len(self.tracks) == 1 else track
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(record, indent=1).encode() + b"\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Read the manifest of a saved average. No communication.
+
+    Raises:
+        CheckpointCorruptError: there is none, or it cannot be understood.
+        CheckpointMismatchError: a newer version of the format wrote it.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointCorruptError(
+            f"{folder} has no {MANIFEST_NAME}, expected a folder written by ShardedEMA.save: it is another kind "
+            "of folder, or its writing was cut off"
+        ) from None
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise CheckpointCorruptError(f"{path} is not a manifest of dist_ema")
+    version = record.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path} has format version {version!r}, expected {_FORMAT_VERSION}: read it with the version of "
+            "dist_ema that wrote it, or a newer one"
+        )
+    try:
+        return Manifest(
+            num_updates=_counter(record["num_updates"]),
+            options=dict(record["options"]),
+            tracks={
+                folder_name("track name", name): dict(schedule) for name, schedule in dict(record["tracks"]).items()
+            },
+            tensors={
+                fqn: SavedTensor(tuple(saved["shape"]), str(saved["dtype"]), bool(saved["averaged"]))
+                for fqn, saved in dict(record["tensors"]).items()
+            },
+            aliases=dict(record["aliases"]),
+            written_by=dict(record["written_by"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{path} lacks or misstates a field: {error!r}") from error
+
+
+def _counter(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"num_updates is {value!r}, expected an integer of at least 0")
+    return value

@@ -1,0 +1,128 @@
+"""What a user chooses about an average, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dist_ema.checks import folder_name, positive_integer
+from dist_ema.errors import ConfigError
+from dist_ema.schedules import Schedule
+
+__all__ = ["Options", "checked_schedules", "name_patterns"]
+
+_AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """
+    The options of a `ShardedEMA`, all but the schedules.
+
+    Attributes:
+        interval: average on calls number 0, n, 2n, ... of `update`; the others only count. In updates.
+        interval_correction: use 1 - (1 - m)^n in place of m, so that `interval` does not lengthen the average.
+        update_buffers: average floating-point buffers too; otherwise the averaged side shows the live ones.
+        dtype: dtype of the averaged values.
+        device: where they are kept; None for the device of each live tensor.
+        include: glob patterns of names to average; empty for all.
+        exclude: glob patterns of names not to average; wins over `include`.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    interval: int = 1
+    interval_correction: bool = False
+    update_buffers: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interval", positive_integer("interval", self.interval))
+        for name in ("interval_correction", "update_buffers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.dtype not in _AVERAGED_DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}, expected one of {list(_AVERAGED_DTYPES)}")
+        if self.dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"averaged values in {self.dtype} stand still when the momentum is small: at a decay of "
+                "0.9999 a bfloat16 average loses 99% of the motion. Use torch.float32 and convert on export",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def averages(self, fqn: str) -> bool:
+        """Whether the tensor of this canonical name is to be averaged, by `include` and `exclude`."""
+        included = not self.include or any(fnmatch.fnmatchcase(fqn, pattern) for pattern in self.include)
+        return included and not any(fnmatch.fnmatchcase(fqn, pattern) for pattern in self.exclude)
+
+    def check_patterns(self, fqns: Iterable[str]) -> None:
+        """
+        Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
+
+        Raises:
+            ConfigError: a pattern of `include` or `exclude` matches nothing.
+        """
+        names = list(fqns)
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise ConfigError(
+                        f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
+                        f"({', '.join(names[:3])}, ...)"
+                    )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that change the averaged values, for the digest and the manifest."""
+        return {
+            "interval": self.interval,
+            "interval_correction": self.interval_correction,
+            "update_buffers": self.update_buffers,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+
+
+def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """
+    One glob pattern, several, or None, as a tuple of patterns.
+
+    Raises:
+        ConfigError: something else was given.
+    """
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ConfigError(f"{name} is {value!r}, expected a glob pattern or a list of them, such as 'encoder.*'")
+    return patterns
+
+
+def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
+    """
+    Track names and their schedules; a single schedule is the track "ema".
+
+    Raises:
+        ConfigError: no schedule, something without a `momentum(step)` method, or a name that cannot be a folder.
+    """
+    tracks = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
+    if not tracks:
+        raise ConfigError("schedule is an empty dict, expected a schedule or {track_name: schedule}")
+    for name, value in tracks.items():
+        folder_name("track name", name)
+        if not isinstance(value, Schedule) or isinstance(value, type):
+            raise ConfigError(
+                f"the schedule of track {name!r} is {value!r}, expected an object with momentum(step) -> float, "
+                "such as CosineSchedule(total_steps=10_000) or ConstantSchedule(decay=0.999)"
+            )
+    return tracks

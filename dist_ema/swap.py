@@ -1,0 +1,89 @@
+"""
+Putting the averaged weights into the live model, and the live ones back.
+
+Owners write their boxes into the live tensors; where several ranks hold the same tensor (DDP, Replicate axes)
+each owner then broadcasts its run to the others, in buckets of bounded size. Under plain FSDP nothing is
+communicated. The live values are kept aside first: one copy of what this rank holds of the averaged tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dist_ema.exchange import broadcast_from
+from dist_ema.layout import Plan, Shard
+
+__all__ = ["LiveBackup", "put_average"]
+
+# Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
+_BUCKET_BYTES = 8 * 2**20
+
+
+class LiveBackup:
+    """The live values of all averaged tensors that this rank holds, kept aside. No communication."""
+
+    @torch.no_grad()
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        plan.settle()
+        self._held = [held for division in plan.divisions if division.held[0].spec.averaged for held in division.held]
+        self._values = [held.view().clone(memory_format=torch.preserve_format) for held in self._held]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the kept values back, bit for bit. No communication."""
+        self._plan.settle()
+        for held, value in zip(self._held, self._values, strict=True):
+            held.view().copy_(value)
+
+
+@torch.no_grad()
+def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
+    """
+    Collective along replicas only: every rank that holds the same tensors must call it.
+
+    Args:
+        plan: the model as boxes.
+        values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
+    """
+    plan.settle()
+    for shard, value in zip(plan.owned(averaged=True), values, strict=True):
+        shard.live().copy_(value)
+    for division in plan.divisions:
+        if not division.held[0].spec.averaged or len(division.ranks) == 1:
+            continue
+        for owner, run in zip(division.ranks, division.runs(), strict=True):
+            owns = division.ranks[division.position] == owner
+            for bucket in _buckets(run):
+                _refresh(bucket, owner, owns, division.group)
+
+
+def _buckets(run: Sequence[Shard]) -> Iterator[list[torch.Tensor]]:
+    """The live pieces of a run, in groups of one dtype that are sent together."""
+    bucket: list[torch.Tensor] = []
+    nbytes = 0
+    for shard in run:
+        piece = shard.live()
+        full = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
+        if full or nbytes >= _BUCKET_BYTES:
+            yield bucket
+            bucket, nbytes = [], 0
+        bucket.append(piece)
+        nbytes += piece.numel() * piece.element_size()
+    if bucket:
+        yield bucket
+
+
+def _refresh(pieces: Sequence[torch.Tensor], owner: int, owns: bool, group: Any) -> None:
+    if len(pieces) == 1 and pieces[0].is_contiguous():
+        broadcast_from(owner, pieces[0], group)
+        return
+    packed = torch.cat([piece.reshape(-1) for piece in pieces])
+    broadcast_from(owner, packed, group)
+    if not owns:
+        parts = packed.split([piece.numel() for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            piece.copy_(part.view(piece.shape))
