@@ -107,7 +107,7 @@ class ShardedEMA:
                 rank=self._exchange.rank,
                 world_size=self._exchange.world_size,
             )
-            options.check_patterns([spec.fqn for spec in plan.specs])
+            options.check_patterns([*(spec.fqn for spec in plan.specs), *plan.aliases])
             return schedules, options, plan
 
         action = "building the average"

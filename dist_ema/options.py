@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,10 +60,10 @@ class Options:
                 stacklevel=4,
             )
 
-    def averages(self, fqn: str) -> bool:
-        """Whether the tensor of this canonical name is to be averaged, by `include` and `exclude`."""
-        included = not self.include or any(fnmatch.fnmatchcase(fqn, pattern) for pattern in self.include)
-        return included and not any(fnmatch.fnmatchcase(fqn, pattern) for pattern in self.exclude)
+    def averages(self, fqns: Sequence[str]) -> bool:
+        """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
+        included = not self.include or _any_matches(fqns, self.include)
+        return included and not _any_matches(fqns, self.exclude)
 
     def check_patterns(self, fqns: Iterable[str]) -> None:
         """
@@ -75,7 +75,7 @@ class Options:
         names = list(fqns)
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
-                if not fnmatch.filter(names, pattern):
+                if not _any_matches(names, [pattern]):
                     raise ConfigError(
                         f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
                         f"({', '.join(names[:3])}, ...)"
@@ -91,6 +91,10 @@ class Options:
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
+
+
+def _any_matches(fqns: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(fqn, pattern) for fqn in fqns for pattern in patterns)
 
 
 def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:

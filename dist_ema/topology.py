@@ -14,8 +14,9 @@ and the ranks that hold the same box. Everything above sees `dist_ema.layout.Pla
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.layout import Box, Division, Held, Plan, TensorSpec
 
-__all__ = ["canonical_name", "plan_model", "trained_parameters"]
+__all__ = ["plan_model", "trained_parameters"]
 
 # Child names that wrappers of torch reserve for the module they wrap (torch.compile, activation checkpointing).
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -37,7 +38,7 @@ _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 def plan_model(
     model: nn.Module,
     *,
-    averages: Callable[[str], bool],
+    averages: Callable[[Sequence[str]], bool],
     update_buffers: bool,
     rank: int,
     world_size: int,
@@ -47,7 +48,7 @@ def plan_model(
 
     Args:
         model: plain, DDP or FSDP2 (`fully_shard`) module, possibly wrapped by `torch.compile`.
-        averages: canonical name -> whether that tensor is to be averaged.
+        averages: all canonical names of a tensor (several if tied) -> whether it is to be averaged.
         update_buffers: whether floating-point buffers are averaged like parameters.
         rank: this rank in the default process group.
         world_size: ranks in the default process group.
@@ -62,62 +63,95 @@ def plan_model(
     plain_group, plain_ranks = _plain_replicas(model, rank, world_size)
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
-    names_by_id: dict[int, str] = {}
-    seen: set[str] = set()
-    gathered: dict[tuple[Any, ...], list[Held]] = {}
-    divisions: dict[tuple[Any, ...], tuple[tuple[int, ...], int, Any, bool]] = {}
-    for raw_name, tensor, is_buffer in _persistent_tensors(model):
-        fqn, owner, attribute = _resolve(model, raw_name)
-        if id(tensor) in names_by_id:
-            if fqn != names_by_id[id(tensor)]:
-                aliases[fqn] = names_by_id[id(tensor)]
-            continue
-        if fqn in seen:
-            raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
-        seen.add(fqn)
-        names_by_id[id(tensor)] = fqn
-        averaged = tensor.is_floating_point() and averages(fqn) and (update_buffers or not is_buffer)
-        _check_tensor(fqn, tensor, averages(fqn))
-        spec = TensorSpec(fqn, tuple(tensor.shape), tensor.dtype, averaged, is_buffer)
+    members: dict[tuple[Any, ...], list[Held]] = {}
+    holders: dict[tuple[Any, ...], _Holders] = {}
+    for named in _named_tensors(model):
+        tensor, fqn = named.tensor, named.fqns[0]
+        _check_tensor(fqn, tensor)
+        averaged = tensor.is_floating_point() and averages(named.fqns) and (update_buffers or not named.is_buffer)
+        spec = TensorSpec(fqn, tuple(tensor.shape), tensor.dtype, averaged, named.is_buffer)
         specs.append(spec)
+        aliases.update(dict.fromkeys(named.fqns[1:], fqn))
         if isinstance(tensor, DTensor):
-            box, ranks, position, group = _place_dtensor(fqn, tensor, world_size)
+            box, held_by = _place_dtensor(fqn, tensor, world_size)
             view: Callable[[], torch.Tensor] = functools.partial(_local_values, tensor)
         else:
             box = Box(fqn, (0,) * tensor.dim(), tuple(tensor.shape))
-            ranks, position, group = plain_ranks, plain_ranks.index(rank), plain_group
-            view = functools.partial(_plain_values, owner, attribute)
-        key = (ranks, averaged, is_buffer)
-        gathered.setdefault(key, []).append(Held(spec, box, view))
-        divisions.setdefault(key, (ranks, position, group, is_buffer))
+            held_by = _Holders(plain_ranks, plain_ranks.index(rank), plain_group)
+            view = functools.partial(_plain_values, named.owner, named.attribute)
+        key = (held_by.ranks, averaged, named.is_buffer)
+        members.setdefault(key, []).append(Held(spec, box, view))
+        holders.setdefault(key, held_by)
     if not any(spec.averaged for spec in specs):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no floating-point parameter to average among its {len(specs)} tensors; "
             "expected at least one: check the model, and include= and exclude="
         )
-    return Plan(
-        specs=tuple(specs),
-        aliases=aliases,
-        divisions=tuple(
-            Division(held=tuple(gathered[key]), ranks=ranks, position=position, group=group, single_owner=single)
-            for key, (ranks, position, group, single) in divisions.items()
-        ),
-        settle=settle,
+    divisions = tuple(
+        Division(
+            held=tuple(members[key]),
+            ranks=held_by.ranks,
+            position=held_by.position,
+            group=held_by.group,
+            single_owner=members[key][0].spec.is_buffer,
+        )
+        for key, held_by in holders.items()
     )
+    return Plan(specs=tuple(specs), aliases=aliases, divisions=divisions, settle=settle)
 
 
-def canonical_name(model: nn.Module, raw_name: str) -> str:
-    """
-    The name of a parameter or buffer without the prefixes of wrappers.
+def trained_parameters(model: nn.Module) -> Mapping[int, str]:
+    """Identity -> canonical name of every parameter that requires a gradient, as an optimizer holds them."""
+    _reshard(_fsdp_modules(model))
+    return {id(named.tensor): named.fqns[0] for named in _named_tensors(model) if named.tensor.requires_grad}
 
-    Wrappers are recognised by type or by a child name that torch reserves, so a user's own attribute called
-    `module` keeps its name.
-    """
-    return _resolve(model, raw_name)[0]
+
+@dataclasses.dataclass(frozen=True)
+class _Holders:
+    """The ranks that hold a box alike, this rank's index among them, and their process group."""
+
+    ranks: tuple[int, ...]
+    position: int
+    group: dist.ProcessGroup | None
+
+
+@dataclasses.dataclass
+class _Named:
+    """A parameter or persistent buffer; `fqns` has all canonical names of a tied one, the first met first."""
+
+    tensor: torch.Tensor
+    is_buffer: bool
+    fqns: list[str]
+    owner: nn.Module
+    attribute: str
+
+
+def _named_tensors(model: nn.Module) -> list[_Named]:
+    """Every parameter and persistent buffer once, in the order of the model."""
+    saved = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    candidates: list[tuple[str, torch.Tensor, bool]] = [
+        *((name, parameter, False) for name, parameter in model.named_parameters(remove_duplicate=False)),
+        *((name, buffer, True) for name, buffer in model.named_buffers(remove_duplicate=False) if id(buffer) in saved),
+    ]
+    found: dict[int, _Named] = {}
+    taken: dict[str, int] = {}
+    for raw_name, tensor, is_buffer in candidates:
+        fqn, owner, attribute = _resolve(model, raw_name)
+        if taken.setdefault(fqn, id(tensor)) != id(tensor):
+            raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
+        named = found.setdefault(id(tensor), _Named(tensor, is_buffer, [], owner, attribute))
+        if fqn not in named.fqns:
+            named.fqns.append(fqn)
+    return list(found.values())
 
 
 def _resolve(model: nn.Module, raw_name: str) -> tuple[str, nn.Module, str]:
-    """Canonical name of a tensor, the module that holds it, and the attribute it is there."""
+    """
+    Canonical name of a tensor, the module that holds it, and the attribute it is there.
+
+    Prefixes of wrappers are dropped. Wrappers are recognised by type or by a child name that torch reserves, so a
+    user's own attribute called `module` keeps its name.
+    """
     owner: Any = model
     kept = []
     *path, attribute = raw_name.split(".")
@@ -127,26 +161,6 @@ def _resolve(model: nn.Module, raw_name: str) -> tuple[str, nn.Module, str]:
             kept.append(part)
         owner = getattr(owner, part)
     return ".".join([*kept, attribute]), owner, attribute
-
-
-def trained_parameters(model: nn.Module) -> Mapping[int, str]:
-    """Identity -> canonical name of every parameter that requires a gradient, as an optimizer holds them."""
-    _reshard(_fsdp_modules(model))
-    return {
-        id(parameter): canonical_name(model, name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _persistent_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(raw name, tensor, is it a buffer) of all parameters and persistent buffers, tied ones repeatedly."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter, False
-    saved = {id(value) for value in model.state_dict(keep_vars=True).values()}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if id(buffer) in saved:
-            yield name, buffer, True
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -185,15 +199,11 @@ def _plain_replicas(model: nn.Module, rank: int, world_size: int) -> tuple[Any, 
     return group, ranks
 
 
-def _check_tensor(fqn: str, tensor: torch.Tensor, wanted: bool) -> None:
+def _check_tensor(fqn: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsupportedModelError(f"{fqn} is on the meta device and has no values: materialise the model first")
     if tensor.layout is not torch.strided:
         raise UnsupportedModelError(f"{fqn} has layout {tensor.layout}, expected a dense tensor")
-    if tensor.is_complex() and wanted:
-        raise UnsupportedModelError(
-            f"{fqn} has dtype {tensor.dtype}, expected a real one: exclude it (exclude={fqn!r}) to keep it live"
-        )
 
 
 def _plain_values(owner: nn.Module, attribute: str) -> torch.Tensor:
@@ -208,10 +218,8 @@ def _local_values(tensor: DTensor) -> torch.Tensor:
         return tensor.to_local()
 
 
-def _place_dtensor(
-    fqn: str, tensor: DTensor, world_size: int
-) -> tuple[Box, tuple[int, ...], int, dist.ProcessGroup | None]:
-    """The local box of a DTensor, the ranks that hold the same box, this rank's index among them, their group."""
+def _place_dtensor(fqn: str, tensor: DTensor, world_size: int) -> tuple[Box, _Holders]:
+    """The local box of a DTensor, and the ranks that hold the same one."""
     mesh, placements = tensor.device_mesh, tensor.placements
     if mesh.size() != world_size:
         raise UnsupportedModelError(
@@ -230,5 +238,5 @@ def _place_dtensor(
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # the mesh spans all ranks
     ranks = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
-    group = mesh.get_group(axes[0]) if axes else None
-    return box, tuple(ranks.flatten().tolist()), coordinate[axes[0]] if axes else 0, group
+    position = coordinate[axes[0]] if axes else 0
+    return box, _Holders(tuple(ranks.flatten().tolist()), position, mesh.get_group(axes[0]) if axes else None)
