@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from dist_ema._version import __version__
 from dist_ema.checkpoint import dtype_name, load_average, saved_tensors, write_average, write_export
-from dist_ema.errors import ConfigError, RankMismatchError, SwapError
+from dist_ema.errors import ConfigError, SwapError
 from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
 from dist_ema.layout import Plan, Shard
 from dist_ema.manifest import Manifest
 from dist_ema.options import Options, checked_schedules, name_patterns
-from dist_ema.schedules import Schedule, schedule_to_json
+from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
 from dist_ema.swap import LiveBackup, put_average
 from dist_ema.topology import plan_model
 from dist_ema.update import Averages
 
 __all__ = ["ShardedEMA"]
-
-_log = logging.getLogger(__name__)
 
 
 class ShardedEMA:
@@ -112,35 +105,15 @@ class ShardedEMA:
 
         action = "building the average"
         self._schedules, self._options, self._plan = self._exchange.agree(action, prepare)
-        self._check_same_on_all_ranks()
+        # The boxes of the ranks fit together only if all planned the same model with the same options.
+        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in self._plan.specs}
+        self._exchange.compare({**self._manifest().to_json(), "live_dtypes": live_dtypes})
         self._shards = self._plan.owned(averaged=True)
         self._averages = self._exchange.agree(action, self._allocate)
 
     def _allocate(self) -> dict[str, Averages]:
         options = self._options
         return {name: Averages(self._shards, dtype=options.dtype, device=options.device) for name in self._schedules}
-
-    def _check_same_on_all_ranks(self) -> None:
-        """Collective. The boxes of the ranks fit together only if they planned the same model and options."""
-        told = {
-            "options": self._options.to_json(),
-            "tracks": {name: schedule_to_json(schedule) for name, schedule in self._schedules.items()},
-            "tensors": [
-                [spec.fqn, list(spec.shape), dtype_name(spec.dtype), spec.averaged] for spec in self._plan.specs
-            ],
-            "aliases": dict(self._plan.aliases),
-        }
-        text = json.dumps(told)
-        digests = self._exchange.gather_objects(hashlib.sha256(text.encode()).hexdigest())
-        if len(set(digests)) == 1:
-            return
-        texts = self._exchange.gather_objects(text)
-        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        ours, theirs = json.loads(texts[0]), json.loads(texts[other])
-        raise RankMismatchError(
-            f"rank 0 and rank {other} differ in {_first_difference(ours, theirs)}: build the same model and give "
-            "the same schedule and options on every rank"
-        )
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._schedules.items())
@@ -183,22 +156,10 @@ class ShardedEMA:
             for averages in self._averages.values():
                 averages.copy_live()
         elif step % self._options.interval == 0:
-            momenta = {name: self._momentum(name, step) for name in self._schedules}
+            momenta = {name: self._momentum(schedule, step) for name, schedule in self._schedules.items()}
             for name, momentum in momenta.items():
                 self._averages[name].lerp(momentum)
         self._num_updates = step + 1
-
-    def _momentum(self, track: str, step: int) -> float:
-        momentum = float(self._schedules[track].momentum(step))
-        if not 0.0 <= momentum <= 1.0:
-            raise ConfigError(
-                f"the schedule of track {track!r} gave momentum {momentum!r} at update {step}, expected a number "
-                "from 0 to 1"
-            )
-        if self._options.interval_correction and momentum < 1.0:
-            # 1 - (1 - m)^n without cancellation for small m.
-            return -math.expm1(self._options.interval * math.log1p(-momentum))
-        return momentum
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:
@@ -284,12 +245,7 @@ class ShardedEMA:
             return _absolute(path), self._manifest()
 
         target, manifest = self._exchange.agree(f"saving {path}", prepare)
-        counters = self._exchange.gather_objects(self._num_updates)
-        if len(set(counters)) != 1:
-            raise RankMismatchError(
-                f"the ranks have made {counters} updates, expected the same number on each: call update() on every "
-                "rank after every optimizer step"
-            )
+        self._exchange.compare({"num_updates": self._num_updates})
         tracks = {name: averages.values for name, averages in self._averages.items()}
         write_average(self._exchange, target, self._plan, manifest, tracks, max_shard_size=max_shard_size)
 
@@ -320,7 +276,8 @@ class ShardedEMA:
         for name, averages in self._averages.items():
             averages.replace(values[name])
         self._num_updates = manifest.num_updates
-        self._warn_of_changes(target, manifest)
+        for change in self._manifest().changes_since(manifest) if self._exchange.rank == 0 else ():
+            warnings.warn(f"{target}: {change}", UserWarning, stacklevel=2)
 
     def consolidate(
         self,
@@ -377,6 +334,12 @@ class ShardedEMA:
             raise ConfigError(f"track is {track!r}, expected one of {list(self._schedules)}")
         return track
 
+    def _momentum(self, schedule: Schedule, step: int) -> float:
+        options = self._options
+        return momentum_of_update(
+            schedule, step, interval=options.interval, interval_correction=options.interval_correction
+        )
+
     def _seeded(self, track: str | None) -> tuple[torch.Tensor, ...]:
         """The averaged values; before the first update these are the live ones of this moment."""
         averages = self._averages[self._track(track)]
@@ -415,45 +378,9 @@ class ShardedEMA:
             },
         )
 
-    def _warn_of_changes(self, target: Path, saved: Manifest) -> None:
-        if self._exchange.rank != 0:
-            return
-        now = self._manifest()
-        for name, ours in now.tracks.items():
-            if saved.tracks[name] != ours:
-                warnings.warn(
-                    f"{target} was saved with the schedule {saved.tracks[name]} for track {name!r}; this run goes on "
-                    f"with {ours}",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        changed = {key: (saved.options.get(key), value) for key, value in now.options.items()}
-        for key, (before, value) in changed.items():
-            if before != value:
-                warnings.warn(
-                    f"{target} was saved with {key}={before!r}; this run goes on with {key}={value!r}",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        _log.info("loaded the average of %d updates from %s", saved.num_updates, target)
-
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(os.path.abspath(os.path.expanduser(path)))
     except TypeError:
         raise ConfigError(f"path is {path!r}, expected the name of a folder") from None
-
-
-def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    for key, value in ours.items():
-        if value == theirs[key]:
-            continue
-        if isinstance(value, list):
-            pairs = zip(value, theirs[key], strict=False)
-            ours_only, theirs_only = next(
-                ((a, b) for a, b in pairs if a != b), (f"{len(value)} tensors", f"{len(theirs[key])} tensors")
-            )
-            return f"{key}: {ours_only} against {theirs_only}"
-        return f"{key}: {value} against {theirs[key]}"
-    return "nothing that can be told"

@@ -14,13 +14,15 @@ training.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_ema.errors import CheckpointError, DistEMAError, error_class
+from dist_ema.errors import CheckpointError, DistEMAError, RankMismatchError, error_class
 
 __all__ = ["Exchange", "broadcast_from"]
 
@@ -119,6 +121,27 @@ class Exchange:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def compare(self, told: Mapping[str, Any]) -> None:
+        """
+        Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
+
+        Costs one gather of a digest; the texts themselves travel only where the digests differ.
+
+        Raises:
+            RankMismatchError: names the first difference; the same on all ranks.
+        """
+        text = json.dumps(told)
+        digests = self.gather_objects(hashlib.sha256(text.encode()).hexdigest())
+        if len(set(digests)) == 1:
+            return
+        texts = self.gather_objects(text)
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        difference = _first_difference(json.loads(texts[0]), json.loads(texts[other]))
+        raise RankMismatchError(
+            f"rank 0 and rank {other} differ in {difference}. Build the same model, give the same schedule and "
+            "options, and call the same methods on every rank"
+        )
+
     def send_bytes(self, values: torch.Tensor, target: int) -> None:
         """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
         dist.send(values, dst=target, group=self._group)
@@ -144,3 +167,15 @@ def _describe(failure: Exception) -> tuple[str, str]:
     if isinstance(failure, DistEMAError):
         return type(failure).__name__, str(failure)
     return CheckpointError.__name__, f"{type(failure).__name__}: {failure}"
+
+
+def _first_difference(ours: Any, theirs: Any, place: str = "") -> str:
+    """Where two JSON values first differ, and how."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if key not in ours or key not in theirs:
+                return f"{place}{key} (only on one of them)"
+            if ours[key] != theirs[key]:
+                return _first_difference(ours[key], theirs[key], f"{place}{key}: ")
+        return f"{place}the order of {len(ours)} entries"
+    return f"{place}{ours!r} against {theirs!r}"

@@ -52,10 +52,26 @@ class Manifest:
         """Sub-folder of the track's files: the top for a single track, else its name."""
         return "." if len(self.tracks) == 1 else track
 
+    def changes_since(self, saved: Manifest) -> list[str]:
+        """Sentences on what this run does otherwise than the run that wrote `saved`: schedules and options."""
+        told = [
+            f"track {name!r} was saved with the schedule {saved.tracks[name]}; this run goes on with {schedule}"
+            for name, schedule in self.tracks.items()
+            if saved.tracks[name] != schedule
+        ]
+        return told + [
+            f"it was saved with {key}={saved.options.get(key)!r}; this run goes on with {key}={value!r}"
+            for key, value in self.options.items()
+            if saved.options.get(key) != value
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON."""
+        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+
     def to_bytes(self) -> bytes:
         """The file's content."""
-        record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(record, indent=1).encode() + b"\n"
+        return json.dumps(self.to_json(), indent=1).encode() + b"\n"
 
 
 def read_manifest(folder: Path) -> Manifest:

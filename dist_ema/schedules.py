@@ -16,7 +16,14 @@ from typing import Any, Protocol, runtime_checkable
 from dist_ema.checks import positive_integer, real_number
 from dist_ema.errors import ConfigError
 
-__all__ = ["ConstantSchedule", "CosineSchedule", "Schedule", "schedule_from_json", "schedule_to_json"]
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "Schedule",
+    "momentum_of_update",
+    "schedule_from_json",
+    "schedule_to_json",
+]
 
 
 @runtime_checkable
@@ -142,6 +149,25 @@ class ConstantSchedule:
     def to_json(self) -> dict[str, Any]:
         """The arguments that rebuild this schedule."""
         return {"momentum": self.constant}
+
+
+def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval_correction: bool) -> float:
+    """
+    The momentum to use in update number `step`, checked.
+
+    With `interval_correction` it is `1 - (1 - m)^interval`: one update then forgets as much as `interval` updates
+    with m would.
+
+    Raises:
+        ConfigError: the schedule gave something else than a number from 0 to 1.
+    """
+    momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", schedule.momentum(step))
+    if not 0.0 <= momentum <= 1.0:
+        raise ConfigError(f"{schedule!r} gave momentum {momentum!r} at update {step}, expected a number from 0 to 1")
+    if interval_correction and momentum < 1.0:
+        # Without cancellation for small m.
+        return -math.expm1(interval * math.log1p(-momentum))
+    return momentum
 
 
 _KNOWN: dict[str, type[CosineSchedule] | type[ConstantSchedule]] = {

@@ -68,7 +68,12 @@ def plan_model(
     for named in _named_tensors(model):
         tensor, fqn = named.tensor, named.fqns[0]
         _check_tensor(fqn, tensor)
-        averaged = tensor.is_floating_point() and averages(named.fqns) and (update_buffers or not named.is_buffer)
+        wanted = averages(named.fqns) and (update_buffers or not named.is_buffer)
+        if wanted and tensor.is_complex():
+            raise UnsupportedModelError(
+                f"{fqn} has dtype {tensor.dtype}, expected a real one: exclude it (exclude={fqn!r}) to keep it live"
+            )
+        averaged = wanted and tensor.is_floating_point()
         spec = TensorSpec(fqn, tuple(tensor.shape), tensor.dtype, averaged, named.is_buffer)
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], fqn))

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import stat
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dist_ema import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedModelError, commit
+from dist_ema.files import plan_files, read_box, write_box, write_whole
+from dist_ema.layout import Box
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def values_of(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    count = math.prod(shape)
+    return (torch.arange(count) % 7 - (0 if dtype in (torch.uint8, torch.bool) else 3)).to(dtype).view(shape)
+
+
+def write_folder(folder, tensors: dict[str, torch.Tensor], boxes, **options):
+    """Write `tensors` piece by piece, in the given boxes, as ranks would."""
+    files = plan_files(
+        [(fqn, value.dtype, tuple(value.shape)) for fqn, value in tensors.items()],
+        max_shard_size=options.pop("max_shard_size", "5GB"),
+        metadata={"alias": "w"},
+    )
+    for file in files.files:
+        write_whole(folder / file.name, file.header, size_bytes=file.size_bytes)
+    for fqn, (file, entry) in files.locate().items():
+        descriptor = os.open(folder / file.name, os.O_WRONLY)
+        for box in boxes(fqn, tuple(tensors[fqn].shape)):
+            write_box(descriptor, entry, box, tensors[fqn][box.region])
+        os.close(descriptor)
+    return files
+
+
+def one_box(fqn, shape):
+    return [Box(fqn, (0,) * len(shape), shape)]
+
+
+def quarters(fqn, shape):
+    """Boxes cut along two dims, so that no box is contiguous in the file."""
+    if len(shape) < 2:
+        return one_box(fqn, shape)
+    rows, columns = shape[0] // 2, shape[-1] // 2
+    halves = [(0, rows), (rows, shape[0] - rows)], [(0, columns), (columns, shape[-1] - columns)]
+    middle = shape[1:-1]
+    return [
+        Box(fqn, (r, *(0 for _ in middle), c), (height, *middle, width))
+        for r, height in halves[0]
+        for c, width in halves[1]
+    ]
+
+
+@pytest.mark.parametrize("boxes", [one_box, quarters])
+def test_files_written_in_boxes_are_read_by_safetensors(tmp_path, boxes) -> None:
+    tensors = {f"t{index}": values_of(dtype, (5, 3, 4)) for index, dtype in enumerate(DTYPES)}
+    tensors |= {"scalar": torch.tensor(2.5), "counter": torch.tensor(7), "empty": torch.zeros(0, 3)}
+    (file,) = write_folder(tmp_path, tensors, boxes).files
+    loaded = load_file(tmp_path / file.name)
+    assert set(loaded) == set(tensors)
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype and loaded[name].shape == value.shape
+        assert loaded[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
+
+
+def test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept(tmp_path) -> None:
+    """What torch's own HuggingFaceStorageWriter gets wrong."""
+    write_folder(tmp_path, {"scale": torch.tensor(1.5), "count": torch.tensor(3)}, one_box)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt", "alias": "w"}
+        assert handle.get_tensor("scale").item() == 1.5 and handle.get_tensor("count").item() == 3
+
+
+def test_tensors_are_aligned_and_leave_no_holes(tmp_path) -> None:
+    tensors = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(3),
+        "c": torch.tensor(True),
+        "d": torch.tensor(1),
+    }
+    (file,) = write_folder(tmp_path, tensors, one_box).files
+    content = (tmp_path / file.name).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__")
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(content) - 8 - length
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
+    assert (8 + length) % 8 == 0
+    assert all(entry.start % entry.dtype.itemsize == 0 for entry in file.entries.values())
+
+
+def test_several_files_have_the_index_of_huggingface(tmp_path) -> None:
+    tensors = {f"w{index}": torch.full((10,), float(index)) for index in range(5)}
+    files = write_folder(tmp_path, tensors, one_box, max_shard_size=100)
+    assert [file.name for file in files.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads(files.index)
+    assert index["metadata"]["total_size"] == 200 and set(index["weight_map"]) == set(tensors)
+    for name, file_name in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file_name)[name], tensors[name])
+
+
+@pytest.mark.parametrize("boxes", [one_box, quarters])
+def test_boxes_are_read_back(tmp_path, boxes) -> None:
+    value = torch.randn(6, 5)
+    write_folder(tmp_path, {"w": value}, one_box)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        for box in boxes("w", (6, 5)):
+            read = torch.empty(box.sizes)
+            read_box(handle, box, read)
+            assert torch.equal(read, value[box.region])
+
+
+def test_large_boxes_are_written_and_read_in_bounded_chunks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dist_ema.files._CHUNK_BYTES", 64)
+    value = torch.randn(33, 7)
+    write_folder(tmp_path, {"w": value.t()}, one_box)  # not contiguous either
+    read = torch.empty(7, 33)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        read_box(handle, Box("w", (0, 0), (7, 33)), read)
+    assert torch.equal(read, value.t())
+
+
+def test_file_modes_follow_the_umask(tmp_path) -> None:
+    former = os.umask(0o022)
+    try:
+        write_folder(tmp_path, {"w": torch.ones(2)}, one_box)
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
+
+
+def test_bad_max_shard_size_and_unstorable_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        plan_files([("w", torch.float32, (2,))], max_shard_size="five", metadata={})
+    with pytest.raises(UnsupportedModelError, match="complex128"):
+        plan_files([("w", torch.complex128, (2,))], max_shard_size=100, metadata={})
+
+
+def fill(target, text: str) -> None:
+    staging = commit.stage(target)
+    (staging / "manifest.json").write_text(text)
+
+
+def test_commit_replaces_the_former_folder_and_leaves_nothing_else(tmp_path) -> None:
+    target = tmp_path / "ema"
+    for text in ("old", "new"):
+        fill(target, text)
+        commit.publish(target)
+    assert (target / "manifest.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+
+
+def test_a_save_cut_off_while_staging_leaves_the_former_one(tmp_path) -> None:
+    target = tmp_path / "ema"
+    fill(target, "old")
+    commit.publish(target)
+    fill(target, "half")
+    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    fill(target, "newer")
+    commit.publish(target)
+    assert (target / "manifest.json").read_text() == "newer"
+
+
+def test_a_commit_cut_off_between_its_renames_leaves_the_whole_old_one(tmp_path) -> None:
+    target = tmp_path / "ema"
+    fill(target, "old")
+    commit.publish(target)
+    fill(target, "new")
+    target.rename(tmp_path / ".ema.old")  # the first of the two renames
+    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    fill(target, "newest")  # the next save must not remove the only good one before its own commit
+    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    commit.publish(target)
+    assert (target / "manifest.json").read_text() == "newest"
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+
+
+def test_foreign_folders_are_neither_replaced_nor_read(tmp_path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        commit.stage(tmp_path / "own")
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
+        commit.resolve(tmp_path / "none")
+    with pytest.raises(CheckpointNotFoundError, match="is a file"):
+        commit.resolve(tmp_path / "own" / "notes.txt")
