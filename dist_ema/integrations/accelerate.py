@@ -94,8 +94,9 @@ def _check(accelerator: object, model: object, optimizer: object, name: str) -> 
             f"optimizer is {type(optimizer).__name__}, expected the one that accelerator.prepare returned: call "
             "model, optimizer = accelerator.prepare(model, optimizer) first"
         )
-    prepared = [*accelerator._models, *(accelerator.unwrap_model(each) for each in accelerator._models)]
-    if not isinstance(model, nn.Module) or not any(model is each for each in prepared):
+    # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
+    prepared = [accelerator.unwrap_model(each) for each in accelerator._models]
+    if not isinstance(model, nn.Module) or not any(accelerator.unwrap_model(model) is each for each in prepared):
         raise AttachError(
             f"model is a {type(model).__name__} that this accelerator has not prepared, expected the one that "
             "accelerator.prepare returned: call model, optimizer = accelerator.prepare(model, optimizer) first"

@@ -1,0 +1,297 @@
+"""The average wired into accelerate: its hooks, its checkpoints, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState
+from cpu_fsdp import force_fsdp
+from oracle import NaiveAverage
+from safetensors.torch import load_file
+from test_rank_averages import assert_same_bits
+from torch import nn
+from torch.distributed.tensor import DTensor
+from zoo import Nasty, set_live
+
+from dist_ema import (
+    AttachError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    ConstantSchedule,
+    CosineSchedule,
+    DistEMAError,
+    ShardedEMA,
+    UnsupportedModelError,
+    attach,
+)
+
+SCHEDULE = CosineSchedule(0.3, 0.01, total_steps=12)
+
+
+@contextmanager
+def accelerator_of(layout: str, **options: Any) -> Iterator[Accelerator]:
+    """A fresh accelerator; the state that accelerate keeps per process is dropped before and after."""
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        if layout == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                state_dict_type="SHARDED_STATE_DICT",
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LayerNorm"],
+                cpu_ram_efficient_loading=False,
+            )
+            accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, **options)
+            force_fsdp(accelerator, plugin)
+            assert accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2
+        else:
+            accelerator = Accelerator(cpu=True, **options)
+        yield accelerator
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def prepared(accelerator: Accelerator, layout: str, optimizer: str = "adamw") -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Nasty(scalar=layout != "fsdp2")
+    # A learning rate of 0 keeps the live weights exactly what the test sets; its steps are real all the same.
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    model, wrapped = accelerator.prepare(model, make(model.parameters(), lr=0.0, weight_decay=0.0))
+    if layout == "fsdp2":
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return model, wrapped
+
+
+def take_step(model: nn.Module, optimizer: Any, seed: int) -> dict[str, torch.Tensor]:
+    """One optimizer step at whose end the live weights are exactly those of `seed`."""
+    whole = set_live(model, seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return whole
+
+
+def naive_after(num_steps: int, layout: str) -> NaiveAverage:
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for step in range(num_steps):
+        naive.update(set_live(Nasty(scalar=layout != "fsdp2"), step))
+    return naive
+
+
+def save_run(layout: str, folder: str, optimizer_kind: str) -> None:
+    with accelerator_of(layout) as accelerator:
+        model, optimizer = prepared(accelerator, layout, optimizer_kind)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        for step in range(4):
+            take_step(model, optimizer, step)
+        assert ema.num_updates == 4
+        accelerator.save_state(folder)
+        assert ema.num_updates == 4
+        state = ema.full_state_dict()
+        if dist.get_rank() == 0:
+            assert_same_bits(state, naive_after(4, layout).values)
+            assert_same_bits(state, load_file(os.path.join(folder, "ema", "model.safetensors")))
+
+
+def resume_run(layout: str, folder: str, optimizer_kind: str) -> None:
+    with accelerator_of(layout) as accelerator:
+        model, optimizer = prepared(accelerator, layout, optimizer_kind)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        accelerator.load_state(folder)
+        assert ema.num_updates == 4
+        for step in range(4, 9):
+            take_step(model, optimizer, step)
+        state = ema.full_state_dict()
+        if dist.get_rank() == 0:
+            assert_same_bits(state, naive_after(9, layout).values)
+
+
+@pytest.mark.parametrize(("layout", "optimizer"), [("ddp", "adamw"), ("fsdp2", "adamw"), ("fsdp2", "sgd")])
+def test_resume_on_1_and_3_ranks_equals_the_uninterrupted_run(world, tmp_path, layout, optimizer) -> None:
+    world(2).run(save_run, layout, str(tmp_path / "ckpt"), optimizer)
+    for size in (1, 3):
+        world(size).run(resume_run, layout, str(tmp_path / "ckpt"), optimizer)
+
+
+def phantom_steps(folder: str, optimizer_kind: str) -> None:
+    with accelerator_of("fsdp2") as accelerator:
+        model, optimizer = prepared(accelerator, "fsdp2", optimizer_kind)
+        fired = []
+        optimizer.optimizer.register_step_post_hook(lambda *ignored: fired.append(1))
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        accelerator.save_state(folder)
+        assert fired, "torch no longer initialises the optimizer by a step: the guard can go"
+        assert ema.num_updates == 0
+        for step in range(3):
+            take_step(model, optimizer, step)
+        assert ema.num_updates == 3
+        accelerator.save_state(folder)
+        assert ema.num_updates == 3
+    with accelerator_of("fsdp2") as accelerator:
+        model, optimizer = prepared(accelerator, "fsdp2", optimizer_kind)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        accelerator.load_state(folder)
+        assert ema.num_updates == 3
+        take_step(model, optimizer, 3)
+        state = ema.full_state_dict()
+        if dist.get_rank() == 0:
+            assert_same_bits(state, naive_after(4, "fsdp2").values)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_phantom_step_of_dcp_is_not_counted(world, tmp_path, optimizer) -> None:
+    """DCP calls `optimizer.step()` to create an empty state; a stateless SGD sees it at every save."""
+    world(2).run(phantom_steps, str(tmp_path / "ckpt"), optimizer)
+
+
+def accumulated(layout: str) -> None:
+    with accelerator_of(layout, gradient_accumulation_steps=3) as accelerator:
+        model, optimizer = prepared(accelerator, layout)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        tokens = torch.randint(0, 11, (2, 3))
+        for _ in range(7):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(tokens).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert ema.num_updates == 2
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_update_follows_optimizer_steps_and_not_micro_batches(world, layout) -> None:
+    world(2).run(accumulated, layout)
+
+
+def scaler_skips() -> None:
+    """An unfused optimizer's step that the GradScaler skips does not fire the hook."""
+    with accelerator_of("plain") as accelerator:
+        model, optimizer = prepared(accelerator, "plain")
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        scaler = torch.amp.GradScaler("cpu")
+        for poison in (False, True, False, True, False):
+            loss = sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad)
+            scaler.scale(loss * (float("inf") if poison else 1.0)).backward()
+            scaler.step(optimizer.optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert ema.num_updates == 3
+
+
+def test_steps_skipped_by_the_grad_scaler_are_not_counted(world) -> None:
+    world(1).run(scaler_skips)
+
+
+def two_averages(folder: str) -> None:
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        short = attach(accelerator, model, optimizer, ConstantSchedule(momentum=0.5), name="short")
+        attach(accelerator, model, optimizer, ConstantSchedule(momentum=0.01), name="long")
+        with pytest.raises(AttachError, match="attached already"):
+            attach(accelerator, model, optimizer, SCHEDULE, name="long")
+        take_step(model, optimizer, 0)
+        short.detach()
+        take_step(model, optimizer, 1)
+        assert short.num_updates == 1
+        accelerator.save_state(folder)
+        attach(accelerator, model, optimizer, SCHEDULE, name="short")
+
+
+def test_detach_removes_the_hooks_and_frees_the_name(world, tmp_path) -> None:
+    world(2).run(two_averages, str(tmp_path / "ckpt"))
+    assert (tmp_path / "ckpt" / "long" / "manifest.json").exists()
+    assert not (tmp_path / "ckpt" / "short").exists()
+
+
+def automatic_naming(folder: str) -> None:
+    from accelerate.utils import ProjectConfiguration
+
+    configuration = ProjectConfiguration(project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)
+    with accelerator_of("ddp", project_config=configuration) as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        for step in range(4):
+            take_step(model, optimizer, step)
+            accelerator.save_state()
+            accelerator.wait_for_everyone()
+        take_step(model, optimizer, 9)
+        accelerator.load_state()
+        assert ema.num_updates == 4
+
+
+def test_automatic_checkpoint_naming_and_its_limit_work(world, tmp_path) -> None:
+    world(2).run(automatic_naming, str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_2", "checkpoint_3"]
+
+
+def refusals() -> list[str]:
+    messages = []
+
+    def refused(error: type[DistEMAError], *arguments: Any, **options: Any) -> None:
+        with pytest.raises(error) as caught:
+            attach(*arguments, **options)
+        messages.append(str(caught.value))
+
+    with accelerator_of("ddp") as accelerator:
+        raw_model = nn.Linear(3, 2)
+        raw_optimizer = torch.optim.SGD(raw_model.parameters(), lr=0.1)
+        model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
+        other, other_optimizer = accelerator.prepare(nn.Linear(3, 2), torch.optim.SGD([torch.zeros(1)], lr=0.1))
+        refused(AttachError, accelerator, nn.Linear(3, 2), optimizer, SCHEDULE)
+        refused(AttachError, accelerator, model, raw_optimizer, SCHEDULE)
+        refused(AttachError, accelerator, model, other_optimizer, SCHEDULE)
+        refused(AttachError, accelerator, other, optimizer, SCHEDULE)
+        refused(AttachError, "accelerator", model, optimizer, SCHEDULE)
+        refused(ConfigError, accelerator, model, optimizer, SCHEDULE, name="../ema")
+        refused(ConfigError, accelerator, model, optimizer, 0.999)
+        refused(ConfigError, accelerator, model, optimizer, SCHEDULE, interval=0)
+        refused(ConfigError, accelerator, model, optimizer, SCHEDULE, exclude="lm_head.*")
+        refused(UnsupportedModelError, accelerator, model, optimizer, SCHEDULE, exclude="*")
+        with pytest.raises(TypeError):
+            attach(accelerator, model, optimizer, SCHEDULE, decay=0.9)
+        # Nothing of the refused calls is left behind.
+        ema = attach(accelerator, accelerator.unwrap_model(model), optimizer, SCHEDULE)
+        assert isinstance(ema, ShardedEMA)
+    return messages
+
+
+def test_what_cannot_be_attached_is_refused_alike_on_every_rank(world) -> None:
+    first, second = world(2).run(refusals)
+    assert first == second
+    assert "accelerator.prepare" in first[0] and "accelerator.prepare" in first[1]
+    assert "trained parameters" in first[2]
+
+
+def checkpoint_without_average(folder: str) -> tuple[str, str]:
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        accelerator.save_state(folder)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        take_step(model, optimizer, 0)
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            accelerator.load_state(folder)
+        assert ema.num_updates == 1
+        accelerator.wait_for_everyone()
+        os.makedirs(os.path.join(folder, "ema"), exist_ok=True)
+        with open(os.path.join(folder, "ema", f"foreign-{dist.get_rank()}"), "w") as file:
+            file.write("somebody's")
+        accelerator.wait_for_everyone()
+        with pytest.raises(CheckpointError) as in_the_way:
+            accelerator.save_state(folder)
+    return str(caught.value), str(in_the_way.value)
+
+
+def test_a_checkpoint_without_the_average_and_a_folder_in_the_way_are_told_on_every_rank(world, tmp_path) -> None:
+    first, second = world(2).run(checkpoint_without_average, str(tmp_path / "ckpt"))
+    assert first == second and "written by save_state once the average is attached" in first[0]
+    assert "foreign" in first[1]
