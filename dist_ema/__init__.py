@@ -1,5 +1,4 @@
-"""
-dist_ema: a DDP- and FSDP-aware exponential moving average of model weights for PyTorch.
+"""dist_ema: a DDP- and FSDP-aware exponential moving average of model weights for PyTorch.
 
 The names below are the public surface. They are imported at first use, so that the command line answers without
 loading torch.

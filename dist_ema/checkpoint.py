@@ -1,5 +1,4 @@
-"""
-Saving and loading an average: every rank writes its boxes at their places in the final files.
+"""Saving and loading an average: every rank writes its boxes at their places in the final files.
 
 Save, each stage agreed by all ranks before the next ([Note: agreement] in exchange.py):
 
@@ -54,8 +53,7 @@ def write_average(
     *,
     max_shard_size: int | str,
 ) -> None:
-    """
-    Collective: every rank must call it. Write a checkpoint of all tracks.
+    """Collective: every rank must call it. Write a checkpoint of all tracks.
 
     Args:
         exchange: the control traffic of all ranks.
@@ -83,8 +81,7 @@ def write_export(
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int | str,
 ) -> None:
-    """
-    Collective: every rank must call it. Write one track as a plain model folder, without a manifest.
+    """Collective: every rank must call it. Write one track as a plain model folder, without a manifest.
 
     Args:
         exchange: the control traffic of all ranks.
@@ -178,8 +175,7 @@ def load_average(
     expected: Mapping[str, SavedTensor],
     tracks: Sequence[str],
 ) -> tuple[Manifest, dict[str, list[torch.Tensor]]]:
-    """
-    Collective: every rank must call it. Read the averaged values of this rank's shards into new CPU tensors.
+    """Collective: every rank must call it. Read the averaged values of this rank's shards into new CPU tensors.
 
     Args:
         exchange: the control traffic of all ranks.

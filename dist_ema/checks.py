@@ -12,8 +12,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 def folder_name(name: str, value: object) -> str:
-    """
-    `value` as the name of one folder below another: letters, digits, '-', '_' and inner dots.
+    """`value` as the name of one folder below another: letters, digits, '-', '_' and inner dots.
 
     Raises:
         ConfigError: it is something else, or could leave the folder.
@@ -24,8 +23,7 @@ def folder_name(name: str, value: object) -> str:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """
-    `value` as an int of at least 1; bools and floats are refused.
+    """`value` as an int of at least 1; bools and floats are refused.
 
     Raises:
         ConfigError: it is not such a number.
@@ -40,8 +38,7 @@ def positive_integer(name: str, value: object) -> int:
 
 
 def real_number(name: str, value: object) -> float:
-    """
-    `value` as a finite float; bools and strings are refused.
+    """`value` as a finite float; bools and strings are refused.
 
     Raises:
         ConfigError: it is not such a number.

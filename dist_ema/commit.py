@@ -1,5 +1,4 @@
-"""
-Folders that are either whole or not there: staged beside the target, committed by rename.
+"""Folders that are either whole or not there: staged beside the target, committed by rename.
 
 For a target `ema`, in the same parent folder:
 
@@ -31,8 +30,7 @@ _OWN_FILE = re.compile(
 
 
 def stage(target: Path) -> Path:
-    """
-    Make the empty staging folder of `target`, after clearing what a killed commit left behind.
+    """Make the empty staging folder of `target`, after clearing what a killed commit left behind.
 
     Raises:
         CheckpointError: the target exists and holds something that this package did not write.
@@ -72,8 +70,7 @@ def discard(target: Path) -> None:
 
 
 def resolve(target: Path) -> Path:
-    """
-    The folder to read for `target`: itself, or the former one if a commit was cut off between its renames.
+    """The folder to read for `target`: itself, or the former one if a commit was cut off between its renames.
 
     Raises:
         CheckpointNotFoundError: neither exists.

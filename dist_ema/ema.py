@@ -18,7 +18,7 @@ from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
 from dist_ema.layout import Plan, Shard
 from dist_ema.manifest import Manifest
-from dist_ema.options import Options, checked_schedules, name_patterns
+from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
 from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
 from dist_ema.swap import LiveBackup, put_average
 from dist_ema.topology import plan_model
@@ -28,8 +28,7 @@ __all__ = ["ShardedEMA"]
 
 
 class ShardedEMA:
-    """
-    An exponential moving average of a model's weights, each element kept by exactly one rank.
+    """An exponential moving average of a model's weights, each element kept by exactly one rank.
 
     Collective: every rank of the default process group must construct it. Works on a plain, DDP or FSDP2 module,
     with or without a process group.
@@ -88,7 +87,7 @@ class ShardedEMA:
                 interval_correction=interval_correction,
                 update_buffers=update_buffers,
                 dtype=dtype,
-                device=None if device is None else torch.device(device),
+                device=checked_device(device),
                 include=name_patterns("include", include),
                 exclude=name_patterns("exclude", exclude),
             )
@@ -100,7 +99,8 @@ class ShardedEMA:
                 rank=self._exchange.rank,
                 world_size=self._exchange.world_size,
             )
-            options.check_patterns([*(spec.fqn for spec in plan.specs), *plan.aliases])
+            options.check_patterns(plan.names)
+            plan.check_not_empty()
             return schedules, options, plan
 
         action = "building the average"
@@ -143,8 +143,7 @@ class ShardedEMA:
         return sum(averages.nbytes for averages in self._averages.values())
 
     def update(self) -> None:
-        """
-        Average the live weights; call it once after each optimizer step. No communication, no host sync.
+        """Average the live weights; call it once after each optimizer step. No communication, no host sync.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -163,8 +162,7 @@ class ShardedEMA:
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:
-        """
-        Context manager: the averaged weights are in the model inside, the live ones again after it.
+        """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Every rank must enter it. Communicates where ranks hold the same tensors (DDP, Replicate axes): each
         owner broadcasts its run. Under FSDP nothing is sent. Needs memory for one copy of the averaged tensors
@@ -188,8 +186,7 @@ class ShardedEMA:
             self._swapped = None
 
     def copy_to_model(self, track: str | None = None) -> None:
-        """
-        Put the averaged weights into the model for good. Communicates like `average_parameters`.
+        """Put the averaged weights into the model for good. Communicates like `average_parameters`.
 
         Args:
             track: which average; may be left out if there is one.
@@ -201,8 +198,7 @@ class ShardedEMA:
         put_average(self._plan, self._current("copy_to_model", track))
 
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
-        """
-        Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
+        """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
 
         Args:
             track: which average; may be left out if there is one.
@@ -221,8 +217,7 @@ class ShardedEMA:
         return whole_tensors(self._exchange, self._plan, pieces, self._file_dtypes(None))
 
     def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """
-        Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
+        """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
         The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
         for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
@@ -250,8 +245,7 @@ class ShardedEMA:
         write_average(self._exchange, target, self._plan, manifest, tracks, max_shard_size=max_shard_size)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """
-        Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
+        """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
 
         Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
         anything fails on any rank, nothing has changed on any rank.
@@ -287,8 +281,7 @@ class ShardedEMA:
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
     ) -> None:
-        """
-        Collective: every rank must call it. Write one average as a plain model folder to ship.
+        """Collective: every rank must call it. Write one average as a plain model folder to ship.
 
         Args:
             path: the folder; a former export is replaced.

@@ -1,5 +1,4 @@
-"""
-The exceptions of the package.
+"""The exceptions of the package.
 
     DistEMAError
     ├── ConfigError (also ValueError)            an option or a schedule has a value out of range
@@ -73,8 +72,7 @@ class CheckpointCorruptError(CheckpointError):
 
 
 def error_class(name: str) -> type[DistEMAError]:
-    """
-    The class of this module called `name`; `DistEMAError` for any other name.
+    """The class of this module called `name`; `DistEMAError` for any other name.
 
     Used to raise on every rank what one rank reported by name. No communication.
     """

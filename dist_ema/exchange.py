@@ -1,5 +1,4 @@
-"""
-Every collective of the package.
+"""Every collective of the package.
 
 [Note: agreement]
 A rank that fails before a collective leaves the others waiting for the process group's timeout (30 minutes
@@ -46,8 +45,7 @@ def _control_group() -> dist.ProcessGroup | None:
 
 
 class Exchange:
-    """
-    Control traffic among all ranks of the default process group; trivial when there is none.
+    """Control traffic among all ranks of the default process group; trivial when there is none.
 
     Construction is collective: every rank must make it.
     """
@@ -59,16 +57,15 @@ class Exchange:
         self._group = _control_group() if distributed else None
 
     def agree(self, action: str, work: Callable[[], T]) -> T:
-        """
-        Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
+        """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
 
         Args:
             action: what is being done, for the message.
             work: must not communicate. See [Note: agreement].
 
         Raises:
-            DistEMAError: the class the first failed rank raised, the same on every rank. Errors of other kinds
-                (OSError, ...) become `CheckpointError`.
+            DistEMAError: the class the first failed rank raised, the same on every rank. An OSError becomes
+                `CheckpointError`, anything else the root class.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -80,8 +77,7 @@ class Exchange:
         return result  # type: ignore[return-value]
 
     def settle(self, action: str, failure: Exception | None) -> None:
-        """
-        Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
+        """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
 
         Raises:
             DistEMAError: as `agree` does.
@@ -122,8 +118,7 @@ class Exchange:
         return box[0]
 
     def compare(self, told: Mapping[str, Any]) -> None:
-        """
-        Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
+        """Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
 
         Costs one gather of a digest; the texts themselves travel only where the digests differ.
 
@@ -152,8 +147,7 @@ class Exchange:
 
 
 def broadcast_from(owner: int, values: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """
-    Collective: every rank of `group` must call it.
+    """Collective: every rank of `group` must call it.
 
     Args:
         owner: global rank whose values are sent.
@@ -166,7 +160,8 @@ def broadcast_from(owner: int, values: torch.Tensor, group: dist.ProcessGroup | 
 def _describe(failure: Exception) -> tuple[str, str]:
     if isinstance(failure, DistEMAError):
         return type(failure).__name__, str(failure)
-    return CheckpointError.__name__, f"{type(failure).__name__}: {failure}"
+    kind = CheckpointError if isinstance(failure, OSError) else DistEMAError
+    return kind.__name__, f"{type(failure).__name__}: {failure}"
 
 
 def _first_difference(ours: Any, theirs: Any, place: str = "") -> str:

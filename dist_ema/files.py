@@ -1,5 +1,4 @@
-"""
-The safetensors layout: where each box of each tensor lies in the final files, and writing and reading there.
+"""The safetensors layout: where each box of each tensor lies in the final files, and writing and reading there.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes, row-major,
 end to end (https://github.com/huggingface/safetensors#format). Names, shapes and dtypes are known to every
@@ -99,8 +98,7 @@ def plan_files(
     max_shard_size: int | str,
     metadata: Mapping[str, str],
 ) -> ModelFiles:
-    """
-    Lay out whole tensors in files of at most `max_shard_size` bytes (or "5GB"), as huggingface_hub splits them.
+    """Lay out whole tensors in files of at most `max_shard_size` bytes (or "5GB"), as huggingface_hub splits them.
 
     Args:
         tensors: name, dtype and shape of each, in the order of the model.
@@ -168,8 +166,7 @@ def write_whole(path: Path, content: bytes, *, size_bytes: int | None = None) ->
 
 
 def write_box(descriptor: int, entry: Entry, box: Box, values: torch.Tensor) -> None:
-    """
-    Write the values of `box` at their places in the open file, converted to the entry's dtype.
+    """Write the values of `box` at their places in the open file, converted to the entry's dtype.
 
     Args:
         descriptor: file open for writing, already of its final size.
@@ -213,8 +210,7 @@ def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def read_box(handle: Any, box: Box, values: torch.Tensor) -> None:
-    """
-    Read the values of `box` into `values`, of shape `box.sizes`, in bounded pieces.
+    """Read the values of `box` into `values`, of shape `box.sizes`, in bounded pieces.
 
     Args:
         handle: the file, opened by `safetensors.safe_open(..., framework="pt")`: only the bytes of the box are

@@ -15,8 +15,7 @@ __all__ = ["whole_tensors"]
 def whole_tensors(
     exchange: Exchange, plan: Plan, pieces: Sequence[tuple[Box, torch.Tensor]], dtypes: dict[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """
-    Collective: every rank must call it. Point-to-point traffic to rank 0, one piece at a time.
+    """Collective: every rank must call it. Point-to-point traffic to rank 0, one piece at a time.
 
     Args:
         exchange: the control traffic of all ranks.

@@ -1,5 +1,4 @@
-"""
-Shards are boxes: named pieces of named tensors, and the arithmetic that gives each piece one owner.
+"""Shards are boxes: named pieces of named tensors, and the arithmetic that gives each piece one owner.
 
 Nothing here knows a parallelism, a process group or a file. No communication.
 
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 
+from dist_ema.errors import UnsupportedModelError
+
 __all__ = [
     "Box",
     "Division",
@@ -40,8 +41,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """
-    A whole named tensor of the model, the same on every rank.
+    """A whole named tensor of the model, the same on every rank.
 
     Attributes:
         fqn: its canonical name, free of wrapper prefixes.
@@ -84,8 +84,7 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """
-    The piece of a named tensor that the live model of this rank holds, and how to reach it.
+    """The piece of a named tensor that the live model of this rank holds, and how to reach it.
 
     Attributes:
         spec: the whole tensor.
@@ -101,8 +100,7 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """
-    A box with one owner among the ranks: the owner alone averages it, and alone writes it.
+    """A box with one owner among the ranks: the owner alone averages it, and alone writes it.
 
     Attributes:
         held: the piece of the live model that the box lies in.
@@ -156,8 +154,7 @@ def _num_rows(box: Box) -> int:
 
 
 def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
-    """
-    Where the boxes, laid end to end, are cut in `parts` runs of nearly equal numbers of elements.
+    """Where the boxes, laid end to end, are cut in `parts` runs of nearly equal numbers of elements.
 
     Returns `parts + 1` points (index of a box, row within it), in order; run i lies between points i and
     i + 1. Each cut falls on the row boundary nearest to its exact place, so a run differs from the exact
@@ -181,8 +178,7 @@ def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
 
 
 def run_between(boxes: Sequence[Box], start: tuple[int, int], stop: tuple[int, int]) -> list[tuple[int, Box]]:
-    """
-    The run of rows from point `start` to point `stop` (half-open): pairs of a box's index and a piece of it.
+    """The run of rows from point `start` to point `stop` (half-open): pairs of a box's index and a piece of it.
 
     Empty pieces are left out.
     """
@@ -206,8 +202,7 @@ def run_between(boxes: Sequence[Box], start: tuple[int, int], stop: tuple[int, i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Division:
-    """
-    Pieces of tensors that the same ranks hold alike, divided among these ranks: one owner per element.
+    """Pieces of tensors that the same ranks hold alike, divided among these ranks: one owner per element.
 
     Attributes:
         held: the pieces, in the order of the model; equal boxes on each of the ranks.
@@ -239,8 +234,7 @@ class Division:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """
-    A model as boxes: what exists, what this rank holds of it, and what it owns.
+    """A model as boxes: what exists, what this rank holds of it, and what it owns.
 
     Attributes:
         specs: every persistent tensor of the model, tied ones once; the same on every rank.
@@ -253,6 +247,23 @@ class Plan:
     aliases: Mapping[str, str]
     divisions: tuple[Division, ...]
     settle: Callable[[], None]
+
+    @property
+    def names(self) -> list[str]:
+        """Every name of every tensor."""
+        return [*(spec.fqn for spec in self.specs), *self.aliases]
+
+    def check_not_empty(self) -> None:
+        """Refuse a plan that averages nothing.
+
+        Raises:
+            UnsupportedModelError: no tensor is averaged.
+        """
+        if not any(spec.averaged for spec in self.specs):
+            raise UnsupportedModelError(
+                f"the model has no floating-point parameter to average among its {len(self.specs)} tensors, expected "
+                "at least one: check the model, and include= and exclude="
+            )
 
     def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
         """The shards this rank owns: of averaged tensors, or of those that are always shown live."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_ema import commit
 from dist_ema.checks import folder_name
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 
-__all__ = ["MANIFEST_NAME", "Manifest", "SavedTensor", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "SavedTensor", "find_saved", "read_manifest"]
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = "dist_ema"
@@ -29,8 +30,7 @@ class SavedTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """
-    The record beside the tensors.
+    """The record beside the tensors.
 
     Attributes:
         num_updates: calls of `update` so far.
@@ -74,9 +74,28 @@ class Manifest:
         return json.dumps(self.to_json(), indent=1).encode() + b"\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def find_saved(source: Path) -> Path:
+    """The folder of the average at `source`: that folder itself, or the only one in a checkpoint that holds it.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or several to choose from.
     """
-    Read the manifest of a saved average. No communication.
+    folder = commit.resolve(source)
+    if (folder / MANIFEST_NAME).exists():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}") if not path.parent.name.startswith("."))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(path.name for path in inside)
+        raise CheckpointNotFoundError(f"{folder} holds several averages ({names}): give the folder of one of them")
+    raise CheckpointNotFoundError(
+        f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}"
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a saved average. No communication.
 
     Raises:
         CheckpointCorruptError: there is none, or it cannot be understood.
@@ -114,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
             aliases=dict(record["aliases"]),
             written_by=dict(record["written_by"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointCorruptError(f"{path} lacks or misstates a field: {error!r}") from error
 
 

@@ -14,15 +14,14 @@ from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules import Schedule
 
-__all__ = ["Options", "checked_schedules", "name_patterns"]
+__all__ = ["Options", "checked_device", "checked_schedules", "name_patterns"]
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """
-    The options of a `ShardedEMA`, all but the schedules.
+    """The options of a `ShardedEMA`, all but the schedules.
 
     Attributes:
         interval: average on calls number 0, n, 2n, ... of `update`; the others only count. In updates.
@@ -66,8 +65,7 @@ class Options:
         return included and not _any_matches(fqns, self.exclude)
 
     def check_patterns(self, fqns: Iterable[str]) -> None:
-        """
-        Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
+        """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
 
         Raises:
             ConfigError: a pattern of `include` or `exclude` matches nothing.
@@ -97,24 +95,36 @@ def _any_matches(fqns: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(fqn, pattern) for fqn in fqns for pattern in patterns)
 
 
-def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+def checked_device(device: object) -> torch.device | None:
+    """`device` as torch knows it; None stays None.
+
+    Raises:
+        ConfigError: torch does not know it.
     """
-    One glob pattern, several, or None, as a tuple of patterns.
+    if device is None:
+        return None
+    try:
+        return torch.device(device)  # type: ignore[call-overload,no-any-return]
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None
+
+
+def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One glob pattern, several, or None, as a tuple of patterns.
 
     Raises:
         ConfigError: something else was given.
     """
     if value is None:
         return ()
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ConfigError(f"{name} is {value!r}, expected a glob pattern or a list of them, such as 'encoder.*'")
     return patterns
 
 
 def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
-    """
-    Track names and their schedules; a single schedule is the track "ema".
+    """Track names and their schedules; a single schedule is the track "ema".
 
     Raises:
         ConfigError: no schedule, something without a `momentum(step)` method, or a name that cannot be a folder.

@@ -1,5 +1,4 @@
-"""
-Schedules: the momentum of an update as a pure function of its number.
+"""Schedules: the momentum of an update as a pure function of its number.
 
 *Momentum* is the weight of the new observation, `averaged <- (1 - m) * averaged + m * live`: it is
 `1 - decay`, and neither the optimizer's momentum nor BYOL's tau. Everything is float64 on the host.
@@ -54,8 +53,7 @@ def _checked_momentum(name: str, value: object) -> float:
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class CosineSchedule:
-    """
-    Momentum that falls from `momentum` to `end_momentum` along half a cosine.
+    """Momentum that falls from `momentum` to `end_momentum` along half a cosine.
 
     `m(k) = end + (start - end) * (cos(pi * k / K) + 1) / 2` for update number k in [0, K], K =
     `total_steps` optimizer steps, so m(0) = start and m(K) = end. Beyond K it stays at `end`.
@@ -109,8 +107,7 @@ class CosineSchedule:
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class ConstantSchedule:
-    """
-    The same momentum at every update; give either `decay` or `momentum = 1 - decay`.
+    """The same momentum at every update; give either `decay` or `momentum = 1 - decay`.
 
     Source: `ExponentialMovingAverage` of mmengine, `get_ema_multi_avg_fn(decay)` of torch.
 
@@ -152,8 +149,7 @@ class ConstantSchedule:
 
 
 def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval_correction: bool) -> float:
-    """
-    The momentum to use in update number `step`, checked.
+    """The momentum to use in update number `step`, checked.
 
     With `interval_correction` it is `1 - (1 - m)^interval`: one update then forgets as much as `interval` updates
     with m would.
@@ -184,8 +180,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 
 
 def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
-    """
-    The schedule that `schedule_to_json` wrote.
+    """The schedule that `schedule_to_json` wrote.
 
     Raises:
         ConfigError: the type is not one of this package's schedules, or an argument is wrong.

@@ -1,5 +1,4 @@
-"""
-Putting the averaged weights into the live model, and the live ones back.
+"""Putting the averaged weights into the live model, and the live ones back.
 
 Owners write their boxes into the live tensors; where several ranks hold the same tensor (DDP, Replicate axes)
 each owner then broadcasts its run to the others, in buckets of bounded size. Under plain FSDP nothing is
@@ -42,8 +41,7 @@ class LiveBackup:
 
 @torch.no_grad()
 def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
-    """
-    Collective along replicas only: every rank that holds the same tensors must call it.
+    """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.

@@ -1,5 +1,4 @@
-"""
-From a model to boxes: the only module that knows the parallelisms.
+"""From a model to boxes: the only module that knows the parallelisms.
 
 `plan_model` finds every persistent tensor of a model, its canonical name, the box of it that this rank holds
 and the ranks that hold the same box. Everything above sees `dist_ema.layout.Plan`. No communication.
@@ -43,8 +42,7 @@ def plan_model(
     rank: int,
     world_size: int,
 ) -> Plan:
-    """
-    Plan the averaging of `model` on this rank. No communication.
+    """Plan the averaging of `model` on this rank. No communication.
 
     Args:
         model: plain, DDP or FSDP2 (`fully_shard`) module, possibly wrapped by `torch.compile`.
@@ -54,7 +52,7 @@ def plan_model(
         world_size: ranks in the default process group.
 
     Raises:
-        UnsupportedModelError: something cannot be served exactly, or there is nothing to average.
+        UnsupportedModelError: something cannot be served exactly.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
@@ -87,11 +85,6 @@ def plan_model(
         key = (held_by.ranks, averaged, named.is_buffer)
         members.setdefault(key, []).append(Held(spec, box, view))
         holders.setdefault(key, held_by)
-    if not any(spec.averaged for spec in specs):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no floating-point parameter to average among its {len(specs)} tensors; "
-            "expected at least one: check the model, and include= and exclude="
-        )
     divisions = tuple(
         Division(
             held=tuple(members[key]),
@@ -151,8 +144,7 @@ def _named_tensors(model: nn.Module) -> list[_Named]:
 
 
 def _resolve(model: nn.Module, raw_name: str) -> tuple[str, nn.Module, str]:
-    """
-    Canonical name of a tensor, the module that holds it, and the attribute it is there.
+    """Canonical name of a tensor, the module that holds it, and the attribute it is there.
 
     Prefixes of wrappers are dropped. Wrappers are recognised by type or by a child name that torch reserves, so a
     user's own attribute called `module` keeps its name.
@@ -182,8 +174,7 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def _reshard(modules: list[FSDPModule]) -> None:
-    """
-    Make the parameters' names resolve to the sharded DTensors again. No communication.
+    """Make the parameters' names resolve to the sharded DTensors again. No communication.
 
     After a forward without gradients the root group stays gathered: its names then yield plain tensors that
     are dropped at the next reshard, so reads through them are stale and writes are lost.

@@ -1,5 +1,4 @@
-"""
-The averaged values of this rank, and the update that moves them. No communication, ever.
+"""The averaged values of this rank, and the update that moves them. No communication, ever.
 
 The averaged values of one track lie in one flat buffer per device; each shard's averaged tensor is a view of
 it. Live values of the same dtype and device are averaged by one `_foreach_lerp_` over prepared lists; others
@@ -27,8 +26,7 @@ _SCRATCH_NUMEL = 512 * 1024
 
 
 class Averages:
-    """
-    Averaged values of one track for the shards that this rank owns.
+    """Averaged values of one track for the shards that this rank owns.
 
     Attributes:
         values: one tensor per shard, of the shard's sizes, in the order of the shards.
@@ -67,8 +65,7 @@ class Averages:
 
     @torch.no_grad()
     def lerp(self, momentum: float) -> None:
-        """
-        Averaged <- (1 - momentum) * averaged + momentum * live. No communication.
+        """Averaged <- (1 - momentum) * averaged + momentum * live. No communication.
 
         Args:
             momentum: weight of the live values, from 0 to 1.

@@ -1,5 +1,4 @@
-"""
-Wiring into accelerate: the average follows the optimizer's steps and travels with its checkpoints.
+"""Wiring into accelerate: the average follows the optimizer's steps and travels with its checkpoints.
 
 - step: `register_step_post_hook` of the inner torch optimizer; it fires once per real step, not per micro-batch
   (accelerate's wrapper refuses hooks).
@@ -43,8 +42,7 @@ def attach(
     name: str = "ema",
     **options: Any,
 ) -> ShardedEMA:
-    """
-    Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
+    """Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
 
     `update` is called after each real optimizer step; `accelerator.save_state(dir)` also writes `dir/<name>/`,
     and `accelerator.load_state(dir)` brings it back, on any number of ranks. `ema.detach()` undoes all of it.
@@ -113,8 +111,7 @@ def _check(accelerator: object, model: object, optimizer: object, name: str) -> 
 
 
 def _is_state_initialisation() -> bool:
-    """
-    Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
+    """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
 
     `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
     optimizer without state (accelerate's FSDP2 save and load reach them): no training step, so no update. An lr of

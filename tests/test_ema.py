@@ -1,0 +1,283 @@
+"""One process: the rule, the numbers, names through wrappers, and what is refused."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from oracle import NaiveAverage
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from zoo import Nasty, set_live
+
+import dist_ema.ema
+from dist_ema import ConfigError, ConstantSchedule, CosineSchedule, DistEMAError, ShardedEMA, UnsupportedModelError
+from dist_ema.update import _SCRATCH_NUMEL
+
+HALF = ConstantSchedule(momentum=0.5)
+
+
+def test_first_call_copies_and_the_next_ones_lerp() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = ShardedEMA(model, HALF)
+    for value in (8.0, 4.0, 0.0):
+        model.weight.data.fill_(value)
+        ema.update()
+    assert ema.full_state_dict()["weight"].item() == 3.0
+    assert ema.num_updates == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_large_tensors_of_any_dtype_and_strides_equal_the_naive_average(dtype, layout) -> None:
+    torch.manual_seed(0)
+    shape = (3, _SCRATCH_NUMEL // 2 + 17)
+    model = nn.Module()
+    model.w = nn.Parameter(
+        torch.empty(shape[::-1]).t().to(dtype) if layout == "transposed" else torch.empty(shape, dtype=dtype)
+    )
+    model.b = nn.Parameter(torch.empty(5, dtype=dtype))
+    ema, naive = ShardedEMA(model, HALF), NaiveAverage(HALF.momentum)
+    for step in range(3):
+        set_live(model, step)
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+    state = ema.full_state_dict()
+    assert all(torch.equal(state[name], value) for name, value in naive.values.items())
+
+
+def test_a_float32_average_of_bfloat16_weights_moves_and_stays_accurate() -> None:
+    """A bfloat16 average at this decay would not move at all."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False).to(torch.bfloat16)
+    schedule = ConstantSchedule(decay=0.9999)
+    ema, naive = ShardedEMA(model, schedule), NaiveAverage(schedule.momentum, dtype=torch.float64)
+    start = model.weight.detach().double().clone()
+    drift = torch.randn(16, 16) * 2e-3
+    exact = model.weight.detach().float().clone()
+    for _ in range(2000):
+        exact += drift
+        with torch.no_grad():
+            model.weight.copy_(exact)
+        ema.update()
+        naive.update({"weight": model.weight})
+    average, truth = ema.full_state_dict()["weight"].double(), naive.values["weight"]
+    relative_error = (average - truth).norm() / truth.norm()
+    assert relative_error < 2e-6
+    assert (truth - start).norm() > 1e4 * (average - truth).norm(), "the average moved, and by the right way"
+
+
+def test_interval_correction_forgets_as_much_as_the_skipped_updates_would() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    plain = ShardedEMA(model, ConstantSchedule(momentum=0.01))
+    corrected = ShardedEMA(model, ConstantSchedule(momentum=0.01), interval=5, interval_correction=True)
+    model.weight.data.fill_(0.0)
+    plain.update(), corrected.update()
+    model.weight.data.fill_(1.0)
+    for _ in range(5):
+        plain.update(), corrected.update()
+    expected = 1 - 0.99**5
+    assert plain.full_state_dict()["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert corrected.full_state_dict()["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_device_of_its_own_gives_the_same_bits() -> None:
+    model = Nasty()
+    near, far = ShardedEMA(model, HALF), ShardedEMA(model, HALF, device="cpu")
+    for step in range(3):
+        set_live(model, step)
+        near.update(), far.update()
+    ours, theirs = near.full_state_dict(), far.full_state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class _OwnNames(nn.Module):
+    """Attributes that look like the prefixes of wrappers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.inner = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.module(x))
+
+
+def wrap_compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def wrap_checkpointed(model: nn.Module) -> nn.Module:
+    model.module[0] = checkpoint_wrapper(model.module[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, wrap_compiled, wrap_checkpointed, lambda m: wrap_compiled(wrap_checkpointed(m))]
+)
+def test_names_are_those_of_the_unwrapped_model(wrap) -> None:
+    expected = set(_OwnNames().state_dict())
+    model = wrap(_OwnNames())
+    ema = ShardedEMA(model, HALF)
+    model(torch.ones(1, 2))
+    ema.update()
+    assert {shard.fqn for shard in ema.shards} == expected == set(ema.full_state_dict())
+
+
+def test_tied_weights_are_averaged_once_and_frozen_ones_too() -> None:
+    model = Nasty()
+    ema, naive = ShardedEMA(model, ConstantSchedule(momentum=0.1)), NaiveAverage(lambda step: 0.1)
+    for step in range(2):
+        naive.update(set_live(model, step))
+        ema.update()
+    state = ema.full_state_dict()
+    assert torch.equal(state["head.weight"], naive.values["embed.weight"])
+    assert torch.equal(state["frozen.weight"], naive.values["frozen.weight"])
+    assert "scratch" not in state, "non-persistent buffers are not saved"
+    model.load_state_dict(state)
+
+
+def test_a_tied_weight_is_excluded_by_any_of_its_names() -> None:
+    for pattern in ("head.*", "embed.*"):
+        ema = ShardedEMA(Nasty(), HALF, exclude=pattern)
+        assert "embed.weight" not in {shard.fqn for shard in ema.shards}
+
+
+@pytest.mark.parametrize("change", ["to", "assign"])
+def test_replaced_storage_is_followed(change) -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    before = ema.full_state_dict()["weight"].clone()
+    if change == "to":
+        model.to(torch.bfloat16)
+    else:
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["weight"], torch.lerp(before, torch.full((2, 2), 3.0), 0.5))
+
+
+def test_autograd_is_untouched_by_update_and_swap() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    with ema.average_parameters():
+        assert model.weight.requires_grad and model.weight.is_leaf
+    model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+    ema.update()
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(3).to_sparse())
+
+
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        self.v = nn.Parameter(torch.zeros(2))
+
+
+class _Integers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ShardedEMA(_Integers(), HALF), "no floating-point parameter"),
+        (lambda: ShardedEMA(nn.Identity(), HALF), "no floating-point parameter"),
+        (lambda: ShardedEMA(nn.Linear(2, 2, device="meta"), HALF), "meta device"),
+        (lambda: ShardedEMA(_Sparse(), HALF), "layout"),
+        (lambda: ShardedEMA(_Complex(), HALF), "exclude='w'"),
+        (lambda: ShardedEMA("model", HALF), r"expected a torch\.nn\.Module"),
+    ],
+)
+def test_models_that_cannot_be_averaged_are_refused(make, told) -> None:
+    with pytest.raises(UnsupportedModelError, match=told):
+        make()
+
+
+def test_a_complex_parameter_can_be_excluded_and_is_saved_live(tmp_path) -> None:
+    ema = ShardedEMA(_Complex(), HALF, exclude="w")
+    ema.update()
+    ema.save(tmp_path / "ema")
+    assert ema.full_state_dict()["w"].dtype == torch.complex64
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"interval": 0}, "interval is 0"),
+        ({"interval": 2.0}, "interval is 2.0"),
+        ({"interval_correction": 1}, "interval_correction"),
+        ({"update_buffers": "yes"}, "update_buffers"),
+        ({"dtype": torch.int64}, "dtype"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"include": "nothing.*"}, "matches none"),
+        ({"exclude": [3]}, "glob"),
+        ({"exclude": 3}, "glob"),
+        ({"device": "nowhere"}, "device"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        ShardedEMA(nn.Linear(2, 2), HALF, **options)
+
+
+@pytest.mark.parametrize(
+    "schedule", [0.999, None, {}, {"": HALF}, {"../x": HALF}, {"a": 0.5}, CosineSchedule, {"a/b": HALF}]
+)
+def test_what_is_no_schedule_is_refused(schedule) -> None:
+    with pytest.raises(ConfigError):
+        ShardedEMA(nn.Linear(2, 2), schedule)
+
+
+class _Broken:
+    def momentum(self, step: int) -> float:
+        return math.nan if step == 1 else 2.0
+
+
+def test_a_schedule_of_ones_own_that_gives_nonsense_is_refused_before_anything_changes() -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), _Broken())
+    ema.update()
+    before = ema.full_state_dict()
+    with pytest.raises(ConfigError, match="finite"):
+        ema.update()
+    assert all(torch.equal(value, before[name]) for name, value in ema.full_state_dict().items())
+    assert ema.num_updates == 1
+
+
+def test_a_low_precision_average_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="stand still"):
+        ShardedEMA(nn.Linear(2, 2), HALF, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("call", ["save", "load", "consolidate"])
+def test_a_path_that_is_none_is_refused(call) -> None:
+    with pytest.raises(DistEMAError, match="path is None"):
+        getattr(ShardedEMA(nn.Linear(2, 2), HALF), call)(None)
+
+
+def test_export_refuses_an_integer_dtype_and_an_unknown_track(tmp_path) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    with pytest.raises(ConfigError, match="floating-point"):
+        ema.consolidate(tmp_path / "out", dtype=torch.int8)
+    with pytest.raises(ConfigError, match="track is 'x'"):
+        ema.consolidate(tmp_path / "out", track="x")
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        ema.consolidate(tmp_path / "out", max_shard_size="big")
+    assert not list(tmp_path.iterdir())
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(dist_ema.ema).failed == 0
