@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes .venv in the checkout with the tested versions and this package (editable). A second run does nothing.
+# PYTHON chooses the interpreter (3.10 or newer); pip's own settings choose the index.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/installed-from
+wanted=$(cat pyproject.toml launch/constraints.txt | cksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    exit 0
+fi
+echo "setting up .venv (once; PyTorch is large)"
+"${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "dist_ema needs Python 3.10 or newer: set PYTHON" >&2
+    exit 1
+}
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+# torch first and alone: later requirements are then met by the pinned build.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[dev]'
+echo "$wanted" > "$stamp"
