@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
 
@@ -104,7 +104,8 @@ def main() -> None:
     for name, times in seconds.items():
         ratios = sorted(own / base for own, base in zip(times, floor, strict=True))
         p10, p90 = ratios[len(ratios) // 10], ratios[(9 * len(ratios)) // 10]
-        print(f"| {name} | {1000 * statistics.median(times):.3f} | {statistics.median(ratios):.2f} | {p10:.2f} | {p90:.2f} |")
+        median_ms, ratio = 1000 * statistics.median(times), statistics.median(ratios)
+        print(f"| {name} | {median_ms:.3f} | {ratio:.2f} | {p10:.2f} | {p90:.2f} |")
 
 
 if __name__ == "__main__":
