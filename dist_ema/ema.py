@@ -21,7 +21,7 @@ from dist_ema.manifest import Manifest
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
 from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
 from dist_ema.swap import LiveBackup, put_average
-from dist_ema.topology import plan_model
+from dist_ema.topology.planning import plan_model
 from dist_ema.update import Averages
 
 __all__ = ["ShardedEMA"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -146,15 +146,41 @@ class Exchange:
         dist.recv(values, src=source, group=self._group)
 
 
-def broadcast_from(owner: int, values: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Collective: every rank of `group` must call it.
+def broadcast_from(
+    owner: int, values: torch.Tensor, ranks: Sequence[int], groups: Sequence[dist.ProcessGroup | None]
+) -> None:
+    """Collective: each of `ranks` must call it. Sends the values of `owner` to all of them.
+
+    With several groups (several Replicate axes of a mesh) the values travel along one axis after the other: first
+    within the owner's own line of the first axis, then from every rank of that line along the second, and so on.
 
     Args:
         owner: global rank whose values are sent.
         values: contiguous tensor, read on the owner and overwritten elsewhere.
-        group: the process group of the replicas; None is the default group.
+        ranks: global ranks of all holders, laid out row-major over the axes of `groups`.
+        groups: this rank's process group along each axis; None is the default group.
     """
-    dist.broadcast(values, src=owner, group=group)
+    grid = torch.tensor(ranks).view([dist.get_world_size(group) for group in groups])
+    mine, owners = (_place_in(grid, rank) for rank in (dist.get_rank(), owner))
+    for axis, group in enumerate(groups):
+        # Lines in which nobody has the values yet sit this axis out; a later axis reaches them.
+        if mine[axis + 1 :] == owners[axis + 1 :]:
+            carrier = (*mine[:axis], owners[axis], *mine[axis + 1 :])
+            _broadcast(values, int(grid[carrier]), group)
+
+
+def _place_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:
+    return tuple((grid == rank).nonzero()[0].tolist())
+
+
+def _broadcast(values: torch.Tensor, sender: int, group: dist.ProcessGroup | None) -> None:
+    if values.device.type == "cpu" and dist.get_backend(group) == "nccl":
+        # Parameters offloaded to the host, replicas reachable by NCCL only.
+        on_device = values.cuda()
+        dist.broadcast(on_device, src=sender, group=group)
+        values.copy_(on_device)
+    else:
+        dist.broadcast(values, src=sender, group=group)
 
 
 def _describe(failure: Exception) -> tuple[str, str]:

@@ -208,14 +208,16 @@ class Division:
         held: the pieces, in the order of the model; equal boxes on each of the ranks.
         ranks: the global ranks that hold them.
         position: index of this rank in `ranks`.
-        group: handle of the process group of `ranks`, for `exchange`; None is the default group.
+        groups: process groups through which a broadcast reaches all of `ranks`, for `exchange`.
+        averaged: whether the average keeps values for these tensors.
         single_owner: give everything to the first rank (buffers, as DDP does), instead of dividing it.
     """
 
     held: tuple[Held, ...]
     ranks: tuple[int, ...]
     position: int
-    group: Any = None
+    groups: tuple[Any, ...] = ()
+    averaged: bool = True
     single_owner: bool = False
 
     def runs(self) -> list[list[Shard]]:
@@ -239,7 +241,7 @@ class Plan:
     Attributes:
         specs: every persistent tensor of the model, tied ones once; the same on every rank.
         aliases: further names of tied tensors -> the name in `specs`.
-        divisions: what this rank holds of them. Each division is wholly averaged or wholly live.
+        divisions: what this rank holds of them.
         settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
     """
 
@@ -270,6 +272,6 @@ class Plan:
         return tuple(
             shard
             for division in self.divisions
-            if division.held[0].spec.averaged == averaged
+            if division.averaged == averaged
             for shard in division.runs()[division.position]
         )

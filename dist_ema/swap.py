@@ -8,12 +8,11 @@ communicated. The live values are kept aside first: one copy of what this rank h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from dist_ema.exchange import broadcast_from
-from dist_ema.layout import Plan, Shard
+from dist_ema.layout import Division, Plan, Shard
 
 __all__ = ["LiveBackup", "put_average"]
 
@@ -28,7 +27,7 @@ class LiveBackup:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         plan.settle()
-        self._held = [held for division in plan.divisions if division.held[0].spec.averaged for held in division.held]
+        self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.view().clone(memory_format=torch.preserve_format) for held in self._held]
 
     @torch.no_grad()
@@ -51,37 +50,37 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
     for shard, value in zip(plan.owned(averaged=True), values, strict=True):
         shard.live().copy_(value)
     for division in plan.divisions:
-        if not division.held[0].spec.averaged or len(division.ranks) == 1:
+        if not division.averaged or len(division.ranks) == 1:
             continue
         for owner, run in zip(division.ranks, division.runs(), strict=True):
-            owns = division.ranks[division.position] == owner
             for bucket in _buckets(run):
-                _refresh(bucket, owner, owns, division.group)
+                _refresh(bucket, owner, division)
 
 
 def _buckets(run: Sequence[Shard]) -> Iterator[list[torch.Tensor]]:
-    """The live pieces of a run, in groups of one dtype that are sent together."""
+    """The live pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
     bucket: list[torch.Tensor] = []
-    nbytes = 0
+    bucket_bytes = 0
     for shard in run:
         piece = shard.live()
-        full = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
-        if full or nbytes >= _BUCKET_BYTES:
+        piece_bytes = piece.numel() * piece.element_size()
+        other_kind = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
+        if bucket and (other_kind or bucket_bytes + piece_bytes > _BUCKET_BYTES):
             yield bucket
-            bucket, nbytes = [], 0
+            bucket, bucket_bytes = [], 0
         bucket.append(piece)
-        nbytes += piece.numel() * piece.element_size()
+        bucket_bytes += piece_bytes
     if bucket:
         yield bucket
 
 
-def _refresh(pieces: Sequence[torch.Tensor], owner: int, owns: bool, group: Any) -> None:
+def _refresh(pieces: Sequence[torch.Tensor], owner: int, division: Division) -> None:
     if len(pieces) == 1 and pieces[0].is_contiguous():
-        broadcast_from(owner, pieces[0], group)
+        broadcast_from(owner, pieces[0], division.ranks, division.groups)
         return
     packed = torch.cat([piece.reshape(-1) for piece in pieces])
-    broadcast_from(owner, packed, group)
-    if not owns:
+    broadcast_from(owner, packed, division.ranks, division.groups)
+    if division.ranks[division.position] != owner:
         parts = packed.split([piece.numel() for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part.view(piece.shape))

@@ -25,7 +25,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError
 from dist_ema.exchange import Exchange
 from dist_ema.schedules import Schedule
-from dist_ema.topology import trained_parameters
+from dist_ema.topology.planning import trained_parameters
 
 __all__ = ["attach"]
 

@@ -1,0 +1,187 @@
+"""FSDP1 (`FullyShardedDataParallel`): parameters that lie flattened, end to end, in one sharded flat parameter.
+
+A rank holds a contiguous run of the flat parameter, so of each original parameter at most one run of elements; a run
+is a few boxes: a partial row, whole rows, a partial row.
+
+    flat parameter   |---- weight ----|- bias -|---- next ----|pad|
+    rank 0 holds     [..............]
+    rank 1 holds                     [..................]            weight: its last elements, bias, part of next
+
+FSDP1 tells of this only through private attributes of its handle. All of them are read in `_flat_slices`,
+`reshard_fsdp1` and `_local_run`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.layout import Box
+from dist_ema.topology.placed import Holders, Named, Piece
+
+__all__ = ["FlatSlice", "boxes_of_run", "find_flat_slices", "place_flat", "reshard_fsdp1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatSlice:
+    """One original parameter within a flat parameter.
+
+    Attributes:
+        handle: FSDP1's handle of the flat parameter.
+        replicate_group: the process group across which whole shards are replicated (hybrid sharding), or None.
+        shape: whole shape of the original parameter.
+        start: index of the first element this rank holds, in the flattened original parameter.
+        numel: number of elements this rank holds, maybe 0.
+        offset: where they begin in this rank's shard of the flat parameter.
+    """
+
+    handle: Any
+    replicate_group: Any
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the sharded values that the optimizer steps."""
+        return _local_shard(self.handle).dtype
+
+
+def find_flat_slices(model: nn.Module) -> dict[tuple[int, str], FlatSlice]:
+    """(identity of a module, attribute) -> the slice in which that parameter lies; tied ones repeatedly.
+
+    Empty for a model without FSDP1. No communication.
+
+    Raises:
+        UnsupportedModelError: a parameter is flattened in another than row-major order, or is a DTensor.
+    """
+    found: dict[tuple[int, str], FlatSlice] = {}
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            found.update(_flat_slices(module))
+    return found
+
+
+def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], FlatSlice]:
+    handle = module._handle
+    if handle is None:
+        return {}
+    flat = handle.flat_param
+    if not all(flat._contiguities):
+        name = flat._fqns[flat._contiguities.index(False)]
+        raise UnsupportedModelError(
+            f"{name} is not contiguous (channels_last, say) and FSDP1 flattens it in that order; expected row-major: "
+            "call .contiguous() on it before wrapping, or use FSDP2"
+        )
+    if handle._fsdp_extension is not None:
+        raise UnsupportedModelError("FSDP1 over tensor parallelism is not served: use FSDP2 (fully_shard) there")
+    replicate_group = getattr(module, "_inter_node_pg", None)
+    found: dict[tuple[int, str], FlatSlice] = {}
+    for info, shape, local in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
+        found[id(info.module), info.param_name] = FlatSlice(
+            handle=handle,
+            replicate_group=replicate_group,
+            shape=tuple(shape),
+            start=local.intra_param_start_idx or 0,
+            numel=local.numel_in_shard or 0,
+            offset=local.offset_in_shard or 0,
+        )
+    for shared in flat._shared_param_infos:
+        found[id(shared.module), shared.param_name] = found[id(shared.prim_module), shared.prim_param_name]
+    return found
+
+
+def reshard_fsdp1(model: nn.Module) -> None:
+    """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
+
+    FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients, and
+    would go on with it though the shards have changed.
+    """
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            handle = module._handle
+            if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
+                handle.reshard(handle.uses_sharded_strategy)
+                handle.post_reshard()
+                handle._prefetched = False
+
+
+def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
+    """The boxes of a flattened parameter that this rank holds, and the ranks that hold them alike.
+
+    Raises:
+        UnsupportedModelError: the process groups leave ranks out.
+    """
+    piece: FlatSlice = named.source
+    pieces = [
+        Piece(box, functools.partial(_local_run, piece.handle, piece.offset + skipped, box.sizes))
+        for skipped, box in boxes_of_run(named.fqns[0], piece.shape, piece.start, piece.numel)
+    ]
+    shard_group = piece.handle.process_group
+    if not piece.handle.uses_sharded_strategy:
+        group, shards = shard_group, 1
+    else:
+        group, shards = piece.replicate_group, dist.get_world_size(shard_group)
+    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else (dist.get_rank(),)
+    if len(ranks) * shards != world_size:
+        raise UnsupportedModelError(
+            f"{named.fqns[0]} is sharded by FSDP1 over {shards} ranks and replicated over {len(ranks)}, which leaves "
+            f"out some of the {world_size} ranks. Expected process groups of all ranks"
+        )
+    return pieces, Holders(ranks, ranks.index(dist.get_rank()), () if group is None else (group,))
+
+
+def boxes_of_run(fqn: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[int, Box]]:
+    """The run of `numel` elements from element `start` of a row-major tensor, as boxes.
+
+    Yields how many elements of the run lie before the box, and the box; at most `2 * len(shape) - 1` of them.
+    """
+    if numel == 0:
+        return
+    if not shape:
+        yield 0, Box(fqn, (), ())
+        return
+    yield from _boxes_below(fqn, shape, (), start, start + numel, 0)
+
+
+def _boxes_below(
+    fqn: str, shape: tuple[int, ...], prefix: tuple[int, ...], start: int, stop: int, skipped: int
+) -> Iterator[tuple[int, Box]]:
+    """Boxes of the elements [start, stop) of the sub-tensor at index `prefix`."""
+    dim = len(prefix)
+    inner = math.prod(shape[dim + 1 :])
+    first, last = -(-start // inner), stop // inner  # whole slices along `dim`: [first, last)
+    if first > last:  # within one slice
+        yield from _boxes_below(fqn, shape, (*prefix, last), start - last * inner, stop - last * inner, skipped)
+        return
+    if start < first * inner:
+        head = first - 1
+        yield from _boxes_below(fqn, shape, (*prefix, head), start - head * inner, inner, skipped)
+    if first < last:
+        rest = shape[dim + 1 :]
+        box = Box(fqn, (*prefix, first, *(0 for _ in rest)), (*(1 for _ in prefix), last - first, *rest))
+        yield skipped + first * inner - start, box
+    if stop > last * inner:
+        before = skipped + last * inner - start
+        yield from _boxes_below(fqn, shape, (*prefix, last), 0, stop - last * inner, before)
+
+
+def _local_shard(handle: Any) -> torch.Tensor:
+    """The full-precision shard that the optimizer steps; before the first forward it has no name of its own."""
+    flat = handle.flat_param
+    shard: torch.Tensor = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
+    return shard
+
+
+def _local_run(handle: Any, offset: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    return _local_shard(handle).detach()[offset : offset + math.prod(sizes)].view(sizes)

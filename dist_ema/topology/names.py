@@ -1,0 +1,107 @@
+"""Every parameter and persistent buffer of a model, once, with the names it has without its wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.topology.fsdp1 import FlatSlice
+from dist_ema.topology.placed import Named
+
+__all__ = ["named_tensors"]
+
+# Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
+_WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_FLAT_PARAMETER = "_flat_param"
+
+
+def named_tensors(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSlice]) -> list[Named]:
+    """Every parameter, then every persistent buffer, each in the order of the model. No communication.
+
+    Args:
+        model: the wrapped model.
+        flat_slices: the parameters that FSDP1 has flattened.
+
+    Raises:
+        UnsupportedModelError: two different tensors have the same canonical name.
+    """
+    found: dict[int, Named] = {}
+    taken: dict[str, int] = {}
+    for fqn, owner, attribute, source, is_buffer in (*_parameters(model, flat_slices), *_buffers(model)):
+        if taken.setdefault(fqn, id(source)) != id(source):
+            raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
+        named = found.get(id(source))
+        if named is None:
+            named = Named([], tuple(source.shape), source.dtype, source, is_buffer, owner, attribute)
+            found[id(source)] = named
+        if fqn not in named.fqns:
+            named.fqns.append(fqn)
+    return list(found.values())
+
+
+_Met = tuple[str, nn.Module, str, Any, bool]
+
+
+def _parameters(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSlice]) -> Iterator[_Met]:
+    flattened: dict[int, list[str]] = {}
+    for module_id, attribute in flat_slices:
+        flattened.setdefault(module_id, []).append(attribute)
+    for prefix, module in _modules(model):
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for attribute in [*own, *(name for name in flattened.get(id(module), ()) if name not in own)]:
+            source = flat_slices.get((id(module), attribute))
+            if source is not None or attribute != _FLAT_PARAMETER:
+                yield prefix + attribute, module, attribute, own[attribute] if source is None else source, False
+
+
+def _buffers(model: nn.Module) -> Iterator[_Met]:
+    for prefix, module in _modules(model):
+        for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            # No public way tells, but a state_dict() of the whole model, which gathers under FSDP1.
+            if attribute not in module._non_persistent_buffers_set:
+                yield prefix + attribute, module, attribute, buffer, True
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(canonical prefix with its dot, module), shared modules under each of their names."""
+    for raw_name, module in model.named_modules(remove_duplicate=False):
+        yield canonical_prefix(model, raw_name), module
+
+
+def canonical_prefix(model: nn.Module, raw_name: str) -> str:
+    """The prefix of the names within a module, without what wrappers add.
+
+    Wrappers are recognised by type or by a child name that torch reserves, so a user's own attribute called `module`
+    keeps its name.
+    """
+    owner: Any = model
+    kept = []
+    for part in raw_name.split(".") if raw_name else ():
+        wraps = part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, DistributedDataParallel))
+        if not wraps:
+            kept.append(part + ".")
+        owner = owner.get_submodule(part)
+    return "".join(kept)
+
+
+def check_tensor(named: Named) -> None:
+    """Refuse what has no values or no rows.
+
+    Raises:
+        UnsupportedModelError: it is on the meta device, or not dense.
+    """
+    tensor = named.source
+    if not isinstance(tensor, torch.Tensor):
+        return
+    if tensor.is_meta:
+        raise UnsupportedModelError(
+            f"{named.fqns[0]} is on the meta device and has no values: materialise the model first (to_empty, then its "
+            "initialisation or a load)"
+        )
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModelError(f"{named.fqns[0]} has layout {tensor.layout}, expected a dense tensor")

@@ -1,0 +1,47 @@
+"""Plain tensors: in one process, in DDP, ignored by FSDP, or buffers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.layout import Box
+from dist_ema.topology.placed import Holders, Named, Piece
+
+__all__ = ["holders_of_plain", "place_plain"]
+
+
+def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
+    """Who holds the model's plain tensors: all ranks, alike. No communication.
+
+    Raises:
+        UnsupportedModelError: DDP spans some ranks only.
+    """
+    groups = [module.process_group for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    for group in groups:
+        ranks = dist.get_process_group_ranks(group)
+        if len(ranks) != world_size:
+            raise UnsupportedModelError(
+                f"DistributedDataParallel spans ranks {ranks} of {world_size}: every rank outside would own a second "
+                "average. Expected a group of all ranks"
+            )
+    return Holders(tuple(range(world_size)), rank, (groups[0] if groups else None,))
+
+
+def place_plain(named: Named) -> Piece:
+    """The whole tensor, looked up by name at each use: buffers are often assigned anew in the forward, and
+    `load_state_dict(assign=True)` and `.to()` replace parameters.
+    """
+    box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
+    return Piece(box, functools.partial(_values, named.owner, named.attribute))
+
+
+def _values(owner: nn.Module, attribute: str) -> torch.Tensor:
+    values = getattr(owner, attribute)
+    assert isinstance(values, torch.Tensor)  # it was one when the plan was made
+    return values.detach()

@@ -1,0 +1,101 @@
+"""`plan_model`: every tensor of a model placed, and what several ranks hold alike divided among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.layout import Division, Held, Plan, TensorSpec
+from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
+from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
+from dist_ema.topology.names import check_tensor, named_tensors
+from dist_ema.topology.placed import Holders, Named, Piece
+from dist_ema.topology.plain import holders_of_plain, place_plain
+
+__all__ = ["plan_model", "trained_parameters"]
+
+
+def plan_model(
+    model: nn.Module,
+    *,
+    averages: Callable[[Sequence[str]], bool],
+    update_buffers: bool,
+    rank: int,
+    world_size: int,
+) -> Plan:
+    """Plan the averaging of `model` on this rank. No communication.
+
+    Args:
+        model: plain, DDP, FSDP1 or FSDP2 module, or one of DTensors, possibly wrapped further.
+        averages: all canonical names of a tensor (several if tied) -> whether it is to be averaged.
+        update_buffers: whether floating-point buffers are averaged like parameters.
+        rank: this rank in the default process group.
+        world_size: ranks in the default process group.
+
+    Raises:
+        UnsupportedModelError: something cannot be served exactly.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+
+    def settle() -> None:
+        reshard_fsdp1(model)
+        reshard_fsdp2(model)
+
+    settle()
+    plain = holders_of_plain(model, rank, world_size)
+    specs: list[TensorSpec] = []
+    aliases: dict[str, str] = {}
+    members: dict[tuple[Any, ...], list[Held]] = {}
+    holders: dict[tuple[Any, ...], Holders] = {}
+    for named in named_tensors(model, find_flat_slices(model)):
+        check_tensor(named)
+        spec = _spec(named, averages(named.fqns) and (update_buffers or not named.is_buffer))
+        specs.append(spec)
+        aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
+        pieces, held_by = _place(named, plain, world_size)
+        key = (held_by.ranks, spec.averaged, spec.is_buffer)
+        members.setdefault(key, []).extend(Held(spec, piece.box, piece.view) for piece in pieces)
+        holders.setdefault(key, held_by)
+    divisions = tuple(
+        Division(
+            held=tuple(members[key]),
+            ranks=held_by.ranks,
+            position=held_by.position,
+            groups=tuple(held_by.groups),
+            averaged=key[1],
+            single_owner=key[2],
+        )
+        for key, held_by in holders.items()
+    )
+    return Plan(specs=tuple(specs), aliases=aliases, divisions=divisions, settle=settle)
+
+
+def trained_parameters(model: nn.Module) -> Mapping[int, str]:
+    """Identity -> raw name of every parameter that requires a gradient, as an optimizer holds them."""
+    reshard_fsdp1(model)
+    reshard_fsdp2(model)
+    return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _spec(named: Named, wanted: bool) -> TensorSpec:
+    fqn = named.fqns[0]
+    if wanted and named.dtype.is_complex:
+        raise UnsupportedModelError(
+            f"{fqn} has dtype {named.dtype}, expected a real one: exclude it (exclude={fqn!r}) to keep it live"
+        )
+    return TensorSpec(fqn, named.shape, named.dtype, wanted and named.dtype.is_floating_point, named.is_buffer)
+
+
+def _place(named: Named, plain: Holders, world_size: int) -> tuple[list[Piece], Holders]:
+    if isinstance(named.source, FlatSlice):
+        return place_flat(named, world_size)
+    if is_dtensor(named.source):
+        piece, held_by = place_dtensor(named, world_size)
+        return [piece], held_by
+    assert isinstance(named.source, torch.Tensor)  # the only other kind there is
+    return [place_plain(named)], plain
