@@ -14,12 +14,12 @@ from dist_ema.layout import Box
 class Nasty(nn.Module):
     """Uneven rows, fewer rows than ranks, a frozen and a tied weight, float and integer buffers."""
 
-    def __init__(self, *, scalar: bool = True) -> None:
+    def __init__(self, *, scalar: bool = True, hidden: int = 7) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 5)
         self.norm = nn.LayerNorm(5)
-        self.hidden = nn.Linear(5, 7)
-        self.narrow = nn.Linear(7, 1)
+        self.hidden = nn.Linear(5, hidden)
+        self.narrow = nn.Linear(hidden, 1)
         self.frozen = nn.Linear(1, 5, bias=False).requires_grad_(False)
         self.head = nn.Linear(5, 11, bias=False)
         self.head.weight = self.embed.weight

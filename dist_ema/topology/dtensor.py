@@ -59,8 +59,9 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
 class _LocalValues:
     """The local tensor of the sharded parameter, taken anew at each use.
 
-    By name it may be a gathered copy (see `reshard_fsdp2`), so the DTensor is kept; another DTensor under the name
-    is one that replaced it (`load_state_dict(assign=True)`) and is followed.
+    By name it may be a gathered copy (see `reshard_fsdp2`), so the DTensor is kept. Another DTensor under the name is
+    followed if it lies alike: then it has replaced the first (`load_state_dict(assign=True)`). Over tensor
+    parallelism a gathered copy is a DTensor too, on the smaller mesh.
     """
 
     def __init__(self, named: Named) -> None:
@@ -70,7 +71,11 @@ class _LocalValues:
 
     def __call__(self) -> torch.Tensor:
         current = getattr(self._owner, self._attribute)
-        if current is not self._sharded and isinstance(current, DTensor):
+        if current is not self._sharded and isinstance(current, DTensor) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():
             return self._sharded.to_local()
+
+
+def _lie_alike(one: DTensor, other: DTensor) -> bool:
+    return one.device_mesh == other.device_mesh and one.placements == other.placements
