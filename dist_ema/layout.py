@@ -2,24 +2,25 @@
 
 Nothing here knows a parallelism, a process group or a file. No communication.
 
-Ownership of tensors that several ranks hold alike is settled by laying their rows end to end and cutting
-the line in runs of nearly equal numbers of elements, at row boundaries; rank i of the holders owns run i:
+Ownership of tensors that several ranks hold alike is settled by laying them end to end and cutting the line in runs of
+nearly equal numbers of elements; rank i of the holders owns run i:
 
     elements   0                                                        total
                |---- wte (rows) ----|-- w1 --|-b1-|------ w2 ------|-b2-|
     3 ranks    [      run 0      ][       run 1       ][     run 2      ]
 
-A *row* is a slice of length one along the first dimension longer than one, so a run is contiguous in
-row-major order, and so in the final file.
+Cuts fall between rows where that leaves the shares even to 0.1%, else within a row. A run is contiguous in row-major
+order, and so in the final file.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ __all__ = [
     "Plan",
     "Shard",
     "TensorSpec",
+    "boxes_of_run",
     "cut_points",
-    "row_dim",
     "run_between",
 ]
 
@@ -144,24 +145,16 @@ def piece_of(held: Held, box: Box) -> torch.Tensor:
     return view
 
 
-def row_dim(sizes: Sequence[int]) -> int:
-    """The dim along which a piece of these sizes is cut in rows: the first longer than one, else 0."""
-    return next((dim for dim, size in enumerate(sizes) if size > 1), 0)
-
-
-def _num_rows(box: Box) -> int:
-    return box.sizes[row_dim(box.sizes)] if box.sizes else 1
-
-
 def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
     """Where the boxes, laid end to end, are cut in `parts` runs of nearly equal numbers of elements.
 
-    Returns `parts + 1` points (index of a box, row within it), in order; run i lies between points i and
-    i + 1. Each cut falls on the row boundary nearest to its exact place, so a run differs from the exact
-    share by at most one row. Pure arithmetic: linear in the number of boxes and parts.
+    Returns `parts + 1` points (index of a box, element within it), in order; run i lies between points i and i + 1.
+    Each cut falls on the multiple of the box's grain that is nearest to its exact place. Pure arithmetic: linear in the
+    number of boxes, logarithmic in it for each part.
     """
     ends = list(itertools.accumulate(box.numel for box in boxes))
     total = ends[-1] if ends else 0
+    finest = max(_FINEST_GRAIN, total // parts // _GRAINS_PER_SHARE)
     points = [(0, 0)]
     for part in range(1, parts):
         target = (total * part + parts // 2) // parts
@@ -169,35 +162,73 @@ def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
         if index >= len(boxes):
             points.append((len(boxes), 0))
             continue
-        box = boxes[index]
-        row_numel = box.numel // _num_rows(box)
-        row = (target - (ends[index] - box.numel) + row_numel // 2) // row_numel
-        points.append((index, row) if row < _num_rows(box) else (index + 1, 0))
+        numel = boxes[index].numel
+        grain = _grain(boxes[index].sizes, finest)
+        element = (target - (ends[index] - numel) + grain // 2) // grain * grain
+        points.append((index, element) if element < numel else (index + 1, 0))
     points.append((len(boxes), 0))
     return points
 
 
+# A run differs from its exact share by at most one grain: 1 / 1024 of a share, or 64 elements in a tiny model.
+_GRAINS_PER_SHARE = 1024
+_FINEST_GRAIN = 64
+
+
+def _grain(sizes: Sequence[int], finest: int) -> int:
+    """Elements between two places where a box may be cut: its outermost slices of at most `finest`, else 64."""
+    inner = math.prod(sizes)
+    for size in sizes:
+        inner //= size
+        if 1 < inner <= finest:
+            return inner
+    return _FINEST_GRAIN
+
+
 def run_between(boxes: Sequence[Box], start: tuple[int, int], stop: tuple[int, int]) -> list[tuple[int, Box]]:
-    """The run of rows from point `start` to point `stop` (half-open): pairs of a box's index and a piece of it.
+    """The run of elements from point `start` to point `stop` (half-open): pairs of a box's index and a piece of it.
 
     Empty pieces are left out.
     """
     run = []
     for index in range(start[0], min(stop[0] + 1, len(boxes))):
-        box = boxes[index]
-        first_row = start[1] if index == start[0] else 0
-        last_row = stop[1] if index == stop[0] else _num_rows(box)
-        if first_row >= last_row or box.numel == 0:
-            continue
-        if last_row - first_row == _num_rows(box):
-            run.append((index, box))
-            continue
-        dim = row_dim(box.sizes)
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[dim] += first_row
-        sizes[dim] = last_row - first_row
-        run.append((index, Box(box.fqn, tuple(offsets), tuple(sizes))))
+        first = start[1] if index == start[0] else 0
+        last = stop[1] if index == stop[0] else boxes[index].numel
+        run += [(index, piece) for _, piece in boxes_of_run(boxes[index], first, max(last - first, 0))]
     return run
+
+
+def boxes_of_run(box: Box, start: int, numel: int) -> Iterator[tuple[int, Box]]:
+    """The run of `numel` elements from element `start` of a box, counted row-major within the box, as boxes.
+
+    Yields how many elements of the run lie before the piece, and the piece: a partial row, whole rows, a partial row,
+    and so on inward; at most `2 * len(box.sizes) - 1` of them.
+    """
+    if numel == 0:
+        return
+    if numel == box.numel:
+        yield 0, box
+        return
+    yield from _boxes_below(box, (), start, start + numel, 0)
+
+
+def _boxes_below(box: Box, prefix: tuple[int, ...], start: int, stop: int, skipped: int) -> Iterator[tuple[int, Box]]:
+    """Pieces of the elements [start, stop) of the part of the box at index `prefix`."""
+    rest = box.sizes[len(prefix) + 1 :]
+    inner = math.prod(rest)
+    first, last = -(-start // inner), stop // inner  # whole slices along this dim: [first, last)
+    if first > last:  # within one slice
+        yield from _boxes_below(box, (*prefix, last), start - last * inner, stop - last * inner, skipped)
+        return
+    if start < first * inner:
+        head = first - 1
+        yield from _boxes_below(box, (*prefix, head), start - head * inner, inner, skipped)
+    if first < last:
+        corner = (*prefix, first, *(0 for _ in rest))
+        offsets = tuple(offset + at for offset, at in zip(box.offsets, corner, strict=True))
+        yield skipped + first * inner - start, Box(box.fqn, offsets, (*(1 for _ in prefix), last - first, *rest))
+    if stop > last * inner:
+        yield from _boxes_below(box, (*prefix, last), 0, stop - last * inner, skipped + last * inner - start)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,18 +251,21 @@ class Division:
     averaged: bool = True
     single_owner: bool = False
 
-    def runs(self) -> list[list[Shard]]:
-        """The shards of each of `ranks`, in their order."""
-        boxes = [held.box for held in self.held]
-        everything, nothing = (0, 0), (len(boxes), 0)
+    def run(self, position: int) -> list[Shard]:
+        """The shards of the rank at `position` in `ranks`."""
+        boxes, points = self._boxes, self._points
+        pieces = run_between(boxes, points[position], points[position + 1])
+        return [Shard(self.held[index], box) for index, box in pieces]
+
+    @functools.cached_property
+    def _boxes(self) -> list[Box]:
+        return [held.box for held in self.held]
+
+    @functools.cached_property
+    def _points(self) -> list[tuple[int, int]]:
         if self.single_owner:
-            points = [everything] + [nothing] * len(self.ranks)
-        else:
-            points = cut_points(boxes, len(self.ranks))
-        return [
-            [Shard(self.held[index], box) for index, box in run_between(boxes, start, stop)]
-            for start, stop in itertools.pairwise(points)
-        ]
+            return [(0, 0)] + [(len(self.held), 0)] * len(self.ranks)
+        return cut_points(self._boxes, len(self.ranks))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,5 +307,5 @@ class Plan:
             shard
             for division in self.divisions
             if division.averaged == averaged
-            for shard in division.runs()[division.position]
+            for shard in division.run(division.position)
         )

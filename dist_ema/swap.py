@@ -52,8 +52,8 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
     for division in plan.divisions:
         if not division.averaged or len(division.ranks) == 1:
             continue
-        for owner, run in zip(division.ranks, division.runs(), strict=True):
-            for bucket in _buckets(run):
+        for position, owner in enumerate(division.ranks):
+            for bucket in _buckets(division.run(position)):
                 _refresh(bucket, owner, division)
 
 

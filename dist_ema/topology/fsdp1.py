@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.layout import Box
+from dist_ema.layout import Box, boxes_of_run
 from dist_ema.topology.placed import Holders, Named, Piece
 
-__all__ = ["FlatSlice", "boxes_of_run", "find_flat_slices", "place_flat", "reshard_fsdp1"]
+__all__ = ["FlatSlice", "find_flat_slices", "place_flat", "reshard_fsdp1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +122,10 @@ def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
         UnsupportedModelError: the process groups leave ranks out.
     """
     piece: FlatSlice = named.source
+    whole = Box(named.fqns[0], (0,) * len(piece.shape), piece.shape)
     pieces = [
         Piece(box, functools.partial(_local_run, piece.handle, piece.offset + skipped, box.sizes))
-        for skipped, box in boxes_of_run(named.fqns[0], piece.shape, piece.start, piece.numel)
+        for skipped, box in boxes_of_run(whole, piece.start, piece.numel)
     ]
     shard_group = piece.handle.process_group
     if not piece.handle.uses_sharded_strategy:
@@ -139,41 +139,6 @@ def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
             f"out some of the {world_size} ranks. Expected process groups of all ranks"
         )
     return pieces, Holders(ranks, ranks.index(dist.get_rank()), () if group is None else (group,))
-
-
-def boxes_of_run(fqn: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[int, Box]]:
-    """The run of `numel` elements from element `start` of a row-major tensor, as boxes.
-
-    Yields how many elements of the run lie before the box, and the box; at most `2 * len(shape) - 1` of them.
-    """
-    if numel == 0:
-        return
-    if not shape:
-        yield 0, Box(fqn, (), ())
-        return
-    yield from _boxes_below(fqn, shape, (), start, start + numel, 0)
-
-
-def _boxes_below(
-    fqn: str, shape: tuple[int, ...], prefix: tuple[int, ...], start: int, stop: int, skipped: int
-) -> Iterator[tuple[int, Box]]:
-    """Boxes of the elements [start, stop) of the sub-tensor at index `prefix`."""
-    dim = len(prefix)
-    inner = math.prod(shape[dim + 1 :])
-    first, last = -(-start // inner), stop // inner  # whole slices along `dim`: [first, last)
-    if first > last:  # within one slice
-        yield from _boxes_below(fqn, shape, (*prefix, last), start - last * inner, stop - last * inner, skipped)
-        return
-    if start < first * inner:
-        head = first - 1
-        yield from _boxes_below(fqn, shape, (*prefix, head), start - head * inner, inner, skipped)
-    if first < last:
-        rest = shape[dim + 1 :]
-        box = Box(fqn, (*prefix, first, *(0 for _ in rest)), (*(1 for _ in prefix), last - first, *rest))
-        yield skipped + first * inner - start, box
-    if stop > last * inner:
-        before = skipped + last * inner - start
-        yield from _boxes_below(fqn, shape, (*prefix, last), 0, stop - last * inner, before)
 
 
 def _local_shard(handle: Any) -> torch.Tensor:
