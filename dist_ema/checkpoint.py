@@ -24,24 +24,11 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from dist_ema.exchange import Exchange
 from dist_ema.files import INDEX_NAME, ModelFiles, plan_files, read_box, write_box, write_whole
 from dist_ema.layout import Box, Plan, Shard
-from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor, read_manifest
+from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor, find_saved, read_manifest
 
-__all__ = ["dtype_name", "load_average", "saved_tensors", "write_average", "write_export"]
+__all__ = ["load_average", "write_average", "write_export"]
 
 Pieces = Sequence[tuple[Box, torch.Tensor]]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as the manifest spells it: "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def saved_tensors(plan: Plan, averaged_dtype: torch.dtype) -> dict[str, SavedTensor]:
-    """What a checkpoint of this plan holds."""
-    return {
-        spec.fqn: SavedTensor(spec.shape, dtype_name(averaged_dtype if spec.averaged else spec.dtype), spec.averaged)
-        for spec in plan.specs
-    }
 
 
 def write_average(
@@ -49,7 +36,7 @@ def write_average(
     target: Path,
     plan: Plan,
     manifest: Manifest,
-    tracks: Mapping[str, Sequence[torch.Tensor]],
+    tracks: Mapping[str, Pieces],
     *,
     max_shard_size: int | str,
 ) -> None:
@@ -60,7 +47,7 @@ def write_average(
         target: the folder to write, replaced atomically if it is there.
         plan: the model as boxes.
         manifest: the record to put beside the tensors.
-        tracks: track name -> averaged values of `plan.owned(averaged=True)`.
+        tracks: track name -> every box this rank owns, and its values.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
 
     Raises:
@@ -68,15 +55,15 @@ def write_average(
     """
     dtypes = {fqn: getattr(torch, saved.dtype) for fqn, saved in manifest.tensors.items()}
     files = _model_files(plan, dtypes, max_shard_size)
-    folders = {manifest.folder_of(name): _owned_pieces(plan, values) for name, values in tracks.items()}
-    _write_folders(exchange, target, {folder: (files, pieces) for folder, pieces in folders.items()}, manifest)
+    folders = {manifest.folder_of(name): (files, pieces) for name, pieces in tracks.items()}
+    _write_folders(exchange, target, folders, manifest)
 
 
 def write_export(
     exchange: Exchange,
     target: Path,
     plan: Plan,
-    values: Sequence[torch.Tensor],
+    pieces: Pieces,
     *,
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int | str,
@@ -87,7 +74,7 @@ def write_export(
         exchange: the control traffic of all ranks.
         target: the folder to write, replaced atomically if it is there.
         plan: the model as boxes.
-        values: averaged values of `plan.owned(averaged=True)`.
+        pieces: every box this rank owns, and its values.
         dtypes: fqn -> dtype in the files; converted piece by piece on the way.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
 
@@ -95,18 +82,13 @@ def write_export(
         CheckpointError: some rank failed; the same on all ranks, and the former content stays.
     """
     files = _model_files(plan, dtypes, max_shard_size)
-    _write_folders(exchange, target, {".": (files, _owned_pieces(plan, values))}, None)
+    _write_folders(exchange, target, {".": (files, pieces)}, None)
 
 
 def _model_files(plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: int | str) -> ModelFiles:
     tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
-    return plan_files(tensors, max_shard_size=max_shard_size, metadata=plan.aliases)
-
-
-def _owned_pieces(plan: Plan, values: Sequence[torch.Tensor]) -> list[tuple[Box, torch.Tensor]]:
-    averaged = [(shard.box, value) for shard, value in zip(plan.owned(averaged=True), values, strict=True)]
-    with torch.no_grad():
-        return averaged + [(shard.box, shard.live()) for shard in plan.owned(averaged=False)]
+    metadata = {**plan.aliases, commit.MARK: commit.MARK_VALUE}
+    return plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
 
 
 def _write_folders(
@@ -121,7 +103,7 @@ def _write_folders(
         return work if exchange.rank == 0 else _nothing
 
     def create() -> None:
-        staging = commit.stage(target)
+        staging = commit.stage(target, commit.is_average if manifest is not None else commit.is_export)
         for folder, (files, _) in folders.items():
             (staging / folder).mkdir(exist_ok=True)
             for file in files.files:
@@ -169,23 +151,18 @@ def _write_pieces(folder: Path, files: ModelFiles, pieces: Pieces) -> None:
 
 
 def load_average(
-    exchange: Exchange,
-    target: Path,
-    shards: Sequence[Shard],
-    expected: Mapping[str, SavedTensor],
-    tracks: Sequence[str],
+    exchange: Exchange, target: Path, shards: Sequence[Shard], now: Manifest
 ) -> tuple[Manifest, dict[str, list[torch.Tensor]]]:
     """Collective: every rank must call it. Read the averaged values of this rank's shards into new CPU tensors.
 
     Args:
         exchange: the control traffic of all ranks.
-        target: the folder that `write_average` wrote, on any layout and number of ranks.
+        target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
         shards: the averaged shards this rank owns.
-        expected: what the checkpoint must hold (`saved_tensors` of the plan).
-        tracks: the names of the averages to read.
+        now: what this run would write; tracks and tensors must be the same in the checkpoint.
 
     Returns:
-        The manifest, and per track one tensor per shard.
+        The checkpoint's manifest, and per track one tensor per shard.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -194,14 +171,16 @@ def load_average(
     """
     action = f"loading {target}"
     # One rank decides which folder counts: on shared file systems the others may see it later.
-    found = exchange.agree(action, lambda: commit.resolve(target) if exchange.rank == 0 else None)
+    found = exchange.agree(action, lambda: find_saved(target) if exchange.rank == 0 else None)
     folder: Path = exchange.broadcast_object(found)
 
     def read() -> tuple[Manifest, dict[str, list[torch.Tensor]]]:
         manifest = read_manifest(folder)
-        _check_tracks(folder, manifest, tracks)
-        _check_tensors(folder, manifest, expected)
-        return manifest, {name: _read_track(folder / manifest.folder_of(name), shards, expected) for name in tracks}
+        _check_tracks(folder, manifest, list(now.tracks))
+        _check_tensors(folder, manifest, now.tensors)
+        return manifest, {
+            name: _read_track(folder / manifest.folder_of(name), shards, now.tensors) for name in now.tracks
+        }
 
     return exchange.agree(action, read)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
+from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
@@ -52,3 +54,15 @@ def real_number(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{name} is {value!r}, expected a finite number")
     return number
+
+
+def absolute(path: object) -> Path:
+    """A folder's path, absolute, with `~` expanded.
+
+    Raises:
+        ConfigError: it is not a path.
+    """
+    try:
+        return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))  # type: ignore[call-overload]
+    except TypeError:
+        raise ConfigError(f"path is {path!r}, expected the name of a folder") from None

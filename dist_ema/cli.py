@@ -17,7 +17,7 @@ from typing import Any
 from dist_ema._version import __version__
 from dist_ema.errors import ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
-from dist_ema.schedules import schedule_from_json
+from dist_ema.schedules import schedule_from_json, schedule_text
 
 __all__ = ["main"]
 
@@ -97,9 +97,8 @@ def _told(facts: dict[str, Any]) -> str:
         f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
     ]
     for name, track in facts["tracks"].items():
-        arguments = ", ".join(f"{key}={value}" for key, value in track["schedule"].items() if key != "type")
         momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
-        lines.append(f"  track {name}: {track['schedule'].get('type')}({arguments}), next momentum {momentum}")
+        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}")
     lines.append("  options: " + ", ".join(f"{key}={value}" for key, value in facts["options"].items()))
     lines.append("  written by: " + ", ".join(f"{key} {value}" for key, value in facts["written_by"].items()))
     return "\n".join(lines)

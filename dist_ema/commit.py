@@ -13,27 +13,71 @@ Every function works on local files only and is called by one rank. No communica
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from dist_ema.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["discard", "publish", "resolve", "stage", "staging_of", "sync_folder"]
+__all__ = [
+    "MARK",
+    "MARK_VALUE",
+    "discard",
+    "is_average",
+    "is_export",
+    "publish",
+    "resolve",
+    "stage",
+    "staging_of",
+    "sync_folder",
+]
 
-# What this package, and only this package, puts into the folders it owns. Anything else is somebody's own.
+# What this package puts into the folders it owns. A folder with anything else in it is somebody's own.
 _OWN_FILE = re.compile(
     r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors"
     r"|(generation_)?config\.json"
 )
 
 
-def stage(target: Path) -> Path:
+_LONGEST_HEADER_BYTES = 100 * 2**20  # the limit of the format's own reader
+
+# In the header of every safetensors file this package writes: tells its exports from somebody's model folder.
+MARK, MARK_VALUE = "written_by", "dist_ema"
+
+
+def is_average(folder: Path) -> bool:
+    """Whether the folder is a saved average."""
+    return (folder / "manifest.json").exists()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder is an export: files of ours, no manifest."""
+    files = list(folder.glob("*.safetensors"))
+    return bool(files) and not is_average(folder) and all(_is_marked(path) for path in files)
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, _LONGEST_HEADER_BYTES)))
+            return bool(header["__metadata__"][MARK] == MARK_VALUE)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+
+def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
     """Make the empty staging folder of `target`, after clearing what a killed commit left behind.
 
+    Args:
+        target: the folder that will be committed.
+        replaceable: whether a folder that is there may be replaced: `is_average` or `is_export`.
+
     Raises:
-        CheckpointError: the target exists and holds something that this package did not write.
+        CheckpointError: the target exists and is something else.
         OSError: the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +88,7 @@ def stage(target: Path) -> Path:
         else:
             old.rename(target)
     if target.exists():
-        _check_replaceable(target)
+        _check_replaceable(target, replaceable)
     discard(target)
     staging = staging_of(target)
     staging.mkdir()
@@ -82,7 +126,8 @@ def resolve(target: Path) -> Path:
         raise CheckpointNotFoundError(f"{target} is a file, expected the folder of a saved average")
     raise CheckpointNotFoundError(
         f"there is no folder {target}, expected a saved average: check the path; under accelerate it is "
-        "<output_dir>/<name>, written by save_state once the average is attached"
+        "<output_dir>/<name>, written by save_state once the average is attached. To begin an average in a run "
+        "that had none, attach after load_state"
     )
 
 
@@ -105,7 +150,7 @@ def _old(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
     foreign = [
@@ -117,4 +162,9 @@ def _check_replaceable(target: Path) -> None:
         raise CheckpointError(
             f"{target} holds files that are not an average's ({', '.join(foreign[:3])}), and saving replaces the "
             "whole folder: give the name of a new or empty folder"
+        )
+    if any(target.iterdir()) and not replaceable(target):
+        raise CheckpointError(
+            f"{target} is {'a saved average' if is_average(target) else 'no saved average'}, and this call would "
+            "replace it by something else: give the name of a new or empty folder"
         )

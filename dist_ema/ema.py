@@ -1,4 +1,4 @@
-"""`ShardedEMA`: the facade. It checks what it is given, counts the updates, and hands the work on."""
+"""`ShardedEMA`: the facade. It sees that all ranks make the same call, and hands the work on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_ema._version import __version__
-from dist_ema.checkpoint import dtype_name, load_average, saved_tensors, write_average, write_export
-from dist_ema.errors import ConfigError, SwapError
+from dist_ema.checkpoint import load_average, write_average, write_export
+from dist_ema.checks import absolute
+from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
-from dist_ema.layout import Plan, Shard
+from dist_ema.layout import Shard
 from dist_ema.manifest import Manifest
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
-from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
+from dist_ema.schedules import Schedule
+from dist_ema.state import AveragedState, dtype_name
 from dist_ema.swap import LiveBackup, put_average
 from dist_ema.topology.planning import plan_model
-from dist_ema.update import Averages
 
 __all__ = ["ShardedEMA"]
 
@@ -77,11 +77,9 @@ class ShardedEMA:
         exclude: str | Iterable[str] | None = None,
     ) -> None:
         self._exchange = Exchange()
-        self._num_updates = 0
-        self._swapped: str | None = None
         self._on_detach: list[Callable[[], None]] = []
 
-        def prepare() -> tuple[dict[str, Schedule], Options, Plan]:
+        def prepare() -> AveragedState:
             options = Options(
                 interval=interval,
                 interval_correction=interval_correction,
@@ -101,64 +99,65 @@ class ShardedEMA:
             )
             options.check_patterns(plan.names)
             plan.check_not_empty()
-            return schedules, options, plan
+            return AveragedState(plan, options, schedules)
 
+        if dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"averaged values in {dtype} stand still when the momentum is small: at a decay of 0.9999 a bfloat16 "
+                "average loses 99% of the motion. Use torch.float32 and convert on export",
+                UserWarning,
+                stacklevel=2,
+            )
         action = "building the average"
-        self._schedules, self._options, self._plan = self._exchange.agree(action, prepare)
+        self._state = self._exchange.agree(action, prepare)
         # The boxes of the ranks fit together only if all planned the same model with the same options.
-        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in self._plan.specs}
+        plan = self._state.plan
+        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in plan.specs}
         self._exchange.compare({**self._manifest().to_json(), "live_dtypes": live_dtypes})
-        self._shards = self._plan.owned(averaged=True)
-        self._averages = self._exchange.agree(action, self._allocate)
-
-    def _allocate(self) -> dict[str, Averages]:
-        options = self._options
-        return {name: Averages(self._shards, dtype=options.dtype, device=options.device) for name in self._schedules}
+        plan.check_covered(self._exchange.sum_integers(plan.owned_numels()))
+        self._exchange.agree(action, self._state.allocate)
 
     def __repr__(self) -> str:
-        tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._schedules.items())
+        tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
         return (
-            f"ShardedEMA({tracks}, num_updates={self._num_updates}, shards={len(self._shards)}, "
+            f"ShardedEMA({tracks}, num_updates={self.num_updates}, shards={len(self.shards)}, "
             f"nbytes={self.nbytes}, rank={self._exchange.rank}, world_size={self._exchange.world_size})"
         )
 
     @property
     def num_updates(self) -> int:
-        """How many times `update` was called; saved and restored."""
-        return self._num_updates
+        """How many times `update` was called, less the steps that were skipped; saved and restored."""
+        return self._state.num_updates
 
     @property
     def tracks(self) -> tuple[str, ...]:
         """Names of the averages."""
-        return tuple(self._schedules)
+        return tuple(self._state.schedules)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The boxes whose average this rank keeps; over all ranks they cover every averaged element once."""
-        return self._shards
+        return self._state.shards
 
     @property
     def nbytes(self) -> int:
         """Bytes of averaged values on this rank, all tracks together."""
-        return sum(averages.nbytes for averages in self._averages.values())
+        return self._state.nbytes
 
-    def update(self) -> None:
+    def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication, no host sync.
+
+        Args:
+            found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
+                the step was skipped. Such a step is neither averaged nor counted; see `dist_ema.skipped` for its cost.
+                `attach` passes it by itself.
 
         Raises:
             SwapError: the averaged weights are in the model.
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
-        self._refuse_while_swapped("update")
-        step = self._num_updates
-        if step == 0:
-            for averages in self._averages.values():
-                averages.copy_live()
-        elif step % self._options.interval == 0:
-            momenta = {name: self._momentum(schedule, step) for name, schedule in self._schedules.items()}
-            for name, momentum in momenta.items():
-                self._averages[name].lerp(momentum)
-        self._num_updates = step + 1
+        self._state.refuse_while_swapped("update")
+        self._state.update(found_inf)
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:
@@ -175,15 +174,17 @@ class ShardedEMA:
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
         """
-        values = self._current("average_parameters", track)
-        backup = LiveBackup(self._plan)
-        self._swapped = self._track(track)
+        state = self._state
+        state.refuse_while_swapped("average_parameters")
+        values = state.values(track)
+        backup = LiveBackup(state.plan)
+        state.swapped = state.track(track)
         try:
-            put_average(self._plan, values)
+            put_average(state.plan, values)
             yield
         finally:
             backup.restore()
-            self._swapped = None
+            state.swapped = None
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
@@ -195,7 +196,8 @@ class ShardedEMA:
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
         """
-        put_average(self._plan, self._current("copy_to_model", track))
+        self._state.refuse_while_swapped("copy_to_model")
+        put_average(self._state.plan, self._state.values(track))
 
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
@@ -210,11 +212,9 @@ class ShardedEMA:
         Raises:
             ConfigError: there is no such track.
         """
-        values = self._exchange.agree("full_state_dict", lambda: self._seeded(track))
-        with torch.no_grad():
-            pieces = [(shard.box, value) for shard, value in zip(self._shards, values, strict=True)]
-            pieces += [(shard.box, shard.live()) for shard in self._plan.owned(averaged=False)]
-        return whole_tensors(self._exchange, self._plan, pieces, self._file_dtypes(None))
+        pieces = self._exchange.agree("full_state_dict", lambda: self._state.pieces(track))
+        self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
+        return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
 
     def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
@@ -229,20 +229,18 @@ class ShardedEMA:
 
         Raises:
             SwapError: the averaged weights are in the model.
-            RankMismatchError: the ranks have made different numbers of updates.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
             CheckpointError: some rank could not write; the same error on all ranks.
         """
 
         def prepare() -> tuple[Path, Manifest]:
-            self._refuse_while_swapped("save")
-            for name in self._schedules:
-                self._seeded(name)
-            return _absolute(path), self._manifest()
+            self._state.refuse_while_swapped("save")
+            return absolute(path), self._manifest()
 
-        target, manifest = self._exchange.agree(f"saving {path}", prepare)
-        self._exchange.compare({"num_updates": self._num_updates})
-        tracks = {name: averages.values for name, averages in self._averages.items()}
-        write_average(self._exchange, target, self._plan, manifest, tracks, max_shard_size=max_shard_size)
+        target, manifest = self._exchange.agree("save", prepare)
+        self._exchange.compare({"call": "save", "path": str(target), "num_updates": manifest.num_updates})
+        tracks = {name: self._state.pieces(name) for name in self.tracks}
+        write_average(self._exchange, target, self._state.plan, manifest, tracks, max_shard_size=max_shard_size)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
@@ -261,16 +259,15 @@ class ShardedEMA:
         """
 
         def prepare() -> Path:
-            self._refuse_while_swapped("load")
-            return _absolute(path)
+            self._state.refuse_while_swapped("load")
+            return absolute(path)
 
-        target = self._exchange.agree(f"loading {path}", prepare)
-        expected = saved_tensors(self._plan, self._options.dtype)
-        manifest, values = load_average(self._exchange, target, self._shards, expected, self.tracks)
-        for name, averages in self._averages.items():
-            averages.replace(values[name])
-        self._num_updates = manifest.num_updates
-        for change in self._manifest().changes_since(manifest) if self._exchange.rank == 0 else ():
+        target = self._exchange.agree("load", prepare)
+        self._exchange.compare({"call": "load", "path": str(target)})
+        now = self._manifest()
+        saved, values = load_average(self._exchange, target, self.shards, now)
+        self._state.restore(values, saved.num_updates)
+        for change in now.changes_since(saved) if self._exchange.rank == 0 else ():
             warnings.warn(f"{target}: {change}", UserWarning, stacklevel=2)
 
     def consolidate(
@@ -295,21 +292,18 @@ class ShardedEMA:
             CheckpointError: some rank could not write; the same error on all ranks.
         """
 
-        def prepare() -> tuple[Path, tuple[torch.Tensor, ...]]:
-            self._refuse_while_swapped("consolidate")
+        def prepare() -> Path:
+            self._state.refuse_while_swapped("consolidate")
+            self._state.track(track)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ConfigError(f"dtype is {dtype!r}, expected a floating-point torch dtype or None")
-            return _absolute(path), self._seeded(track)
+            return absolute(path)
 
-        target, values = self._exchange.agree(f"consolidating {path}", prepare)
-        write_export(
-            self._exchange,
-            target,
-            self._plan,
-            values,
-            dtypes=self._file_dtypes(dtype),
-            max_shard_size=max_shard_size,
-        )
+        target = self._exchange.agree("consolidate", prepare)
+        same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
+        self._exchange.compare({**same, "max_shard_size": max_shard_size})
+        plan, pieces, dtypes = self._state.plan, self._state.pieces(track), self._state.dtypes(dtype)
+        write_export(self._exchange, target, plan, pieces, dtypes=dtypes, max_shard_size=max_shard_size)
 
     def detach(self) -> None:
         """Remove every hook that `attach` registered; the average stays usable by hand. No communication."""
@@ -320,60 +314,5 @@ class ShardedEMA:
         """Have `detach` call `undo`; for integrations that register hooks. No communication."""
         self._on_detach.append(undo)
 
-    def _track(self, track: str | None) -> str:
-        if track is None and len(self._schedules) == 1:
-            return next(iter(self._schedules))
-        if track is None or track not in self._schedules:
-            raise ConfigError(f"track is {track!r}, expected one of {list(self._schedules)}")
-        return track
-
-    def _momentum(self, schedule: Schedule, step: int) -> float:
-        options = self._options
-        return momentum_of_update(
-            schedule, step, interval=options.interval, interval_correction=options.interval_correction
-        )
-
-    def _seeded(self, track: str | None) -> tuple[torch.Tensor, ...]:
-        """The averaged values; before the first update these are the live ones of this moment."""
-        averages = self._averages[self._track(track)]
-        if self._num_updates == 0:
-            averages.copy_live()
-        return averages.values
-
-    def _current(self, call: str, track: str | None) -> tuple[torch.Tensor, ...]:
-        self._refuse_while_swapped(call)
-        return self._seeded(track)
-
-    def _refuse_while_swapped(self, call: str) -> None:
-        if self._swapped is not None:
-            raise SwapError(
-                f"{call}() was called while the averaged weights of track {self._swapped!r} are in the model: leave "
-                "the average_parameters() block first"
-            )
-
-    def _file_dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        kept = {spec.fqn: self._options.dtype if spec.averaged else spec.dtype for spec in self._plan.specs}
-        if dtype is None:
-            return kept
-        return {fqn: dtype if own.is_floating_point else own for fqn, own in kept.items()}
-
     def _manifest(self) -> Manifest:
-        return Manifest(
-            num_updates=self._num_updates,
-            options=self._options.to_json(),
-            tracks={name: schedule_to_json(schedule) for name, schedule in self._schedules.items()},
-            tensors=saved_tensors(self._plan, self._options.dtype),
-            aliases=self._plan.aliases,
-            written_by={
-                "dist_ema": __version__,
-                "torch": torch.__version__,
-                "world_size": self._exchange.world_size,
-            },
-        )
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(os.path.abspath(os.path.expanduser(path)))
-    except TypeError:
-        raise ConfigError(f"path is {path!r}, expected the name of a folder") from None
+        return self._state.manifest(self._exchange.world_size)

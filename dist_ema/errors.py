@@ -5,6 +5,7 @@
     ├── UnsupportedModelError (also TypeError)   the model cannot be averaged as it is
     ├── AttachError                              model, optimizer and accelerator do not belong together
     ├── SwapError                                not allowed while the averaged weights are in the model
+    ├── CommunicationError                       other ranks died or made another call
     ├── RankMismatchError                        the ranks disagree about model, options or counter
     └── CheckpointError                          a folder could not be written or read
         ├── CheckpointNotFoundError              there is nothing to read at the path
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
+    "CommunicationError",
     "ConfigError",
     "DistEMAError",
     "RankMismatchError",
@@ -49,6 +51,10 @@ class AttachError(DistEMAError):
 
 class SwapError(DistEMAError):
     """The call is not allowed while the averaged weights are swapped into the model."""
+
+
+class CommunicationError(DistEMAError):
+    """The other ranks are gone, or did not make the same call in time."""
 
 
 class RankMismatchError(DistEMAError):

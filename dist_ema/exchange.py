@@ -15,13 +15,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_ema.errors import CheckpointError, DistEMAError, RankMismatchError, error_class
+from dist_ema.errors import CheckpointError, CommunicationError, DistEMAError, RankMismatchError, error_class
 
 __all__ = ["Exchange", "broadcast_from"]
 
@@ -56,6 +57,17 @@ class Exchange:
         self.rank = dist.get_rank() if distributed else 0
         self._group = _control_group() if distributed else None
 
+    @contextmanager
+    def _together(self, action: str) -> Iterator[None]:
+        """Tell what a broken connection or a timeout of the control group means here."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
+                f"call; perhaps one died, or did something else ({str(error).splitlines()[0]})"
+            ) from error
+
     def agree(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
 
@@ -64,6 +76,7 @@ class Exchange:
             work: must not communicate. See [Note: agreement].
 
         Raises:
+            CommunicationError: other ranks are gone, or did not call in time.
             DistEMAError: the class the first failed rank raised, the same on every rank. An OSError becomes
                 `CheckpointError`, anything else the root class.
         """
@@ -86,27 +99,28 @@ class Exchange:
             reports = [] if failure is None else [(0, *_describe(failure))]
         else:
             flag = torch.tensor([0 if failure is None else 1])
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            with self._together(action):
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
             if not flag.item():
                 return
             gathered = self.gather_objects(None if failure is None else _describe(failure))
             reports = [(rank, *report) for rank, report in enumerate(gathered) if report is not None]
         if not reports:
             return
-        messages = {message for _, _, message in reports}
-        if len(messages) == 1 and len(reports) == self.world_size:
-            text = f"{action}: {messages.pop()}"
-        else:
-            told = "; ".join(f"rank {rank}: {message}" for rank, _, message in reports)
-            text = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
-        raise error_class(reports[0][1])(text) from failure
+        kind, message = reports[0][1:]
+        if any(other[1:] != (kind, message) for other in reports) or len(reports) < self.world_size:
+            told = "; ".join(f"rank {rank}: {reason}" for rank, _, reason in reports)
+            message = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
+        # The cause is worth a second traceback only if the message does not tell it all.
+        raise error_class(kind)(message) from (None if isinstance(failure, DistEMAError) else failure)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collective: every rank must call it. The values of all ranks, in rank order, on every rank."""
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self._group)
+        with self._together("exchanging a message"):
+            dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def broadcast_object(self, value: Any) -> Any:
@@ -114,7 +128,8 @@ class Exchange:
         if self._group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        with self._together("exchanging a message"):
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def compare(self, told: Mapping[str, Any]) -> None:
@@ -136,6 +151,14 @@ class Exchange:
             f"rank 0 and rank {other} differ in {difference}. Build the same model, give the same schedule and "
             "options, and call the same methods on every rank"
         )
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Collective: every rank must call it. The sums over the ranks, on every rank."""
+        summed = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None:
+            with self._together("comparing the shards"):
+                dist.all_reduce(summed, group=self._group)
+        return [int(value) for value in summed.tolist()]
 
     def send_bytes(self, values: torch.Tensor, target: int) -> None:
         """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
@@ -186,8 +209,12 @@ def _broadcast(values: torch.Tensor, sender: int, group: dist.ProcessGroup | Non
 def _describe(failure: Exception) -> tuple[str, str]:
     if isinstance(failure, DistEMAError):
         return type(failure).__name__, str(failure)
-    kind = CheckpointError if isinstance(failure, OSError) else DistEMAError
-    return kind.__name__, f"{type(failure).__name__}: {failure}"
+    if isinstance(failure, OSError):
+        return (
+            CheckpointError.__name__,
+            f"{type(failure).__name__}: {failure}. Check the path, its permissions and the space",
+        )
+    return DistEMAError.__name__, f"{type(failure).__name__}: {failure}"
 
 
 def _first_difference(ours: Any, theirs: Any, place: str = "") -> str:

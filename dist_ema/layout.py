@@ -301,6 +301,30 @@ class Plan:
                 "at least one: check the model, and include= and exclude="
             )
 
+    def owned_numels(self) -> list[int]:
+        """Elements of each tensor of `specs` that this rank owns."""
+        numels = dict.fromkeys((spec.fqn for spec in self.specs), 0)
+        for averaged in (True, False):
+            for shard in self.owned(averaged=averaged):
+                numels[shard.fqn] += shard.box.numel
+        return list(numels.values())
+
+    def check_covered(self, numels: Sequence[int]) -> None:
+        """Refuse ownership that leaves elements out or has them twice; a wrapper then told of its shards wrongly.
+
+        Args:
+            numels: elements of each tensor that the ranks own together.
+
+        Raises:
+            UnsupportedModelError: for some tensor they are not all its elements.
+        """
+        for spec, numel in zip(self.specs, numels, strict=True):
+            if numel != spec.numel:
+                raise UnsupportedModelError(
+                    f"{spec.fqn} has {spec.numel} elements, but the ranks own {numel} of them together: its layout is "
+                    "not understood; exclude it, or lay it out evenly"
+                )
+
     def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
         """The shards this rank owns: of averaged tensors, or of those that are always shown live."""
         return tuple(

@@ -11,6 +11,7 @@ from typing import Any
 from dist_ema import commit
 from dist_ema.checks import folder_name
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, ConfigError
+from dist_ema.schedules import schedule_text
 
 __all__ = ["MANIFEST_NAME", "Manifest", "SavedTensor", "find_saved", "read_manifest"]
 
@@ -55,7 +56,8 @@ class Manifest:
     def changes_since(self, saved: Manifest) -> list[str]:
         """Sentences on what this run does otherwise than the run that wrote `saved`: schedules and options."""
         told = [
-            f"track {name!r} was saved with the schedule {saved.tracks[name]}; this run goes on with {schedule}"
+            f"track {name!r} was saved with {schedule_text(saved.tracks[name])}; this run goes on with "
+            f"{schedule_text(schedule)}"
             for name, schedule in self.tracks.items()
             if saved.tracks[name] != schedule
         ]
@@ -90,7 +92,8 @@ def find_saved(source: Path) -> Path:
         names = ", ".join(path.name for path in inside)
         raise CheckpointNotFoundError(f"{folder} holds several averages ({names}): give the folder of one of them")
     raise CheckpointNotFoundError(
-        f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}"
+        f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}. An export "
+        "(ShardedEMA.consolidate) has none: load its files with safetensors"
     )
 
 

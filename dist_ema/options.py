@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,13 +50,6 @@ class Options:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.dtype not in _AVERAGED_DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, expected one of {list(_AVERAGED_DTYPES)}")
-        if self.dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(
-                f"averaged values in {self.dtype} stand still when the momentum is small: at a decay of "
-                "0.9999 a bfloat16 average loses 99% of the motion. Use torch.float32 and convert on export",
-                UserWarning,
-                stacklevel=4,
-            )
 
     def averages(self, fqns: Sequence[str]) -> bool:
         """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""

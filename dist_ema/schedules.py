@@ -21,6 +21,7 @@ __all__ = [
     "Schedule",
     "momentum_of_update",
     "schedule_from_json",
+    "schedule_text",
     "schedule_to_json",
 ]
 
@@ -41,14 +42,17 @@ def _checked_momentum(name: str, value: object) -> float:
             f"{name} is {momentum!r}, expected a number strictly between 0 and 1: it is the weight of the "
             "new value, usually small (0.004 is a decay of 0.996)"
         )
+    return momentum
+
+
+def _warn_if_large(momentum: float, given: str, meant: str) -> None:
+    """The two ends of [0, 1] are easily confused: the weight of the new value is usually small."""
     if momentum > 0.5:
         warnings.warn(
-            f"{name} is {momentum!r}: the weight of the new value is usually small; "
-            f"if you meant a decay, give momentum={1.0 - momentum:g}",
+            f"{given} gives the new value a weight of {momentum:g}, which is usually small; did you mean {meant}?",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
-    return momentum
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -77,6 +81,7 @@ class CosineSchedule:
 
     def __init__(self, momentum: float = 0.004, end_momentum: float = 0.0, *, total_steps: int) -> None:
         start = _checked_momentum("momentum", momentum)
+        _warn_if_large(start, f"momentum={start:g}", f"momentum={1.0 - start:g}")
         end = real_number("end_momentum", end_momentum)
         if not 0.0 <= end <= 1.0:
             raise ConfigError(f"end_momentum is {end!r}, expected a number from 0 to 1")
@@ -131,9 +136,11 @@ class ConstantSchedule:
             kept = real_number("decay", decay)
             if not 0.0 < kept < 1.0:
                 raise ConfigError(f"decay is {kept!r}, expected a number strictly between 0 and 1")
-            value = _checked_momentum("1 - decay", 1.0 - kept)
+            value = 1.0 - kept
+            _warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
         else:
             value = _checked_momentum("momentum", momentum)
+            _warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
         object.__setattr__(self, "constant", value)
 
     def __repr__(self) -> str:
@@ -177,6 +184,16 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     if isinstance(schedule, CosineSchedule | ConstantSchedule):
         return {"type": type(schedule).__name__, **schedule.to_json()}
     return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": repr(schedule)}
+
+
+def schedule_text(saved: Mapping[str, Any]) -> str:
+    """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)"."""
+    arguments = ", ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in saved.items()
+        if key != "type"
+    )
+    return f"{saved.get('type')}({arguments})"
 
 
 def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:

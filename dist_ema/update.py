@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dist_ema.layout import Shard
+from dist_ema.skipped import weight_unless
 
 __all__ = ["Averages"]
 
@@ -59,16 +60,17 @@ class Averages:
 
     @torch.no_grad()
     def copy_live(self) -> None:
-        """Averaged <- live. No communication."""
+        """Set the averaged values to the live ones. No communication."""
         if self.values:
             torch._foreach_copy_(list(self.values), [shard.live() for shard in self._shards])
 
     @torch.no_grad()
-    def lerp(self, momentum: float) -> None:
-        """Averaged <- (1 - momentum) * averaged + momentum * live. No communication.
+    def lerp(self, momentum: float, *, unless: torch.Tensor | None = None) -> None:
+        """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
 
         Args:
             momentum: weight of the live values, from 0 to 1.
+            unless: flag of one element; where it is not 0 nothing moves. Read on the device only.
         """
         direct_averaged: list[torch.Tensor] = []
         direct_live: list[torch.Tensor] = []
@@ -82,17 +84,26 @@ class Averages:
                 staged.append((averaged, live))
         # An empty list raises: a rank may own nothing.
         if direct_averaged:
-            torch._foreach_lerp_(direct_averaged, direct_live, momentum)
+            _lerp(direct_averaged, direct_live, momentum, unless)
         for averaged_group, live_group in _scratch_groups(staged):
             scratch = [torch.empty_like(averaged) for averaged in averaged_group]
             torch._foreach_copy_(scratch, live_group)
-            torch._foreach_lerp_(averaged_group, scratch, momentum)
+            _lerp(averaged_group, scratch, momentum, unless)
 
     @torch.no_grad()
     def replace(self, values: Sequence[torch.Tensor]) -> None:
-        """Averaged <- values, one tensor of the shard's sizes per shard. No communication."""
+        """Set the averaged values, one tensor of the shard's sizes per shard. No communication."""
         for averaged, value in zip(self.values, values, strict=True):
             averaged.copy_(value)
+
+
+def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:
+    if unless is None:
+        torch._foreach_lerp_(averaged, live, momentum)
+    else:
+        weights = {value.device: weight_unless(unless, momentum, value) for value in averaged}
+        for value, new in zip(averaged, live, strict=True):
+            value.lerp_(new, weights[value.device])
 
 
 def _scratch_groups(

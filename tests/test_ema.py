@@ -258,8 +258,9 @@ def test_a_schedule_of_ones_own_that_gives_nonsense_is_refused_before_anything_c
 
 
 def test_a_low_precision_average_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="stand still"):
+    with pytest.warns(UserWarning, match="stand still") as caught:
         ShardedEMA(nn.Linear(2, 2), HALF, dtype=torch.bfloat16)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("call", ["save", "load", "consolidate"])

@@ -157,7 +157,7 @@ def test_bad_max_shard_size_and_unstorable_dtypes_are_refused() -> None:
 
 
 def fill(target, text: str) -> None:
-    staging = commit.stage(target)
+    staging = commit.stage(target, commit.is_average)
     (staging / "manifest.json").write_text(text)
 
 
@@ -199,7 +199,7 @@ def test_foreign_folders_are_neither_replaced_nor_read(tmp_path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "notes.txt").write_text("keep")
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
-        commit.stage(tmp_path / "own")
+        commit.stage(tmp_path / "own", commit.is_average)
     with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
         commit.resolve(tmp_path / "none")
     with pytest.raises(CheckpointNotFoundError, match="is a file"):

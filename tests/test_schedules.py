@@ -62,8 +62,13 @@ def test_values_out_of_range_are_refused(make) -> None:
 
 
 def test_a_momentum_that_looks_like_a_decay_warns() -> None:
-    with pytest.warns(UserWarning, match=r"momentum=0\.001"):
+    with pytest.warns(UserWarning, match=r"did you mean momentum=0\.001") as caught:
         ConstantSchedule(momentum=0.999)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"did you mean decay=0\.999"):
+        ConstantSchedule(decay=0.001)
+    with pytest.warns(UserWarning, match=r"did you mean momentum=0\.004"):
+        CosineSchedule(0.996, total_steps=10)
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(0.1, 0.01, total_steps=5), ConstantSchedule(decay=0.9)])

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import types
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
@@ -28,6 +29,17 @@ from dist_ema.schedules import Schedule
 from dist_ema.topology.planning import trained_parameters
 
 __all__ = ["attach"]
+
+_log = logging.getLogger(__name__)
+
+_SERVED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.FSDP,
+)
 
 # Names in use on each accelerator: two averages of one name would overwrite each other's folder.
 _attached_names: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.WeakKeyDictionary()
@@ -61,7 +73,7 @@ def attach(
         UnsupportedModelError: the model cannot be averaged exactly as it is.
     """
     exchange = Exchange()
-    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name))
+    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name, exchange.world_size))
     ema = ShardedEMA(model, schedule, **options)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
@@ -69,9 +81,14 @@ def attach(
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not _is_state_initialisation():
-            ema.update()
+            # Only a fused optimizer under a GradScaler has it, and only during its step.
+            ema.update(found_inf=getattr(stepped, "found_inf", None))
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        if not _is_prepared(accelerator, model):  # accelerator.free_memory() was called
+            _log.warning("the average %r is not saved: its model was released from the accelerator", name)
+            ema.detach()
+            return
         ema.save(os.path.join(output_dir, name))
 
     def before_load(models: list[nn.Module], input_dir: str) -> None:
@@ -83,7 +100,7 @@ def attach(
     return ema
 
 
-def _check(accelerator: object, model: object, optimizer: object, name: str) -> None:
+def _check(accelerator: object, model: object, optimizer: object, name: str, world_size: int) -> None:
     folder_name("name", name)
     if not isinstance(accelerator, Accelerator):
         raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
@@ -92,9 +109,17 @@ def _check(accelerator: object, model: object, optimizer: object, name: str) -> 
             f"optimizer is {type(optimizer).__name__}, expected the one that accelerator.prepare returned: call "
             "model, optimizer = accelerator.prepare(model, optimizer) first"
         )
-    # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
-    prepared = [accelerator.unwrap_model(each) for each in accelerator._models]
-    if not isinstance(model, nn.Module) or not any(accelerator.unwrap_model(model) is each for each in prepared):
+    if accelerator.distributed_type not in _SERVED:
+        raise AttachError(
+            f"the accelerator runs as {accelerator.distributed_type}, expected one process, DDP or FSDP: other engines "
+            "keep their own copies of the weights"
+        )
+    if accelerator.num_processes != world_size:
+        raise AttachError(
+            f"the accelerator counts {accelerator.num_processes} process(es), the process group {world_size}: the "
+            "ranks train apart, and an average would mix different models. On CPU give Accelerator(cpu=True)"
+        )
+    if not isinstance(model, nn.Module) or not _is_prepared(accelerator, model):
         raise AttachError(
             f"model is a {type(model).__name__} that this accelerator has not prepared, expected the one that "
             "accelerator.prepare returned: call model, optimizer = accelerator.prepare(model, optimizer) first"
@@ -108,6 +133,12 @@ def _check(accelerator: object, model: object, optimizer: object, name: str) -> 
             f"the optimizer steps none of the model's {len(trained)} trained parameters: give the optimizer that was "
             "prepared together with this model"
         )
+
+
+def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
+    # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
+    inside = accelerator.unwrap_model(model)
+    return any(accelerator.unwrap_model(each) is inside for each in accelerator._models)
 
 
 def _is_state_initialisation() -> bool:

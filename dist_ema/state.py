@@ -1,0 +1,152 @@
+"""The averages of one rank, their counter, and what may be done with them now. No communication.
+
+`ShardedEMA` is this state plus the calls that communicate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dist_ema._version import __version__
+from dist_ema.errors import ConfigError, SwapError
+from dist_ema.layout import Box, Plan
+from dist_ema.manifest import Manifest, SavedTensor
+from dist_ema.options import Options
+from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
+from dist_ema.skipped import LateFlag
+from dist_ema.update import Averages
+
+__all__ = ["AveragedState", "dtype_name"]
+
+
+class AveragedState:
+    """All tracks of a `ShardedEMA` on this rank.
+
+    Attributes:
+        plan: the model as boxes.
+        options: what the user chose.
+        schedules: track name -> schedule.
+        shards: the boxes whose average this rank keeps.
+        averages: track name -> averaged values; empty until `allocate`.
+        swapped: the track whose averaged weights are in the model, or None.
+    """
+
+    def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
+        self.plan = plan
+        self.options = options
+        self.schedules = dict(schedules)
+        self.shards = plan.owned(averaged=True)
+        self.averages: dict[str, Averages] = {}
+        self.swapped: str | None = None
+        self._num_updates = 0
+        self._last_skipped: LateFlag | None = None
+
+    def allocate(self) -> None:
+        """Make room for the averaged values."""
+        dtype, device = self.options.dtype, self.options.device
+        self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far, less the steps that turned out to be skipped."""
+        if self._last_skipped is not None:
+            self._num_updates -= self._last_skipped.is_set()
+            self._last_skipped = None
+        return self._num_updates
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of averaged values on this rank."""
+        return sum(averages.nbytes for averages in self.averages.values())
+
+    def update(self, found_inf: torch.Tensor | None) -> None:
+        """One update of all tracks: see `ShardedEMA.update`."""
+        step, options = self.num_updates, self.options
+        if step == 0:
+            for averages in self.averages.values():
+                averages.copy_live()
+        elif step % options.interval == 0:
+            # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
+            momenta = {
+                name: momentum_of_update(
+                    schedule, step, interval=options.interval, interval_correction=options.interval_correction
+                )
+                for name, schedule in self.schedules.items()
+            }
+            for name, momentum in momenta.items():
+                self.averages[name].lerp(momentum, unless=found_inf)
+        self._num_updates = step + 1
+        self._last_skipped = None if found_inf is None else LateFlag(found_inf)
+
+    def restore(self, values: Mapping[str, list[torch.Tensor]], num_updates: int) -> None:
+        """Take over the averages and the counter of a checkpoint."""
+        for name, averages in self.averages.items():
+            averages.replace(values[name])
+        self._num_updates, self._last_skipped = num_updates, None
+
+    def track(self, name: str | None) -> str:
+        """The track of that name, or the only one.
+
+        Raises:
+            ConfigError: there is no such track, or several to choose from.
+        """
+        if name is None and len(self.schedules) == 1:
+            return next(iter(self.schedules))
+        if name is None or name not in self.schedules:
+            raise ConfigError(f"track is {name!r}, expected one of {list(self.schedules)}")
+        return name
+
+    def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
+        """The averaged values of `shards`; before the first update these are the live ones of this moment."""
+        averages = self.averages[self.track(track)]
+        if self.num_updates == 0:
+            averages.copy_live()
+        return averages.values
+
+    def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:
+        """Every box this rank owns and its values: the averaged ones, then those that are always shown live."""
+        averaged = zip(self.shards, self.values(track), strict=True)
+        with torch.no_grad():
+            live = [(shard.box, shard.live()) for shard in self.plan.owned(averaged=False)]
+        return [(shard.box, value) for shard, value in averaged] + live
+
+    def refuse_while_swapped(self, call: str) -> None:
+        """Refuse a call that would mix up averaged and live weights.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+        """
+        if self.swapped is not None:
+            raise SwapError(
+                f"{call}() was called while the averaged weights of track {self.swapped!r} are in the model: leave the "
+                "average_parameters() block first"
+            )
+
+    def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
+        """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""
+        own = {spec.fqn: self.options.dtype if spec.averaged else spec.dtype for spec in self.plan.specs}
+        if floating is None:
+            return own
+        return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
+
+    def manifest(self, world_size: int) -> Manifest:
+        """What a checkpoint written now says of itself."""
+        dtypes = self.dtypes()
+        return Manifest(
+            num_updates=self.num_updates,
+            options=self.options.to_json(),
+            tracks={name: schedule_to_json(schedule) for name, schedule in self.schedules.items()},
+            tensors={
+                spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged)
+                for spec in self.plan.specs
+            },
+            aliases=self.plan.aliases,
+            written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as the manifest spells it: "float32"."""
+    return str(dtype).removeprefix("torch.")
