@@ -12,83 +12,86 @@ when all ranks have succeeded does anything in memory change (`ShardedEMA.load`)
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_ema import commit
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
+from dist_ema.checks import file_name
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.exchange import Exchange
-from dist_ema.files import INDEX_NAME, ModelFiles, plan_files, read_box, write_box, write_whole
+from dist_ema.files import (
+    DTYPE_NAMES,
+    INDEX_NAME,
+    ONE_FILE_NAME,
+    ModelFiles,
+    plan_files,
+    read_box,
+    write_box,
+    write_whole,
+)
 from dist_ema.layout import Box, Plan, Shard
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor, find_saved, read_manifest
 
-__all__ = ["load_average", "write_average", "write_export"]
+__all__ = ["load_average", "model_files", "write_average", "write_export"]
 
 Pieces = Sequence[tuple[Box, torch.Tensor]]
 
 
+def model_files(plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: int | str) -> ModelFiles:
+    """The files of one track, the same on every rank. No communication.
+
+    Args:
+        plan: the model as boxes.
+        dtypes: fqn -> dtype in the files.
+        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+
+    Raises:
+        ConfigError: `max_shard_size` cannot be read.
+        UnsupportedModelError: a dtype has no name in the format.
+    """
+    tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
+    metadata = {**plan.aliases, commit.MARK: commit.MARK_VALUE}
+    return plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+
+
 def write_average(
-    exchange: Exchange,
-    target: Path,
-    plan: Plan,
-    manifest: Manifest,
-    tracks: Mapping[str, Pieces],
-    *,
-    max_shard_size: int | str,
+    exchange: Exchange, target: Path, files: ModelFiles, tracks: Mapping[str, Pieces], manifest: Manifest
 ) -> None:
     """Collective: every rank must call it. Write a checkpoint of all tracks.
 
     Args:
         exchange: the control traffic of all ranks.
         target: the folder to write, replaced atomically if it is there.
-        plan: the model as boxes.
+        files: the layout of one track.
+        tracks: track name -> every box this rank owns, and its values, converted to the files' dtypes on the way.
         manifest: the record to put beside the tensors.
-        tracks: track name -> every box this rank owns, and its values.
-        max_shard_size: bytes (or "5GB") of a file before the next one begins.
 
     Raises:
         CheckpointError: some rank failed; the same on all ranks, and the former content stays.
     """
-    dtypes = {fqn: getattr(torch, saved.dtype) for fqn, saved in manifest.tensors.items()}
-    files = _model_files(plan, dtypes, max_shard_size)
     folders = {manifest.folder_of(name): (files, pieces) for name, pieces in tracks.items()}
     _write_folders(exchange, target, folders, manifest)
 
 
-def write_export(
-    exchange: Exchange,
-    target: Path,
-    plan: Plan,
-    pieces: Pieces,
-    *,
-    dtypes: Mapping[str, torch.dtype],
-    max_shard_size: int | str,
-) -> None:
+def write_export(exchange: Exchange, target: Path, files: ModelFiles, pieces: Pieces) -> None:
     """Collective: every rank must call it. Write one track as a plain model folder, without a manifest.
 
     Args:
         exchange: the control traffic of all ranks.
         target: the folder to write, replaced atomically if it is there.
-        plan: the model as boxes.
-        pieces: every box this rank owns, and its values.
-        dtypes: fqn -> dtype in the files; converted piece by piece on the way.
-        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        files: its layout.
+        pieces: every box this rank owns, and its values, converted to the files' dtypes on the way.
 
     Raises:
         CheckpointError: some rank failed; the same on all ranks, and the former content stays.
     """
-    files = _model_files(plan, dtypes, max_shard_size)
     _write_folders(exchange, target, {".": (files, pieces)}, None)
-
-
-def _model_files(plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: int | str) -> ModelFiles:
-    tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
-    metadata = {**plan.aliases, commit.MARK: commit.MARK_VALUE}
-    return plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
 
 
 def _write_folders(
@@ -126,7 +129,8 @@ def _write_folders(
         exchange.agree(action, on_rank_0(finish))
     except Exception:
         if exchange.rank == 0:
-            commit.discard(target)
+            with suppress(OSError):  # the next save clears what stays
+                commit.discard(target)
         raise
 
 
@@ -216,28 +220,51 @@ def _told(saved: SavedTensor) -> str:
 
 def _read_track(folder: Path, shards: Sequence[Shard], expected: Mapping[str, SavedTensor]) -> list[torch.Tensor]:
     values = [torch.empty(shard.sizes, dtype=getattr(torch, expected[shard.fqn].dtype)) for shard in shards]
-    remaining = {shard.fqn for shard in shards}
-    for path in sorted(folder.glob("*.safetensors")):
+    by_file: dict[str, list[tuple[Shard, torch.Tensor]]] = {}
+    file_of = _files_of_tensors(folder)
+    for shard, value in zip(shards, values, strict=True):
+        if shard.fqn not in file_of:
+            raise CheckpointCorruptError(f"{folder / INDEX_NAME} does not list {shard.fqn}, its manifest does")
+        by_file.setdefault(file_of[shard.fqn], []).append((shard, value))
+    for name, group in by_file.items():
+        path = folder / name
         try:
             with safe_open(path, framework="pt") as handle:
-                present = remaining.intersection(handle.keys())
-                for shard, value in zip(shards, values, strict=True):
-                    if shard.fqn in present:
-                        _check_shape(path, handle, shard)
-                        read_box(handle, shard.box, value)
-                remaining -= present
+                for shard, value in group:
+                    _check_header(path, handle, shard, expected[shard.fqn])
+                    read_box(handle, shard.box, value)
+        except FileNotFoundError:
+            raise CheckpointCorruptError(f"{path} is missing, though {folder} is otherwise a saved average") from None
         except SafetensorError as error:
             raise CheckpointCorruptError(f"{path} is damaged: {error}") from error
-    if remaining:
-        raise CheckpointCorruptError(
-            f"{folder} lacks the tensors {sorted(remaining)[:3]} that its manifest lists: a file is missing"
-        )
     return values
 
 
-def _check_shape(path: Path, handle: safe_open, shard: Shard) -> None:
-    shape = tuple(handle.get_slice(shard.fqn).get_shape())
-    if shape != shard.global_shape:
-        raise CheckpointCorruptError(
-            f"{path} has {shard.fqn} with shape {list(shape)}, its manifest says {list(shard.global_shape)}"
-        )
+class _OneFile(dict[str, str]):
+    """Every tensor is in the only file."""
+
+    def __contains__(self, fqn: object) -> bool:
+        return True
+
+    def __missing__(self, fqn: str) -> str:
+        return ONE_FILE_NAME
+
+
+def _files_of_tensors(folder: Path) -> Mapping[str, str]:
+    """Name of a tensor -> its file. Other files in the folder are not looked at."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return _OneFile()
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        return {str(fqn): file_name("weight_map", name) for fqn, name in dict(weight_map).items()}
+    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise CheckpointCorruptError(f"{path} is not an index of safetensors files: {error!r}") from error
+
+
+def _check_header(path: Path, handle: safe_open, shard: Shard, expected: SavedTensor) -> None:
+    source = handle.get_slice(shard.fqn)
+    found = (list(source.get_shape()), source.get_dtype())
+    wanted = (list(expected.shape), DTYPE_NAMES[getattr(torch, expected.dtype)])
+    if found != wanted:
+        raise CheckpointCorruptError(f"{path} has {shard.fqn} as {found}, its manifest says {wanted}")

@@ -10,17 +10,29 @@ from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 
 
 def folder_name(name: str, value: object) -> str:
-    """`value` as the name of one folder below another: letters, digits, '-', '_' and inner dots.
+    """`value` as the name of one folder below another: letters, digits, '-' and '_'.
 
     Raises:
         ConfigError: it is something else, or could leave the folder.
     """
     if not isinstance(value, str) or not _FOLDER_NAME.fullmatch(value):
-        raise ConfigError(f"{name} is {value!r}, expected a folder name of letters, digits, '-', '_' and '.'")
+        raise ConfigError(f"{name} is {value!r}, expected a folder name of letters, digits, '-' and '_'")
+    return value
+
+
+def file_name(name: str, value: object) -> str:
+    """`value` as the name of one file in a folder.
+
+    Raises:
+        ConfigError: it is something else, or could leave the folder.
+    """
+    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
+        raise ConfigError(f"{name} is {value!r}, expected the name of a file in the same folder")
     return value
 
 
@@ -57,12 +69,14 @@ def real_number(name: str, value: object) -> float:
 
 
 def absolute(path: object) -> Path:
-    """A folder's path, absolute, with `~` expanded.
+    """A folder's path, absolute, links resolved, with `~` expanded.
 
     Raises:
         ConfigError: it is not a path.
     """
     try:
-        return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))  # type: ignore[call-overload]
-    except TypeError:
+        if not os.fspath(path):  # type: ignore[call-overload]
+            raise TypeError
+        return Path(os.path.realpath(os.path.expanduser(os.fspath(path))))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
         raise ConfigError(f"path is {path!r}, expected the name of a folder") from None

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dist_ema.errors import CheckpointError, CheckpointNotFoundError
@@ -50,7 +50,7 @@ MARK, MARK_VALUE = "written_by", "dist_ema"
 
 def is_average(folder: Path) -> bool:
     """Whether the folder is a saved average."""
-    return (folder / "manifest.json").exists()
+    return (folder / "manifest.json").is_file()
 
 
 def is_export(folder: Path) -> bool:
@@ -153,18 +153,36 @@ def _old(target: Path) -> Path:
 def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
-    foreign = [
-        str(path.relative_to(target))
-        for path in sorted(target.rglob("*"))
-        if not path.is_dir() and not _OWN_FILE.fullmatch(path.name)
-    ]
-    if foreign:
-        raise CheckpointError(
-            f"{target} holds files that are not an average's ({', '.join(foreign[:3])}), and saving replaces the "
-            "whole folder: give the name of a new or empty folder"
-        )
-    if any(target.iterdir()) and not replaceable(target):
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise CheckpointError(f"{target} is the working folder, and saving replaces the whole folder: name one in it")
+    if not any(target.iterdir()):
+        return
+    for path in _entries(target):
+        if path.is_dir() or not _OWN_FILE.fullmatch(path.name):
+            raise CheckpointError(
+                f"{target} holds {path.relative_to(target)}, which is not an average's, and saving replaces the whole "
+                "folder: give the name of a new or empty folder"
+            )
+    if not replaceable(target):
         raise CheckpointError(
             f"{target} is {'a saved average' if is_average(target) else 'no saved average'}, and this call would "
             "replace it by something else: give the name of a new or empty folder"
         )
+
+
+def _entries(target: Path) -> Iterator[Path]:
+    """What lies in the folder and, for an average of several tracks, in the tracks' folders."""
+    tracks = _track_folders(target)
+    for path in target.iterdir():
+        if path.name in tracks and path.is_dir() and not path.is_symlink():
+            yield from path.iterdir()
+        else:
+            yield path
+
+
+def _track_folders(target: Path) -> set[str]:
+    try:
+        tracks = json.loads((target / "manifest.json").read_bytes())["tracks"]
+        return set(tracks) if len(tracks) > 1 else set()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()

@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from dist_ema.checkpoint import load_average, write_average, write_export
+from dist_ema.checkpoint import load_average, model_files, write_average, write_export
 from dist_ema.checks import absolute
 from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
+from dist_ema.files import ModelFiles
 from dist_ema.gather import whole_tensors
-from dist_ema.layout import Shard
+from dist_ema.layout import Box, Shard
 from dist_ema.manifest import Manifest
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
 from dist_ema.schedules import Schedule
@@ -25,6 +27,8 @@ from dist_ema.swap import LiveBackup, put_average
 from dist_ema.topology.planning import plan_model
 
 __all__ = ["ShardedEMA"]
+
+T = TypeVar("T")
 
 
 class ShardedEMA:
@@ -99,6 +103,7 @@ class ShardedEMA:
             )
             options.check_patterns(plan.names)
             plan.check_not_empty()
+            model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
             return AveragedState(plan, options, schedules)
 
         if dtype in (torch.bfloat16, torch.float16):
@@ -175,16 +180,21 @@ class ShardedEMA:
             ConfigError: there is no such track.
         """
         state = self._state
-        state.refuse_while_swapped("average_parameters")
-        values = state.values(track)
-        backup = LiveBackup(state.plan)
+
+        def prepare() -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
+            state.refuse_while_swapped("average_parameters")
+            return state.values(track), LiveBackup(state.plan)
+
+        values, backup = self._prepare_swap("average_parameters", track, prepare)
         state.swapped = state.track(track)
         try:
             put_average(state.plan, values)
             yield
         finally:
-            backup.restore()
-            state.swapped = None
+            try:
+                backup.restore()
+            finally:
+                state.swapped = None
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
@@ -196,8 +206,14 @@ class ShardedEMA:
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
         """
-        self._state.refuse_while_swapped("copy_to_model")
-        put_average(self._state.plan, self._state.values(track))
+        state = self._state
+
+        def prepare() -> tuple[torch.Tensor, ...]:
+            state.refuse_while_swapped("copy_to_model")
+            state.plan.verify()
+            return state.values(track)
+
+        put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
 
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
@@ -233,14 +249,15 @@ class ShardedEMA:
             CheckpointError: some rank could not write; the same error on all ranks.
         """
 
-        def prepare() -> tuple[Path, Manifest]:
-            self._state.refuse_while_swapped("save")
-            return absolute(path), self._manifest()
+        def prepare() -> tuple[Path, Manifest, dict[str, list[tuple[Box, torch.Tensor]]], ModelFiles]:
+            state, manifest = self._state, self._manifest()
+            state.refuse_while_swapped("save")
+            files = model_files(state.plan, state.dtypes(), max_shard_size)
+            return absolute(path), manifest, {name: state.pieces(name) for name in self.tracks}, files
 
-        target, manifest = self._exchange.agree("save", prepare)
+        target, manifest, tracks, files = self._exchange.agree("save", prepare)
         self._exchange.compare({"call": "save", "path": str(target), "num_updates": manifest.num_updates})
-        tracks = {name: self._state.pieces(name) for name in self.tracks}
-        write_average(self._exchange, target, self._state.plan, manifest, tracks, max_shard_size=max_shard_size)
+        write_average(self._exchange, target, files, tracks, manifest)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
@@ -260,6 +277,7 @@ class ShardedEMA:
 
         def prepare() -> Path:
             self._state.refuse_while_swapped("load")
+            self._state.plan.verify()
             return absolute(path)
 
         target = self._exchange.agree("load", prepare)
@@ -292,18 +310,17 @@ class ShardedEMA:
             CheckpointError: some rank could not write; the same error on all ranks.
         """
 
-        def prepare() -> Path:
-            self._state.refuse_while_swapped("consolidate")
-            self._state.track(track)
+        def prepare() -> tuple[Path, list[tuple[Box, torch.Tensor]], ModelFiles]:
+            state = self._state
+            state.refuse_while_swapped("consolidate")
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ConfigError(f"dtype is {dtype!r}, expected a floating-point torch dtype or None")
-            return absolute(path)
+            return absolute(path), state.pieces(track), model_files(state.plan, state.dtypes(dtype), max_shard_size)
 
-        target = self._exchange.agree("consolidate", prepare)
+        target, pieces, files = self._exchange.agree("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
         self._exchange.compare({**same, "max_shard_size": max_shard_size})
-        plan, pieces, dtypes = self._state.plan, self._state.pieces(track), self._state.dtypes(dtype)
-        write_export(self._exchange, target, plan, pieces, dtypes=dtypes, max_shard_size=max_shard_size)
+        write_export(self._exchange, target, files, pieces)
 
     def detach(self) -> None:
         """Remove every hook that `attach` registered; the average stays usable by hand. No communication."""
@@ -313,6 +330,14 @@ class ShardedEMA:
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Have `detach` call `undo`; for integrations that register hooks. No communication."""
         self._on_detach.append(undo)
+
+    def _prepare_swap(self, call: str, track: str | None, prepare: Callable[[], T]) -> T:
+        """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none."""
+        if not self._state.plan.has_replicas:
+            return prepare()
+        prepared = self._exchange.agree(call, prepare)
+        self._exchange.compare({"call": call, "track": self._state.track(track)})
+        return prepared
 
     def _manifest(self) -> Manifest:
         return self._state.manifest(self._exchange.world_size)

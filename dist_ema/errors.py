@@ -4,6 +4,7 @@
     ├── ConfigError (also ValueError)            an option or a schedule has a value out of range
     ├── UnsupportedModelError (also TypeError)   the model cannot be averaged as it is
     ├── AttachError                              model, optimizer and accelerator do not belong together
+    ├── ModelChangedError                        the model is no longer the one that was planned
     ├── SwapError                                not allowed while the averaged weights are in the model
     ├── CommunicationError                       other ranks died or made another call
     ├── RankMismatchError                        the ranks disagree about model, options or counter
@@ -27,6 +28,7 @@ __all__ = [
     "CommunicationError",
     "ConfigError",
     "DistEMAError",
+    "ModelChangedError",
     "RankMismatchError",
     "SwapError",
     "UnsupportedModelError",
@@ -47,6 +49,10 @@ class UnsupportedModelError(DistEMAError, TypeError):
 
 class AttachError(DistEMAError):
     """The model, the optimizer and the accelerator do not belong together."""
+
+
+class ModelChangedError(DistEMAError):
+    """The model's modules, names or shapes are no longer those the average was built for."""
 
 
 class SwapError(DistEMAError):

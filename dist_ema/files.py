@@ -26,13 +26,26 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from dist_ema.errors import ConfigError, UnsupportedModelError
 from dist_ema.layout import Box
 
-__all__ = ["Entry", "FileLayout", "ModelFiles", "plan_files", "read_box", "write_box", "write_whole"]
+__all__ = [
+    "DTYPE_NAMES",
+    "INDEX_NAME",
+    "ONE_FILE_NAME",
+    "Entry",
+    "FileLayout",
+    "ModelFiles",
+    "host_bytes",
+    "plan_files",
+    "read_box",
+    "write_box",
+    "write_whole",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
+ONE_FILE_NAME = "model.safetensors"
 _FILE_PATTERN = "model{suffix}.safetensors"
 
 # Dtypes of torch in the format's own spelling, in its documented set.
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -110,7 +123,7 @@ def plan_files(
         UnsupportedModelError: a dtype has no name in the format.
     """
     for fqn, dtype, _ in tensors:
-        if dtype not in _DTYPE_NAMES:
+        if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
     ordered = {
         fqn: Entry(fqn, dtype, shape, start=0)
@@ -135,11 +148,11 @@ def plan_files(
 
 
 def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     ends = list(itertools.accumulate((entry.nbytes for entry in entries), initial=0))
     for entry, (start, stop) in zip(entries, itertools.pairwise(ends), strict=True):
         header[entry.fqn] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
+            "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, stop],
         }
@@ -197,10 +210,18 @@ def _contiguous_runs(entry: Entry, box: Box, values: torch.Tensor) -> Iterator[t
 
 
 def _as_bytes(values: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    flat = values.detach().to(device="cpu", dtype=dtype).contiguous()
+    return memoryview(host_bytes(values, dtype).numpy())  # type: ignore[arg-type]
+
+
+def host_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The row-major bytes of a tensor of any device, strides and dtype, converted: a CPU uint8 tensor of one dim."""
+    flat = values.detach().to(device="cpu", dtype=dtype).resolve_conj().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if flat.stride() != (1,):
+        # A single element may keep a stride that a view of its bytes refuses.
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    return flat.view(torch.uint8)
 
 
 def _write_all(descriptor: int, content: memoryview, offset: int) -> None:

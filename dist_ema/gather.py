@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_ema.exchange import Exchange
+from dist_ema.files import host_bytes
 from dist_ema.layout import Box, Plan
 
 __all__ = ["whole_tensors"]
@@ -26,11 +27,14 @@ def whole_tensors(
     Returns:
         On rank 0 every tensor whole, on the CPU, tied ones under each of their names; elsewhere {}.
     """
-    boxes_by_rank: list[list[Box]] = exchange.gather_objects([box for box, _ in pieces])
+    contents = exchange.agree(
+        "full_state_dict", lambda: [(box, host_bytes(values, dtypes[box.fqn])) for box, values in pieces]
+    )
+    boxes_by_rank: list[list[Box]] = exchange.gather_objects([box for box, _ in contents])
     if exchange.rank != 0:
-        for _, values in pieces:
-            if values.numel():
-                exchange.send_bytes(_host_bytes(values), 0)
+        for _, content in contents:
+            if content.numel():
+                exchange.send_bytes(content, 0)
         return {}
     whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn]) for spec in plan.specs}
     for box, values in pieces:
@@ -45,7 +49,3 @@ def whole_tensors(
     for alias, fqn in plan.aliases.items():
         whole[alias] = whole[fqn]
     return whole
-
-
-def _host_bytes(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 
 __all__ = [
     "Box",
@@ -137,8 +137,17 @@ class Shard:
 
 
 def piece_of(held: Held, box: Box) -> torch.Tensor:
-    """The live values of `box`, which lies within `held.box`, sharing memory with the model."""
+    """The live values of `box`, which lies within `held.box`, sharing memory with the model.
+
+    Raises:
+        ModelChangedError: the live tensor has another shape than it was planned with.
+    """
     view = held.view()
+    if view.shape != held.box.sizes:
+        raise ModelChangedError(
+            f"{held.spec.fqn} now has {list(view.shape)} on this rank, {list(held.box.sizes)} when the average was "
+            "built: build a new ShardedEMA after changing a model"
+        )
     for dim, (inner, outer) in enumerate(zip(box.sizes, held.box.sizes, strict=True)):
         if inner != outer:
             view = view.narrow(dim, box.offsets[dim] - held.box.offsets[dim], inner)
@@ -277,12 +286,19 @@ class Plan:
         aliases: further names of tied tensors -> the name in `specs`.
         divisions: what this rank holds of them.
         settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
+        verify: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
     """
 
     specs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]
     divisions: tuple[Division, ...]
     settle: Callable[[], None]
+    verify: Callable[[], None]
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether putting averages into the model communicates."""
+        return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
 
     @property
     def names(self) -> list[str]:

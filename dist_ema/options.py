@@ -96,6 +96,8 @@ def checked_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
+        if torch.device(device).type == "meta":  # type: ignore[call-overload]
+            raise TypeError("it holds no values")
         return torch.device(device)  # type: ignore[call-overload,no-any-return]
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None

@@ -183,7 +183,9 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """A JSON object that tells `schedule`; one of ours can be rebuilt from it, another is told by its repr."""
     if isinstance(schedule, CosineSchedule | ConstantSchedule):
         return {"type": type(schedule).__name__, **schedule.to_json()}
-    return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": repr(schedule)}
+    # The default repr holds a memory address, which differs over the ranks and runs.
+    told = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
+    return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": told}
 
 
 def schedule_text(saved: Mapping[str, Any]) -> str:

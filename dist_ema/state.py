@@ -107,9 +107,12 @@ class AveragedState:
 
     def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:
         """Every box this rank owns and its values: the averaged ones, then those that are always shown live."""
+        self.plan.verify()
+        dtypes = self.dtypes()
         averaged = zip(self.shards, self.values(track), strict=True)
         with torch.no_grad():
-            live = [(shard.box, shard.live()) for shard in self.plan.owned(averaged=False)]
+            # The live dtype may have changed since the plan was made (`model.to(...)`); files keep the planned one.
+            live = [(shard.box, shard.live().to(dtypes[shard.fqn])) for shard in self.plan.owned(averaged=False)]
         return [(shard.box, value) for shard, value in averaged] + live
 
     def refuse_while_swapped(self, call: str) -> None:

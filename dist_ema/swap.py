@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dist_ema.exchange import broadcast_from
-from dist_ema.layout import Division, Plan, Shard
+from dist_ema.layout import Division, Plan, Shard, piece_of
 
 __all__ = ["LiveBackup", "put_average"]
 
@@ -26,9 +26,9 @@ class LiveBackup:
     @torch.no_grad()
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        plan.settle()
+        plan.verify()
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
-        self._values = [held.view().clone(memory_format=torch.preserve_format) for held in self._held]
+        self._values = [piece_of(held, held.box).clone(memory_format=torch.preserve_format) for held in self._held]
 
     @torch.no_grad()
     def restore(self) -> None:

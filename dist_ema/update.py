@@ -39,7 +39,8 @@ class Averages:
         self._flat: dict[torch.device, torch.Tensor] = {}
         for wanted in dict.fromkeys(devices):
             numel = sum(shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted)
-            self._flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
+            with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
+                self._flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
         self.values = self._views(self._flat, devices)
 
     def _views(
@@ -72,6 +73,8 @@ class Averages:
             momentum: weight of the live values, from 0 to 1.
             unless: flag of one element; where it is not 0 nothing moves. Read on the device only.
         """
+        if momentum == 0.0:
+            return  # 0 * (live - averaged) is not 0 where live is not finite
         direct_averaged: list[torch.Tensor] = []
         direct_live: list[torch.Tensor] = []
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []

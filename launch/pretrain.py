@@ -66,7 +66,8 @@ class Trainer:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.accelerator, layout = self.open_accelerator()
+        self.layout = LAYOUTS[options.sharding]
+        self.accelerator = self.open_accelerator()
         set_seed(options.seed)
         config = ByteLMConfig(width=options.width, depth=options.depth, heads=options.heads, context=options.context)
         corpus = read_corpus(options.data, context=options.context)
@@ -84,7 +85,7 @@ class Trainer:
         self.model, self.optimizer, self.loader, self.warmup = self.accelerator.prepare(
             model, optimizer, loader, warmup
         )
-        layout.check(self.accelerator, self.model)
+        self.layout.check(self.accelerator, self.model, options)
 
         self.schedule = CosineSchedule(
             momentum=options.momentum, end_momentum=options.end_momentum, total_steps=options.steps
@@ -104,19 +105,19 @@ class Trainer:
             start_journal(self.journal, from_step=self.progress.step)
         self.accelerator.wait_for_everyone()
 
-    def open_accelerator(self) -> tuple[Accelerator, Any]:
-        layout = LAYOUTS[self.options.sharding]
-        accelerator = layout.open(self.options.mixed_precision, self.options.accumulation)
+    def open_accelerator(self) -> Accelerator:
+        accelerator = self.layout.open(self.options)
         micro_batches = accelerator.num_processes * self.options.accumulation
         if self.options.batch_size % micro_batches:
             raise ValueError(
                 f"--batch-size {self.options.batch_size} is not a multiple of {accelerator.num_processes} "
                 f"processes times {self.options.accumulation} micro-batches"
             )
-        return accelerator, layout
+        return accelerator
 
     def resume(self) -> None:
         if self.options.resume is not None:
+            self.layout.before_load(self.model, self.optimizer.optimizer)
             self.accelerator.load_state(str(self.options.resume))
             self.accelerator.print(f"resumed at step {self.progress.step}, {self.ema.num_updates} updates")
         if self.progress.step >= self.options.stop_at:

@@ -109,6 +109,7 @@ def test_public_names() -> None:
         "ConstantSchedule",
         "CosineSchedule",
         "DistEMAError",
+        "ModelChangedError",
         "RankMismatchError",
         "ShardedEMA",
         "SwapError",

@@ -95,6 +95,8 @@ def test_replicas_come_from_the_option_then_the_configuration(tmp_path, launched
     launched_with(three)
     assert options.parse_options([]).replicas == 3
     assert options.parse_options(["--replicas", "4"]).replicas == 4
+    with pytest.raises(SystemExit):
+        options.parse_options(["--sharding", "fsdp2", "--replicas", "4"])
 
 
 @pytest.mark.parametrize(("num_processes", "replicas"), [(1, 2), (2, 2), (3, 2), (4, 1), (4, 4), (6, 4)])

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -23,9 +24,10 @@ from torch import nn
 
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
-from dist_ema.errors import AttachError
+from dist_ema.errors import AttachError, ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.schedules import Schedule
+from dist_ema.topology.names import unwrapped
 from dist_ema.topology.planning import trained_parameters
 
 __all__ = ["attach"]
@@ -73,7 +75,7 @@ def attach(
         UnsupportedModelError: the model cannot be averaged exactly as it is.
     """
     exchange = Exchange()
-    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name, exchange.world_size))
+    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name, exchange.world_size, options))
     ema = ShardedEMA(model, schedule, **options)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
@@ -100,8 +102,13 @@ def attach(
     return ema
 
 
-def _check(accelerator: object, model: object, optimizer: object, name: str, world_size: int) -> None:
+def _check(
+    accelerator: object, model: object, optimizer: object, name: str, world_size: int, options: Mapping[str, Any]
+) -> None:
     folder_name("name", name)
+    unknown = sorted(set(options) - set(inspect.signature(ShardedEMA).parameters))
+    if unknown:
+        raise ConfigError(f"attach was given {unknown}, expected options of ShardedEMA")
     if not isinstance(accelerator, Accelerator):
         raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
     if not isinstance(optimizer, AcceleratedOptimizer):
@@ -137,8 +144,7 @@ def _check(accelerator: object, model: object, optimizer: object, name: str, wor
 
 def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
     # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
-    inside = accelerator.unwrap_model(model)
-    return any(accelerator.unwrap_model(each) is inside for each in accelerator._models)
+    return any(unwrapped(each) is unwrapped(model) for each in accelerator._models)
 
 
 def _is_state_initialisation() -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box
 from dist_ema.topology.placed import Holders, Named, Piece
 
@@ -19,15 +22,35 @@ def is_dtensor(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-def reshard_fsdp2(model: nn.Module) -> None:
+def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] = ()) -> None:
     """Make the parameters' names resolve to the sharded DTensors again. No communication.
 
     After a forward without gradients the root group stays gathered: its names then yield plain tensors that are
-    dropped at the next reshard, so reads through them are stale and writes are lost.
+    dropped at the next reshard, so reads through them are stale and writes are lost. After a forward that an exception
+    cut off, `reshard()` does nothing; torch 2.13 has `reset_iter_state()` for that.
+
+    Args:
+        model: the wrapped model.
+        views: of the planned tensors; each is checked to be sharded again.
+
+    Raises:
+        ModelChangedError: a group cannot be resharded (before torch 2.13, after a forward that was cut off).
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.reshard()
+    sharded = [view for view in views if isinstance(view, _LocalValues)]
+    if all(view.is_sharded() for view in sharded):
+        return
+    for module in modules:
+        if hasattr(module, "reset_iter_state"):
+            with suppress(RuntimeError):  # not a root
+                module.reset_iter_state()
+    if not all(view.is_sharded() for view in sharded):
+        raise ModelChangedError(
+            "a forward of this model was cut off, and FSDP still holds gathered weights: run one whole forward (and "
+            "backward, if with gradients) before averaging, swapping or saving"
+        )
 
 
 def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
@@ -68,6 +91,11 @@ class _LocalValues:
         self._owner = named.owner
         self._attribute = named.attribute
         self._sharded: DTensor = named.source
+
+    def is_sharded(self) -> bool:
+        """Whether the name resolves to the sharded tensor, or to one that replaced it."""
+        current = getattr(self._owner, self._attribute, None)
+        return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
     def __call__(self) -> torch.Tensor:
         current = getattr(self._owner, self._attribute)

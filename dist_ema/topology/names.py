@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 
-__all__ = ["named_tensors"]
+__all__ = ["check_tensor", "check_unchanged", "named_tensors", "unwrapped"]
 
 # Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -89,6 +89,18 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
     return "".join(kept)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the outermost wrappers. Changes nothing (accelerate's `unwrap_model` may)."""
+    while True:
+        children = dict(model.named_children())
+        name = next((name for name in children if name in _WRAPPED_CHILD), None)
+        if name is None and isinstance(model, DistributedDataParallel):
+            name = "module"
+        if name is None:
+            return model
+        model = children[name]
+
+
 def check_tensor(named: Named) -> None:
     """Refuse what has no values or no rows.
 
@@ -103,5 +115,28 @@ def check_tensor(named: Named) -> None:
             f"{named.fqns[0]} is on the meta device and has no values: materialise the model first (to_empty, then its "
             "initialisation or a load)"
         )
+    if any(stride == 0 and size > 1 for stride, size in zip(_strides(tensor), tensor.shape, strict=True)):
+        raise UnsupportedModelError(
+            f"{named.fqns[0]} is expanded: several of its elements share memory. Make it contiguous()"
+        )
     if tensor.layout is not torch.strided:
         raise UnsupportedModelError(f"{named.fqns[0]} has layout {tensor.layout}, expected a dense tensor")
+
+
+def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
+    """Refuse a model whose tensors are called otherwise, or lie in other modules, than when it was planned.
+
+    Raises:
+        ModelChangedError: names the first tensor that came, went or moved.
+    """
+    before, after = ({tuple(named.fqns): named for named in tensors} for tensors in (planned, now))
+    for fqns in [*before, *(fqns for fqns in after if fqns not in before)]:
+        if fqns not in before or fqns not in after or before[fqns].owner is not after[fqns].owner:
+            raise ModelChangedError(
+                f"{fqns[0]} was added, removed, tied or moved into another module since the average was built: build "
+                "a new ShardedEMA after changing a model"
+            )
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride()) if tensor.layout is torch.strided else (1,) * tensor.dim()

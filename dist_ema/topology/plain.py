@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box
 from dist_ema.topology.placed import Holders, Named, Piece
 
@@ -38,10 +38,14 @@ def place_plain(named: Named) -> Piece:
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
-    return Piece(box, functools.partial(_values, named.owner, named.attribute))
+    return Piece(box, functools.partial(_values, named.owner, named.attribute, not named.is_buffer))
 
 
-def _values(owner: nn.Module, attribute: str) -> torch.Tensor:
+def _values(owner: nn.Module, attribute: str, is_parameter: bool) -> torch.Tensor:
     values = getattr(owner, attribute)
-    assert isinstance(values, torch.Tensor)  # it was one when the plan was made
+    if not isinstance(values, torch.Tensor) or (is_parameter and not isinstance(values, nn.Parameter)):
+        raise ModelChangedError(
+            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, or parametrized?): "
+            "build a new ShardedEMA after changing a model"
+        )
     return values.detach()

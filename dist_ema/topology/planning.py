@@ -12,7 +12,7 @@ from dist_ema.errors import UnsupportedModelError
 from dist_ema.layout import Division, Held, Plan, TensorSpec
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
-from dist_ema.topology.names import check_tensor, named_tensors
+from dist_ema.topology.names import check_tensor, check_unchanged, named_tensors
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.plain import holders_of_plain, place_plain
 
@@ -42,17 +42,15 @@ def plan_model(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
 
-    def settle() -> None:
-        reshard_fsdp1(model)
-        reshard_fsdp2(model)
-
-    settle()
+    reshard_fsdp1(model)
+    reshard_fsdp2(model)
+    found = named_tensors(model, find_flat_slices(model))
     plain = holders_of_plain(model, rank, world_size)
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
     members: dict[tuple[Any, ...], list[Held]] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
-    for named in named_tensors(model, find_flat_slices(model)):
+    for named in found:
         check_tensor(named)
         spec = _spec(named, averages(named.fqns) and (update_buffers or not named.is_buffer))
         specs.append(spec)
@@ -61,6 +59,16 @@ def plan_model(
         key = (held_by.ranks, spec.averaged, spec.is_buffer)
         members.setdefault(key, []).extend(Held(spec, piece.box, piece.view) for piece in pieces)
         holders.setdefault(key, held_by)
+    views = [held.view for group in members.values() for held in group]
+
+    def settle() -> None:
+        reshard_fsdp1(model)
+        reshard_fsdp2(model, views)
+
+    def verify() -> None:
+        settle()
+        check_unchanged(found, named_tensors(model, find_flat_slices(model)))
+
     divisions = tuple(
         Division(
             held=tuple(members[key]),
@@ -72,7 +80,7 @@ def plan_model(
         )
         for key, held_by in holders.items()
     )
-    return Plan(specs=tuple(specs), aliases=aliases, divisions=divisions, settle=settle)
+    return Plan(specs=tuple(specs), aliases=aliases, divisions=divisions, settle=settle, verify=verify)
 
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:
