@@ -61,7 +61,7 @@ def real_number(name: str, value: object) -> float:
     if not isinstance(value, bool | str | bytes):
         try:
             number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
         raise ConfigError(f"{name} is {value!r}, expected a finite number")

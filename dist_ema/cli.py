@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     chosen = _parser().parse_args(arguments)
     try:
-        print(chosen.run(chosen))
-        sys.stdout.flush()
-    except DistEMAError as error:
-        print(f"dist-ema: {error}", file=sys.stderr)
+        told = chosen.run(chosen)
+    except (DistEMAError, OSError) as error:
+        print(_printable(f"dist-ema: {error}"), file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough; keep the interpreter from complaining at exit.
+    try:
+        print(_printable(told))
+        sys.stdout.flush()
+    except OSError as error:
+        # Keep the interpreter from complaining at exit. The reader of a pipe that closed has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0 if isinstance(error, BrokenPipeError) else 1
     return 0
+
+
+def _printable(text: str) -> str:
+    """Names in a checkpoint are somebody's input: escape what a terminal would obey."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,11 +93,11 @@ def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _momentum(schedule: dict[str, Any] | Any, num_updates: int) -> float | None:
+def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
     """Momentum of the next update; None for a schedule that only its author can rebuild."""
     try:
         return schedule_from_json(schedule).momentum(num_updates)
-    except ConfigError:
+    except (ConfigError, ArithmeticError):
         return None
 
 

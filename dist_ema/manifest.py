@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,18 +108,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(_read_small(path))
     except FileNotFoundError:
         raise CheckpointCorruptError(
             f"{folder} has no {MANIFEST_NAME}, expected a folder written by ShardedEMA.save: it is another kind "
             "of folder, or its writing was cut off"
         ) from None
-    except ValueError as error:
-        raise CheckpointCorruptError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointCorruptError(f"{path} is not a readable JSON file: {error}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CheckpointCorruptError(f"{path} is not a manifest of dist_ema")
     version = record.get("format_version")
-    if version != _FORMAT_VERSION:
+    if version != _FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointMismatchError(
             f"{path} has format version {version!r}, expected {_FORMAT_VERSION}: read it with the version of "
             "dist_ema that wrote it, or a newer one"
@@ -126,18 +128,49 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             num_updates=_counter(record["num_updates"]),
             options=dict(record["options"]),
-            tracks={
-                folder_name("track name", name): dict(schedule) for name, schedule in dict(record["tracks"]).items()
-            },
-            tensors={
-                fqn: SavedTensor(tuple(saved["shape"]), str(saved["dtype"]), bool(saved["averaged"]))
-                for fqn, saved in dict(record["tensors"]).items()
-            },
+            tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
+            tensors={str(fqn): _tensor(saved) for fqn, saved in _filled(record["tensors"])},
             aliases=dict(record["aliases"]),
             written_by=dict(record["written_by"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointCorruptError(f"{path} lacks or misstates a field: {error!r}") from error
+
+
+_LARGEST_BYTES = 512 * 2**20
+_LARGEST_SIZE = 2**62
+
+
+def _read_small(path: Path) -> bytes:
+    """The content of a regular file of a size that a manifest may have; a pipe would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_BYTES:
+        raise ValueError("it is no regular file, or larger than any manifest")
+    return path.read_bytes()
+
+
+def _filled(value: object) -> list[tuple[Any, Any]]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"expected an object with entries, found {type(value).__name__}")
+    return list(value.items())
+
+
+def _schedule(value: object) -> dict[str, Any]:
+    schedule = dict(_filled(value))
+    if not isinstance(schedule.get("type"), str):
+        raise ValueError("a schedule has no type")
+    return schedule
+
+
+def _tensor(value: object) -> SavedTensor:
+    saved = dict(_filled(value))
+    shape, dtype, averaged = saved["shape"], saved["dtype"], saved["averaged"]
+    sizes_are_fine = isinstance(shape, list) and all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape)
+    if not sizes_are_fine or math.prod(shape) >= _LARGEST_SIZE:
+        raise ValueError(f"a tensor has the shape {str(shape)[:80]}")
+    if not isinstance(dtype, str) or not isinstance(averaged, bool):
+        raise ValueError(f"a tensor has dtype {str(dtype)[:80]} and averaged {str(averaged)[:80]}")
+    return SavedTensor(tuple(shape), dtype, averaged)
 
 
 def _counter(value: object) -> int:

@@ -8,12 +8,23 @@ import math
 import pytest
 import torch
 from oracle import NaiveAverage
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from zoo import Nasty, set_live
 
 import dist_ema.ema
-from dist_ema import ConfigError, ConstantSchedule, CosineSchedule, DistEMAError, ShardedEMA, UnsupportedModelError
+from dist_ema import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ConfigError,
+    ConstantSchedule,
+    CosineSchedule,
+    DistEMAError,
+    ModelChangedError,
+    ShardedEMA,
+    UnsupportedModelError,
+)
 from dist_ema.update import _SCRATCH_NUMEL
 
 HALF = ConstantSchedule(momentum=0.5)
@@ -282,3 +293,173 @@ def test_export_refuses_an_integer_dtype_and_an_unknown_track(tmp_path) -> None:
 
 def test_docstring_examples_run() -> None:
     assert doctest.testmod(dist_ema.ema).failed == 0
+
+
+def bias_of_another_shape(model: nn.Module) -> None:
+    model.bias = nn.Parameter(torch.ones(1))
+
+
+def grown_buffer(model: nn.Module) -> None:
+    model.ids = torch.arange(5)
+
+
+def removed_parameter(model: nn.Module) -> None:
+    model.register_parameter("bias", None)
+
+
+def added_module(model: nn.Module) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+def parametrized(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model)
+
+
+def replaced_module(model: nn.Module) -> None:
+    model.inner = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [bias_of_another_shape, grown_buffer, removed_parameter, added_module, parametrized, replaced_module]
+)
+def test_a_model_whose_structure_changed_is_refused_and_nothing_is_written(tmp_path, change) -> None:
+    """Silently: a shape that broadcasts, a longer buffer that overwrites its neighbour in the file, a stale module."""
+    model = nn.Linear(4, 3)
+    model.inner = nn.Linear(2, 2)
+    model.register_buffer("ids", torch.arange(2))
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    change(model)
+    with pytest.raises(ModelChangedError):
+        ema.update()
+        ema.save(tmp_path / "ema")
+    with pytest.raises(ModelChangedError), ema.average_parameters():
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_single_elements_with_odd_strides_conj_views_and_expanded_buffers_are_saved(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    model.odd = nn.Parameter(torch.arange(6.0).view(3, 2)[:1, :1].t()[:, :1])
+    model.register_buffer("one", torch.tensor(2.0).expand(1))
+    model.register_buffer("conjugate", torch.tensor([1 + 2j]).conj())
+    ema = ShardedEMA(model, HALF, exclude="odd")
+    ema.update()
+    ema.save(tmp_path / "ema")
+    loaded = load_file(tmp_path / "ema" / "model.safetensors")
+    assert loaded["one"].item() == 2.0 and loaded["conjugate"].item() == 1 - 2j and loaded["odd"].item() == 0.0
+
+
+def test_an_expanded_parameter_and_an_unstorable_buffer_are_refused_at_construction() -> None:
+    model = nn.Linear(2, 2)
+    model.w = nn.Parameter(torch.ones(1).expand(4))
+    with pytest.raises(UnsupportedModelError, match="expanded"):
+        ShardedEMA(model, HALF)
+    model = nn.Linear(2, 2)
+    model.register_buffer("wide", torch.zeros(1, dtype=torch.complex128))
+    with pytest.raises(UnsupportedModelError, match="complex128"):
+        ShardedEMA(model, HALF)
+
+
+def test_a_momentum_of_zero_keeps_the_average_whatever_the_live_values_are() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, CosineSchedule(0.5, total_steps=1))
+    ema.update()
+    before = ema.full_state_dict()["weight"].clone()
+    model.weight.data.fill_(float("inf"))
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["weight"], before)
+
+
+def test_a_buffer_registered_twice_keeps_its_persistent_name_only() -> None:
+    model = nn.Linear(2, 2)
+    shared = torch.ones(3)
+    model.register_buffer("a", shared, persistent=False)
+    model.register_buffer("b", shared)
+    assert set(ShardedEMA(model, HALF).full_state_dict()) == set(model.state_dict())
+
+
+def test_saving_never_replaces_somebody_elses_folder(tmp_path, monkeypatch) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    for step in ("step-1", "step-2"):
+        ema.save(tmp_path / "runs" / step)
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for call in (ema.save, ema.consolidate):
+        for folder in (tmp_path / "runs", tmp_path / "model", ".", "..", "", tmp_path / "model" / "config.json"):
+            with pytest.raises(DistEMAError):
+                call(folder)
+    with pytest.raises(CheckpointError, match="saved average"):
+        ema.consolidate(tmp_path / "runs" / "step-1")
+    ema.consolidate(tmp_path / "export")
+    ema.consolidate(tmp_path / "export")
+    with pytest.raises(CheckpointError, match="no saved average"):
+        ema.save(tmp_path / "export")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"step-1", "step-2"}
+    assert (tmp_path / "here").exists() and (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    for _ in range(2):
+        ema.save(tmp_path / "link")
+    ema.load(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "manifest.json").exists()
+
+
+def test_load_finds_the_average_in_a_checkpoint_and_reads_its_own_files_only(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    ema.save(tmp_path / "ckpt" / "ema")
+    expected = {name: value.clone() for name, value in ema.full_state_dict().items()}
+    save_file({name: value + 1 for name, value in expected.items()}, tmp_path / "ckpt" / "ema" / "adapter.safetensors")
+    model.weight.data.fill_(9.0)
+    ema.update()
+    ema.load(tmp_path / "ckpt")
+    assert all(torch.equal(value, expected[name]) for name, value in ema.full_state_dict().items())
+
+
+def test_a_file_of_another_dtype_than_its_manifest_says_is_refused(tmp_path) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    ema.save(tmp_path / "ema")
+    path = tmp_path / "ema" / "model.safetensors"
+    save_file({name: value.to(torch.int8) for name, value in load_file(path).items()}, path)
+    with pytest.raises(CheckpointCorruptError, match="I8"):
+        ema.load(tmp_path / "ema")
+
+
+def test_an_average_built_in_inference_mode_can_be_updated_outside() -> None:
+    model = nn.Linear(2, 2)
+    with torch.inference_mode():
+        ema = ShardedEMA(model, HALF)
+    ema.update()
+    ema.update()
+
+
+def test_a_fused_optimizers_skipped_steps_are_neither_averaged_nor_counted() -> None:
+    """accelerate#4242: the step hook of a fused optimizer fires on an overflow too."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    schedule = CosineSchedule(0.5, 0.1, total_steps=6)
+    ema, naive = ShardedEMA(model, schedule), NaiveAverage(schedule.momentum)
+    optimizer.register_step_post_hook(lambda stepped, *ignored: ema.update(found_inf=stepped.found_inf))
+    for overflow in (True, False, True, False, False, True, False):
+        before = model.weight.detach().clone()
+        scaler.scale(model(torch.ones(1, 3)).sum() * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, model.weight) == overflow
+        if not overflow:
+            naive.update(dict(model.named_parameters()))
+    assert ema.num_updates == naive.num_updates == 4
+    state = ema.full_state_dict()
+    assert all(torch.equal(state[name], value) for name, value in naive.values.items())

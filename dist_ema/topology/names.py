@@ -131,9 +131,10 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
     """
     before, after = ({tuple(named.fqns): named for named in tensors} for tensors in (planned, now))
     for fqns in [*before, *(fqns for fqns in after if fqns not in before)]:
-        if fqns not in before or fqns not in after or before[fqns].owner is not after[fqns].owner:
+        old, new = before.get(fqns), after.get(fqns)
+        if old is None or new is None or old.owner is not new.owner or old.shape != new.shape:
             raise ModelChangedError(
-                f"{fqns[0]} was added, removed, tied or moved into another module since the average was built: build "
+                f"{fqns[0]} was added, removed, tied, reshaped or moved since the average was built: build "
                 "a new ShardedEMA after changing a model"
             )
 

@@ -1,0 +1,291 @@
+"""Bugs that reviewers found in this package or that users reported of others, each on real ranks.
+
+The name of a test is the trap; where it comes from is in its docstring.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts_zoo import build_layout, read_whole, set_whole, settle
+from test_rank_averages import assert_same_bits, averaging, oracle
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema import (
+    CommunicationError,
+    ConfigError,
+    ConstantSchedule,
+    DistEMAError,
+    ModelChangedError,
+    RankMismatchError,
+    ShardedEMA,
+    UnsupportedModelError,
+)
+
+HALF = ConstantSchedule(momentum=0.5)
+TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+class _Explodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.armed:
+            raise ZeroDivisionError
+        return x
+
+
+def explosive(layout: str) -> tuple[nn.Module, _Explodes]:
+    torch.manual_seed(0)
+    bomb = _Explodes()
+    model = nn.Sequential(nn.Linear(3, 5), bomb, nn.Linear(5, 2))
+    if layout == "fsdp1":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True), bomb
+    fully_shard(model[2])
+    fully_shard(model)
+    return model, bomb
+
+
+def cut_off_forward(layout: str, grad: bool) -> None:
+    model, bomb = explosive(layout)
+    x = torch.ones(1, 3)
+    ema = ShardedEMA(model, HALF)
+    set_whole(model, 0)
+    ema.update()
+    set_whole(model, 1)
+    ema.update()
+    with torch.no_grad():
+        live = model(x)
+    with ema.average_parameters(), torch.no_grad():
+        averaged = model(x)
+    assert not torch.equal(live, averaged)
+    bomb.armed = True
+    with pytest.raises(ZeroDivisionError), torch.set_grad_enabled(grad), ema.average_parameters():
+        model(x)
+    bomb.armed = False
+    with torch.no_grad():
+        assert torch.equal(model(x), live), "the averaged weights stayed in a gathered copy"
+    bomb.armed = True
+    with pytest.raises(ZeroDivisionError), torch.set_grad_enabled(grad):
+        model(x)
+    bomb.armed = False
+    with ema.average_parameters(), torch.no_grad():
+        assert torch.equal(model(x), averaged), "the gathered copy of before the swap was evaluated"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layout", ["fsdp1", "fsdp2"])
+def test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model(world, layout, grad) -> None:
+    """FSDP2's reshard() does nothing then; Lightning-like evaluation errors, StopForward hooks."""
+    world(2).run(cut_off_forward, layout, grad)
+
+
+def subgroup(wrap: str) -> str:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    inner = DistributedDataParallel(nn.Linear(2, 2), process_group=groups[dist.get_rank() // 2])
+    model = {"bare": inner, "nested": nn.Sequential(inner), "compiled": torch.compile(inner, backend="eager")}[wrap]
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "nested", "compiled"])
+def test_ddp_over_a_subgroup_is_refused_however_it_is_wrapped(world, wrap) -> None:
+    messages = world(4).run(subgroup, wrap)
+    assert len(set(messages)) == 1 and "[0, 1] of 4" in messages[0]
+
+
+def different_calls(folder: str) -> list[str]:
+    rank, messages = dist.get_rank(), []
+    ema = ShardedEMA(build_layout("ddp"), {"a": HALF, "b": ConstantSchedule(momentum=0.1)})
+    ema.update()
+    for call in (
+        lambda: ema.save(f"{folder}/{rank}"),
+        lambda: ema.save(f"{folder}/x") if rank == 0 else ema.consolidate(f"{folder}/x", track="a"),
+        lambda: ema.consolidate(f"{folder}/x", track="ab"[rank]),
+        lambda: ema.consolidate(f"{folder}/x", track="a", dtype=(torch.float16, torch.float32)[rank]),
+        lambda: ema.consolidate(f"{folder}/x", track="a", max_shard_size=(100, 200)[rank]),
+        lambda: ema.full_state_dict("ab"[rank]),
+        lambda: ema.average_parameters("ab"[rank]).__enter__(),
+        lambda: ema.copy_to_model("ab"[rank]),
+    ):
+        with pytest.raises(RankMismatchError) as caught:
+            call()
+        messages.append(str(caught.value))
+    ema.update()
+    return messages
+
+
+def test_ranks_that_make_different_calls_are_told_so(world, tmp_path) -> None:
+    """A dtype, track or path that differs over the ranks would write a mosaic."""
+    first, second = world(2).run(different_calls, str(tmp_path))
+    assert first == second and "call: 'save' against 'consolidate'" in first[1]
+    assert not list(tmp_path.iterdir())
+
+
+def fails_alone(folder: str) -> list[str]:
+    rank, messages = dist.get_rank(), []
+    model = build_layout("ddp")
+    ema = averaging(model)
+    ema.update()
+    began = time.perf_counter()
+    only_one = [
+        lambda: ema.save(folder, max_shard_size="bogus" if rank == 1 else "5GB"),
+        lambda: ema.average_parameters("nothing" if rank == 1 else None).__enter__(),
+        lambda: ema.copy_to_model("nothing" if rank == 1 else None),
+        lambda: ema.load(None if rank == 1 else folder),
+    ]
+    for call in only_one:
+        with pytest.raises(DistEMAError) as caught:
+            call()
+        messages.append(str(caught.value))
+    if rank == 1:
+        model.module.running = None
+    for call in (lambda: ema.save(folder), ema.full_state_dict):
+        with pytest.raises(ModelChangedError) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert time.perf_counter() - began < 10
+    return messages
+
+
+def test_what_fails_on_one_rank_fails_on_all_before_any_collective(world, tmp_path) -> None:
+    first, second = world(2).run(fails_alone, str(tmp_path / "ema"))
+    assert first == second and all("on 1 of 2 ranks: rank 1" in message for message in first)
+    assert not list(tmp_path.iterdir())
+
+
+def one_rank_leaves(folder: str) -> None:
+    ema = averaging(build_layout("ddp"))
+    if dist.get_rank() == 1:
+        os._exit(1)
+    with pytest.raises(CommunicationError, match="Every rank must make the same call"):
+        ema.save(folder)
+    raise RuntimeError("rank 0 was told")
+
+
+def test_a_rank_that_died_is_told_to_the_others_in_plain_words(world, tmp_path) -> None:
+    with pytest.raises(AssertionError, match="rank 0 was told"):
+        world(2).run(one_rank_leaves, str(tmp_path / "ema"))
+
+
+def changed_live_dtype() -> None:
+    model = nn.Linear(3, 2)
+    model.k = nn.Parameter(torch.full((4,), 3.0))
+    ema = ShardedEMA(model, HALF, exclude="k")
+    ema.update()
+    model.to(torch.bfloat16)
+    state = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        assert torch.equal(state["k"], torch.full((4,), 3.0))
+
+
+def test_a_live_dtype_changed_later_does_not_scramble_what_is_shown_live(world) -> None:
+    world(2).run(changed_live_dtype)
+
+
+class _NoRepr:
+    def momentum(self, step: int) -> float:
+        return 0.25
+
+
+def own_schedule(folder: str) -> None:
+    ema = ShardedEMA(build_layout("ddp"), _NoRepr())
+    ema.update()
+    ema.save(folder)
+    ema.load(folder)
+
+
+def test_a_schedule_of_ones_own_without_a_repr_does_not_set_the_ranks_at_odds(world, tmp_path) -> None:
+    """The default repr holds a memory address."""
+    world(2).run(own_schedule, str(tmp_path / "ema"))
+
+
+def assigned(layout: str) -> None:
+    """load_state_dict(assign=True) puts new parameters under the names: they are followed."""
+    model = build_layout(layout)
+    ema, naive = averaging(model), oracle()
+    naive.update(set_whole(model, 0))
+    ema.update()
+    settle(model)
+    model.load_state_dict({name: value.detach().clone() for name, value in model.state_dict().items()}, assign=True)
+    bare = model.module if layout == "ddp" else model
+    bare.head.weight = bare.embed.weight
+    naive.update(set_whole(model, 1))
+    ema.update()
+    state = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        assert_same_bits(state, naive.values)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_parameters_assigned_anew_are_followed(world, layout) -> None:
+    world(2).run(assigned, layout)
+
+
+def moved_to_another_dtype(layout: str) -> None:
+    model = build_layout(layout)
+    ema, naive = averaging(model), oracle()
+    naive.update(set_whole(model, 0))
+    ema.update()
+    settle(model)
+    model.to(torch.bfloat16)
+    set_whole(model, 1)
+    naive.update({name: value.float() for name, value in read_whole(model).items()})
+    ema.update()
+    state = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        assert_same_bits(state, naive.values)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_model_moved_by_to_is_followed(world, layout) -> None:
+    world(2).run(moved_to_another_dtype, layout)
+
+
+def fsdp1_internals() -> None:
+    model = build_layout("fsdp1_flat")
+    handle = FullyShardedDataParallel.fsdp_modules(model)[0]._handle
+    flat = handle.flat_param
+    for name in ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos", "_contiguities", "_fqns"):
+        assert hasattr(flat, name), name
+    for name in ("uses_sharded_strategy", "process_group", "_fsdp_extension", "_prefetched"):
+        assert hasattr(handle, name), name
+    assert not hasattr(flat, "_local_shard"), "made by the first forward"
+    model(TOKENS)
+    assert flat._local_shard.numel() * dist.get_world_size() >= sum(shape.numel() for shape in flat._shapes)
+    fields = type(flat._shard_param_infos[0])._fields
+    assert {"offset_in_shard", "numel_in_shard", "intra_param_start_idx"} <= set(fields)
+
+
+def test_fsdp1_internals_are_as_expected(world) -> None:
+    world(2).run(fsdp1_internals)
+
+
+def channels_last_under_fsdp1() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2)).to(memory_format=torch.channels_last)
+    with pytest.raises(UnsupportedModelError, match="contiguous"):
+        ShardedEMA(FullyShardedDataParallel(model, device_id=torch.device("cpu")), HALF)
+
+
+def test_fsdp1_that_flattens_in_another_order_is_refused(world) -> None:
+    world(2).run(channels_last_under_fsdp1)
+
+
+def exclusion_alone() -> str:
+    with pytest.raises(ConfigError) as caught:
+        ShardedEMA(nn.Linear(2, 2), HALF, exclude="nothing" if dist.get_rank() else None)
+    return str(caught.value)
+
+
+def test_an_option_that_is_wrong_on_one_rank_is_refused_on_all(world) -> None:
+    messages = world(3).run(exclusion_alone)
+    assert len(set(messages)) == 1 and "on 2 of 3 ranks" in messages[0]
