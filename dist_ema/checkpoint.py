@@ -35,8 +35,9 @@ from dist_ema.files import (
     write_box,
     write_whole,
 )
-from dist_ema.layout import Box, Plan, Shard
+from dist_ema.layout import Box, Shard
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor, find_saved, read_manifest
+from dist_ema.plan import Plan
 
 __all__ = ["load_average", "model_files", "write_average", "write_export"]
 

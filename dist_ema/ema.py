@@ -21,6 +21,7 @@ from dist_ema.gather import whole_tensors
 from dist_ema.layout import Box, Shard
 from dist_ema.manifest import Manifest
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
+from dist_ema.replicas import warn_of_differing_replicas
 from dist_ema.schedules import Schedule
 from dist_ema.state import AveragedState, dtype_name
 from dist_ema.swap import LiveBackup, put_average
@@ -257,6 +258,7 @@ class ShardedEMA:
 
         target, manifest, tracks, files = self._exchange.agree("save", prepare)
         self._exchange.compare({"call": "save", "path": str(target), "num_updates": manifest.num_updates})
+        warn_of_differing_replicas(self._exchange, self._state.plan)
         write_average(self._exchange, target, files, tracks, manifest)
 
     def load(self, path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from dist_ema.exchange import Exchange
 from dist_ema.files import host_bytes
-from dist_ema.layout import Box, Plan
+from dist_ema.layout import Box
+from dist_ema.plan import Plan
 
 __all__ = ["whole_tensors"]
 

@@ -11,9 +11,10 @@ import torch
 
 from dist_ema._version import __version__
 from dist_ema.errors import ConfigError, SwapError
-from dist_ema.layout import Box, Plan
+from dist_ema.layout import Box
 from dist_ema.manifest import Manifest, SavedTensor
 from dist_ema.options import Options
+from dist_ema.plan import Plan
 from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
 from dist_ema.skipped import LateFlag
 from dist_ema.update import Averages

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dist_ema.exchange import broadcast_from
-from dist_ema.layout import Division, Plan, Shard, piece_of
+from dist_ema.layout import Shard, piece_of
+from dist_ema.plan import Division, Plan
 
 __all__ = ["LiveBackup", "put_average"]
 

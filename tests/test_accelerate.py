@@ -29,6 +29,7 @@ from dist_ema import (
     CosineSchedule,
     DistEMAError,
     ShardedEMA,
+    SwapError,
     UnsupportedModelError,
     attach,
 )
@@ -294,3 +295,176 @@ def test_a_checkpoint_without_the_average_and_a_folder_in_the_way_are_told_on_ev
     first, second = world(2).run(checkpoint_without_average, str(tmp_path / "ckpt"))
     assert first == second and "written by save_state once the average is attached" in first[0]
     assert "foreign" in first[1]
+
+
+def dynamo() -> None:
+    with accelerator_of("ddp", dynamo_backend="eager") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        inner = model._orig_mod
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        assert model._orig_mod is inner, "attach must not unwrap the user's model"
+        take_step(inner, optimizer, 0)
+        assert ema.num_updates == 1
+
+
+def test_a_model_compiled_by_accelerate_is_accepted_and_left_alone(world) -> None:
+    world(2).run(dynamo)
+
+
+def ranks_that_train_apart() -> str:
+    """Without cpu=True accelerate takes every process of a CPU run for the only one."""
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        accelerator = Accelerator()
+        assert accelerator.num_processes == 1
+        model, optimizer = prepared(accelerator, "plain")
+        with pytest.raises(AttachError) as caught:
+            attach(accelerator, model, optimizer, SCHEDULE)
+        return str(caught.value)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_processes_that_accelerate_takes_for_single_ones_are_refused(world) -> None:
+    messages = world(2).run(ranks_that_train_apart)
+    assert "Accelerator(cpu=True)" in messages[0]
+
+
+def released(folder: str) -> None:
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        attach(accelerator, model, optimizer, SCHEDULE)
+        accelerator.free_memory()
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = attach(accelerator, model, optimizer, SCHEDULE, name="second")
+        take_step(model, optimizer, 0)
+        accelerator.save_state(folder)
+        assert ema.num_updates == 1
+
+
+def test_an_average_of_a_model_that_was_released_is_no_longer_saved(world, tmp_path) -> None:
+    world(2).run(released, str(tmp_path / "ckpt"))
+    assert (tmp_path / "ckpt" / "second").exists() and not (tmp_path / "ckpt" / "ema").exists()
+
+
+def two_models(folder: str) -> None:
+    with accelerator_of("ddp") as accelerator:
+        pairs = [prepared(accelerator, "ddp") for _ in range(2)]
+        emas = [attach(accelerator, *pair, SCHEDULE, name=name) for pair, name in zip(pairs, "ab", strict=True)]
+        take_step(*pairs[0], 0)
+        take_step(*pairs[1], 0)
+        take_step(*pairs[1], 1)
+        assert [ema.num_updates for ema in emas] == [1, 2]
+        accelerator.save_state(folder)
+        take_step(*pairs[0], 1)
+        accelerator.load_state(folder)
+        assert [ema.num_updates for ema in emas] == [1, 2]
+
+
+def test_several_models_have_an_average_each(world, tmp_path) -> None:
+    world(2).run(two_models, str(tmp_path / "ckpt"))
+
+
+def closures() -> None:
+    with accelerator_of("plain") as accelerator:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        calls = []
+
+        def closure() -> torch.Tensor:
+            calls.append(1)
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 3)).square().mean()
+            accelerator.backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        assert len(calls) > 3 and ema.num_updates == 3
+
+
+def test_a_closure_evaluated_several_times_is_one_step(world) -> None:
+    world(1).run(closures)
+
+
+def adapters(layout: str, folder: str) -> None:
+    with accelerator_of(layout) as accelerator:
+        torch.manual_seed(0)
+        model = Nasty(scalar=False)
+        model.requires_grad_(False)
+        model.hidden.requires_grad_(True)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.hidden.parameters(), lr=0.1))
+        ema = attach(accelerator, model, optimizer, SCHEDULE, include="hidden.*")
+        assert {shard.fqn for shard in ema.shards} <= {"hidden.weight", "hidden.bias"}
+        for _ in range(2):
+            accelerator.backward(model(torch.tensor([[1, 2]])).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        total = accelerator.reduce(torch.tensor(ema.nbytes))
+        assert total.item() == 4 * (7 * 5 + 7)
+        ema.save(folder)
+        if dist.get_rank() == 0:
+            assert set(load_file(os.path.join(folder, "model.safetensors"))) >= {"embed.weight", "hidden.weight"}
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_only_the_adapters_of_a_frozen_backbone_are_averaged(world, tmp_path, layout) -> None:
+    world(2).run(adapters, layout, str(tmp_path / "ema"))
+
+
+def fused_overflow() -> None:
+    with accelerator_of("plain") as accelerator:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        scaler = torch.amp.GradScaler("cpu")
+        for overflow in (False, True, False, True, False):
+            scaler.scale(model(torch.ones(1, 3)).sum() * (float("inf") if overflow else 1.0)).backward()
+            scaler.step(optimizer.optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert ema.num_updates == 3
+
+
+def test_steps_that_a_fused_optimizer_skips_are_not_counted(world) -> None:
+    """accelerate#4242: 6 hooks for 4 updates."""
+    world(1).run(fused_overflow)
+
+
+def save_while_swapped(layout: str, folder: str) -> None:
+    with accelerator_of(layout) as accelerator:
+        model, optimizer = prepared(accelerator, layout)
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        take_step(model, optimizer, 0)
+        with ema.average_parameters(), pytest.raises(SwapError, match="average_parameters"):
+            accelerator.save_state(folder)
+        accelerator.save_state(folder)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_save_state_while_swapped_is_refused(world, tmp_path, layout) -> None:
+    """A run must not resume from averaged weights as if they were live (schnetpack#785, nequip#590)."""
+    world(2).run(save_while_swapped, layout, str(tmp_path / "ckpt"))
+
+
+def compiled_step() -> None:
+    with accelerator_of("plain") as accelerator:
+        model, optimizer = prepared(accelerator, "plain")
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        step = torch.compile(optimizer.optimizer.step, backend="eager")
+        for seed in range(3):
+            set_live(model, seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            step()
+        assert ema.num_updates == 3
+
+
+def test_a_compiled_optimizer_step_is_counted(world) -> None:
+    world(1).run(compiled_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -463,3 +464,58 @@ def test_a_fused_optimizers_skipped_steps_are_neither_averaged_nor_counted() -> 
     assert ema.num_updates == naive.num_updates == 4
     state = ema.full_state_dict()
     assert all(torch.equal(state[name], value) for name, value in naive.values.items())
+
+
+def renaming_hook(model: nn.Module) -> None:
+    model.register_state_dict_post_hook(
+        lambda module, state, prefix, local: state.update({prefix + "kernel": state.pop(prefix + "weight")})
+    )
+
+
+def adding_hook(model: nn.Module) -> None:
+    model.register_state_dict_post_hook(
+        lambda module, state, prefix, local: state.update({prefix + "absmax": torch.ones(1)})
+    )
+
+
+@pytest.mark.parametrize(("hook", "told"), [(renaming_hook, "kernel"), (adding_hook, "absmax")])
+def test_names_that_the_state_dict_does_not_explain_are_refused(hook, told) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    hook(model[0])
+    with pytest.raises(UnsupportedModelError, match=told):
+        ShardedEMA(model, HALF)
+
+
+def test_tensors_that_a_state_dict_hook_adds_can_be_excluded() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    adding_hook(model[0])
+    ema = ShardedEMA(model, HALF, exclude="*.absmax")
+    ema.update()
+    assert "0.absmax" not in ema.full_state_dict()
+
+
+def test_spectral_norm_buffers_can_be_excluded_from_buffer_averaging() -> None:
+    """Averaged u and v vectors made validation explode (miles-credit#394)."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3))
+    ema = ShardedEMA(model, HALF, update_buffers=True, exclude="*.parametrizations.weight.0._*")
+    for _ in range(3):
+        model(torch.randn(4, 3))
+        ema.update()
+    state = ema.full_state_dict()
+    live = model.state_dict()
+    assert torch.equal(state["0.parametrizations.weight.0._u"], live["0.parametrizations.weight.0._u"])
+    assert not torch.equal(state["1.running_mean"], live["1.running_mean"])
+
+
+def test_nothing_in_the_package_unpickles_files() -> None:
+    sources = [path.read_text() for path in Path(dist_ema.ema.__file__).parent.rglob("*.py")]
+    assert not any("import pickle" in source or "torch.load" in source for source in sources)
+
+
+def test_a_missing_file_of_several_is_noticed(tmp_path) -> None:
+    """The full size of a set must not be inferred from the pieces found."""
+    ema = ShardedEMA(nn.Linear(20, 20), HALF)
+    ema.save(tmp_path / "ema", max_shard_size=200)
+    sorted((tmp_path / "ema").glob("*.safetensors"))[-1].unlink()
+    with pytest.raises(CheckpointCorruptError, match="missing"):
+        ema.load(tmp_path / "ema")

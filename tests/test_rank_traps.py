@@ -289,3 +289,38 @@ def exclusion_alone() -> str:
 def test_an_option_that_is_wrong_on_one_rank_is_refused_on_all(world) -> None:
     messages = world(3).run(exclusion_alone)
     assert len(set(messages)) == 1 and "on 2 of 3 ranks" in messages[0]
+
+
+def replicas_that_differ(folder: str) -> None:
+    torch.manual_seed(dist.get_rank())
+    ema = ShardedEMA(nn.Linear(3, 2), HALF)
+    if dist.get_rank() == 0:
+        with pytest.warns(UserWarning, match="weight is not the same on all ranks"):
+            ema.save(folder)
+    else:
+        ema.save(folder)
+    ShardedEMA(build_layout("ddp"), HALF).save(folder + "-alike")  # warnings are errors here
+
+
+def test_replicas_that_nothing_keeps_alike_are_warned_about(world, tmp_path) -> None:
+    """torchrun without DDP: the average would be a mosaic of different models."""
+    world(2).run(replicas_that_differ, str(tmp_path / "ema"))
+
+
+def more_ranks_than_rows(folder: str) -> int:
+    model = nn.Linear(3, 1)
+    fully_shard(model)
+    ema = ShardedEMA(model, HALF)
+    set_whole(model, 0)
+    ema.update()
+    set_whole(model, 1)
+    ema.update()
+    with ema.average_parameters():
+        pass
+    ema.save(folder)
+    ema.load(folder)
+    return ema.nbytes
+
+
+def test_ranks_that_own_nothing_take_part_in_everything(world, tmp_path) -> None:
+    assert world(3).run(more_ranks_than_rows, str(tmp_path / "ema")) == [16, 0, 0]

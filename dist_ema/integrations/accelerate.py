@@ -88,8 +88,8 @@ def attach(
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         if not _is_prepared(accelerator, model):  # accelerator.free_memory() was called
-            _log.warning("the average %r is not saved: its model was released from the accelerator", name)
-            ema.detach()
+            # Not the moment to detach: accelerate is walking through its hooks.
+            _log.warning("the average %r is not saved, its model was released: call ema.detach()", name)
             return
         ema.save(os.path.join(output_dir, name))
 

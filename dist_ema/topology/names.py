@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 
-__all__ = ["check_tensor", "check_unchanged", "named_tensors", "unwrapped"]
+__all__ = ["check_against_state_dict", "check_tensor", "check_unchanged", "named_tensors", "unwrapped"]
 
 # Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -87,6 +87,49 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
             kept.append(part + ".")
         owner = owner.get_submodule(part)
     return "".join(kept)
+
+
+def check_against_state_dict(
+    model: nn.Module, found: Sequence[Named], averages: Callable[[Sequence[str]], bool]
+) -> list[str]:
+    """Refuse names that the model's own state dict does not have, and tensors there that we do not know of.
+
+    A state-dict hook that renames or adds tensors would make files of ours unreadable to the model. Tensors that a hook
+    adds (quantisation constants, say) are accepted if `exclude` names them; they are not written.
+
+    Returns:
+        The names so accepted.
+
+    Raises:
+        UnsupportedModelError: names the first that is not explained.
+    """
+    ours = {fqn for named in found for fqn in named.fqns}
+    theirs = {
+        _canonical_key(model, key)
+        for key, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor) and not key.endswith("_extra_state")
+    }
+    unknown = sorted(theirs - ours)
+    for fqn in unknown:
+        if averages([fqn]):
+            raise UnsupportedModelError(
+                f"the model's state_dict() has {fqn}, which is none of its parameters and persistent buffers: exclude "
+                f"it (exclude={fqn!r}) to leave it out of the files"
+            )
+    for fqn in sorted(ours - theirs):
+        raise UnsupportedModelError(
+            f"the model's state_dict() has no {fqn}, though it is a parameter or persistent buffer: files under its "
+            "own names could not hold it. Remove the state-dict hook that renames it"
+        )
+    return unknown
+
+
+def _canonical_key(model: nn.Module, key: str) -> str:
+    *path, attribute = key.split(".")
+    try:
+        return canonical_prefix(model, ".".join(path)) + attribute
+    except AttributeError:
+        return key
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.layout import Division, Held, Plan, TensorSpec
+from dist_ema.layout import Held, TensorSpec
+from dist_ema.plan import Division, Plan
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
-from dist_ema.topology.names import check_tensor, check_unchanged, named_tensors
+from dist_ema.topology.names import check_against_state_dict, check_tensor, check_unchanged, named_tensors
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.plain import holders_of_plain, place_plain
 
@@ -44,7 +45,10 @@ def plan_model(
 
     reshard_fsdp1(model)
     reshard_fsdp2(model)
-    found = named_tensors(model, find_flat_slices(model))
+    flat_slices = find_flat_slices(model)
+    found = named_tensors(model, flat_slices)
+    # FSDP1's state_dict() communicates: its names are compared in the tests only.
+    left_out = [] if flat_slices else check_against_state_dict(model, found, averages)
     plain = holders_of_plain(model, rank, world_size)
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
@@ -80,7 +84,9 @@ def plan_model(
         )
         for key, held_by in holders.items()
     )
-    return Plan(specs=tuple(specs), aliases=aliases, divisions=divisions, settle=settle, verify=verify)
+    return Plan(
+        specs=tuple(specs), aliases=aliases, left_out=tuple(left_out), divisions=divisions, settle=settle, verify=verify
+    )
 
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:

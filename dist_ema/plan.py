@@ -1,0 +1,129 @@
+"""A planned model: what several ranks hold alike, divided among them; and the whole, as one rank sees it.
+
+No communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.layout import Box, Held, Shard, TensorSpec, cut_points, run_between
+
+__all__ = ["Division", "Plan"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Division:
+    """Pieces of tensors that the same ranks hold alike, divided among these ranks: one owner per element.
+
+    Attributes:
+        held: the pieces, in the order of the model; equal boxes on each of the ranks.
+        ranks: the global ranks that hold them.
+        position: index of this rank in `ranks`.
+        groups: process groups through which a broadcast reaches all of `ranks`, for `exchange`.
+        averaged: whether the average keeps values for these tensors.
+        single_owner: give everything to the first rank (buffers, as DDP does), instead of dividing it.
+    """
+
+    held: tuple[Held, ...]
+    ranks: tuple[int, ...]
+    position: int
+    groups: tuple[Any, ...] = ()
+    averaged: bool = True
+    single_owner: bool = False
+
+    def run(self, position: int) -> list[Shard]:
+        """The shards of the rank at `position` in `ranks`."""
+        boxes, points = self._boxes, self._points
+        pieces = run_between(boxes, points[position], points[position + 1])
+        return [Shard(self.held[index], box) for index, box in pieces]
+
+    @functools.cached_property
+    def _boxes(self) -> list[Box]:
+        return [held.box for held in self.held]
+
+    @functools.cached_property
+    def _points(self) -> list[tuple[int, int]]:
+        if self.single_owner:
+            return [(0, 0)] + [(len(self.held), 0)] * len(self.ranks)
+        return cut_points(self._boxes, len(self.ranks))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model as boxes: what exists, what this rank holds of it, and what it owns.
+
+    Attributes:
+        specs: every persistent tensor of the model, tied ones once; the same on every rank.
+        aliases: further names of tied tensors -> the name in `specs`.
+        left_out: names in the model's state dict that the user excluded and that no tensor of ours explains.
+        divisions: what this rank holds of the tensors.
+        settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
+        verify: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    aliases: Mapping[str, str]
+    left_out: tuple[str, ...]
+    divisions: tuple[Division, ...]
+    settle: Callable[[], None]
+    verify: Callable[[], None]
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether putting averages into the model communicates."""
+        return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that a pattern may mean."""
+        return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
+
+    def check_not_empty(self) -> None:
+        """Refuse a plan that averages nothing.
+
+        Raises:
+            UnsupportedModelError: no tensor is averaged.
+        """
+        if not any(spec.averaged for spec in self.specs):
+            raise UnsupportedModelError(
+                f"the model has no floating-point parameter to average among its {len(self.specs)} tensors, expected "
+                "at least one: check the model, and include= and exclude="
+            )
+
+    def owned_numels(self) -> list[int]:
+        """Elements of each tensor of `specs` that this rank owns."""
+        numels = dict.fromkeys((spec.fqn for spec in self.specs), 0)
+        for averaged in (True, False):
+            for shard in self.owned(averaged=averaged):
+                numels[shard.fqn] += shard.box.numel
+        return list(numels.values())
+
+    def check_covered(self, numels: Sequence[int]) -> None:
+        """Refuse ownership that leaves elements out or has them twice; a wrapper then told of its shards wrongly.
+
+        Args:
+            numels: elements of each tensor that the ranks own together.
+
+        Raises:
+            UnsupportedModelError: for some tensor they are not all its elements.
+        """
+        for spec, numel in zip(self.specs, numels, strict=True):
+            if numel != spec.numel:
+                raise UnsupportedModelError(
+                    f"{spec.fqn} has {spec.numel} elements, but the ranks own {numel} of them together: its layout is "
+                    "not understood; exclude it, or lay it out evenly"
+                )
+
+    def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
+        """The shards this rank owns: of averaged tensors, or of those that are always shown live."""
+        return tuple(
+            shard
+            for division in self.divisions
+            if division.averaged == averaged
+            for shard in division.run(division.position)
+        )
