@@ -32,8 +32,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=0)
 
     average = parser.add_argument_group("average")
-    average.add_argument("--momentum", type=float, default=0.004, help="weight of the new value at the start")
-    average.add_argument("--end-momentum", type=float, default=0.0, help="and at the last step")
+    average.add_argument("--momentum", type=float, default=0.05, help="weight of the new value at the start")
+    average.add_argument("--end-momentum", type=float, default=0.01, help="and at the last step")
     average.add_argument("--interval", type=int, default=1, help="steps between two updates of the average")
 
     run = parser.add_argument_group("run")
