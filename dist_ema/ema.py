@@ -35,8 +35,8 @@ T = TypeVar("T")
 class ShardedEMA:
     """An exponential moving average of a model's weights, each element kept by exactly one rank.
 
-    Collective: every rank of the default process group must construct it. Works on a plain, DDP or FSDP2 module,
-    with or without a process group.
+    Collective: every rank of the default process group must construct it. Works on a plain, DDP, FSDP1, FSDP2,
+    HSDP or tensor-parallel module, with or without a process group; see docs/layouts.md.
 
     The rule: `averaged <- (1 - m) * averaged + m * live`, m the schedule's momentum. Call number 0 of `update`
     copies the live values; until then the average is the live model.

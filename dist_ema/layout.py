@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,20 @@ class Held:
     box: Box
     view: Callable[[], torch.Tensor]
 
+    def values(self) -> torch.Tensor:
+        """The live values of the box, sharing memory with the model, their shape checked.
+
+        Raises:
+            ModelChangedError: the live tensor has another shape than it was planned with.
+        """
+        view = self.view()
+        if view.shape != self.box.sizes:
+            raise ModelChangedError(
+                f"{self.spec.fqn} now has {list(view.shape)} on this rank, {list(self.box.sizes)} when the average was "
+                "built: build a new ShardedEMA after changing a model"
+            )
+        return view
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -128,26 +143,25 @@ class Shard:
         return self.box.sizes
 
     def live(self) -> torch.Tensor:
-        """The live values of the box, sharing memory with the model. No communication."""
-        return piece_of(self.held, self.box)
+        """The live values of the box, sharing memory with the model. No communication.
 
+        Raises:
+            ModelChangedError: the live tensor has another shape than it was planned with.
+        """
+        view = self.held.values()
+        for dim, start, length in self._narrowing:
+            view = view.narrow(dim, start, length)
+        return view
 
-def piece_of(held: Held, box: Box) -> torch.Tensor:
-    """The live values of `box`, which lies within `held.box`, sharing memory with the model.
-
-    Raises:
-        ModelChangedError: the live tensor has another shape than it was planned with.
-    """
-    view = held.view()
-    if view.shape != held.box.sizes:
-        raise ModelChangedError(
-            f"{held.spec.fqn} now has {list(view.shape)} on this rank, {list(held.box.sizes)} when the average was "
-            "built: build a new ShardedEMA after changing a model"
-        )
-    for dim, (inner, outer) in enumerate(zip(box.sizes, held.box.sizes, strict=True)):
-        if inner != outer:
-            view = view.narrow(dim, box.offsets[dim] - held.box.offsets[dim], inner)
-    return view
+    @functools.cached_property
+    def _narrowing(self) -> list[tuple[int, int, int]]:
+        """(dim, start, length) of the cuts that lead from the held piece to the box."""
+        inner, outer = self.box, self.held.box
+        return [
+            (dim, inner.offsets[dim] - outer.offsets[dim], inner.sizes[dim])
+            for dim in range(len(inner.sizes))
+            if inner.sizes[dim] != outer.sizes[dim]
+        ]
 
 
 def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dist_ema.exchange import broadcast_from
-from dist_ema.layout import Shard, piece_of
+from dist_ema.layout import Shard
 from dist_ema.plan import Division, Plan
 
 __all__ = ["LiveBackup", "put_average"]
@@ -29,14 +29,17 @@ class LiveBackup:
         self._plan = plan
         plan.verify()
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
-        self._values = [piece_of(held, held.box).clone(memory_format=torch.preserve_format) for held in self._held]
+        self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the kept values back, bit for bit. No communication."""
-        self._plan.settle()
-        for held, value in zip(self._held, self._values, strict=True):
-            held.view().copy_(value)
+        try:
+            self._plan.settle()
+        finally:
+            # Even if gathered copies cannot be dropped: what is saved and stepped from now on must be live.
+            for held, value in zip(self._held, self._values, strict=True):
+                held.view().copy_(value)
 
 
 @torch.no_grad()

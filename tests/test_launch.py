@@ -123,7 +123,7 @@ def test_shell_scripts_parse(script) -> None:
 
 SMALL = [
     *("--width", 16, "--depth", 1, "--heads", 2, "--context", 16, "--batch-size", 4, "--steps", 6),
-    *("--eval-every", 3, "--save-every", 4, "--eval-windows", 64, "--momentum", 0.1),
+    *("--eval-every", 3, "--save-every", 4, "--eval-windows", 64, "--momentum", 0.1, "--end-momentum", 0),
     *("--lr", 0.02, "--warmup-steps", 1, "--mixed-precision", "no"),
 ]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,14 +28,14 @@ def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] 
 
     After a forward without gradients the root group stays gathered: its names then yield plain tensors that are
     dropped at the next reshard, so reads through them are stale and writes are lost. After a forward that an exception
-    cut off, `reshard()` does nothing; torch 2.13 has `reset_iter_state()` for that.
+    cut off, `reshard()` does nothing until the iteration is reset.
 
     Args:
         model: the wrapped model.
         views: of the planned tensors; each is checked to be sharded again.
 
     Raises:
-        ModelChangedError: a group cannot be resharded (before torch 2.13, after a forward that was cut off).
+        ModelChangedError: a group cannot be resharded.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -43,14 +44,26 @@ def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] 
     if all(view.is_sharded() for view in sharded):
         return
     for module in modules:
-        if hasattr(module, "reset_iter_state"):
-            with suppress(RuntimeError):  # not a root
-                module.reset_iter_state()
+        _end_forward(module)
     if not all(view.is_sharded() for view in sharded):
         raise ModelChangedError(
-            "a forward of this model was cut off, and FSDP still holds gathered weights: run one whole forward (and "
-            "backward, if with gradients) before averaging, swapping or saving"
+            "FSDP still holds gathered weights: a forward or backward of this model is under way, or was cut off. Run "
+            "one whole forward (and backward, if with gradients) before swapping or saving"
         )
+
+
+def _end_forward(module: FSDPModule) -> None:
+    """Have FSDP take a forward that an exception cut off for ended, and reshard. No communication."""
+    if hasattr(module, "reset_iter_state"):
+        with suppress(RuntimeError):  # not a root
+            module.reset_iter_state()
+    else:
+        # Before torch 2.13 there is no public way. Guarded by
+        # `test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model`.
+        group: Any = module._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            group._training_state = type(group._training_state).IDLE
+            module.reshard()
 
 
 def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
