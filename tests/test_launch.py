@@ -127,7 +127,8 @@ SMALL = [
     *("--lr", 0.02, "--warmup-steps", 1, "--mixed-precision", "no"),
 ]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+# Port 0: a free one; the default one may be in use by another run on the machine.
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 
 
 @pytest.fixture(scope="module")
