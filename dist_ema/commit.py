@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from dist_ema.errors import CheckpointError, CheckpointNotFoundError
@@ -35,11 +35,8 @@ __all__ = [
     "sync_folder",
 ]
 
-# What this package puts into the folders it owns. A folder with anything else in it is somebody's own.
-_OWN_FILE = re.compile(
-    r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors"
-    r"|(generation_)?config\.json"
-)
+# What this package puts into the folders it owns; whatever else is there was added by somebody.
+_OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
 
 
 _LONGEST_HEADER_BYTES = 100 * 2**20  # the limit of the format's own reader
@@ -96,7 +93,12 @@ def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
 
 
 def publish(target: Path) -> None:
-    """Rename the staged folder to its final name, replacing what is there; durable on return."""
+    """Rename the staged folder to its final name, replacing what is there; durable on return.
+
+    Files that somebody has added to the former folder are carried over.
+    """
+    if target.exists():
+        _carry_over(target, staging_of(target))
     sync_folder(staging_of(target))
     old = _old(target)
     if target.exists():
@@ -155,29 +157,35 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
     if target == Path.cwd() or target in Path.cwd().parents:
         raise CheckpointError(f"{target} is the working folder, and saving replaces the whole folder: name one in it")
-    if not any(target.iterdir()):
-        return
-    for path in _entries(target):
-        if path.is_dir() or not _OWN_FILE.fullmatch(path.name):
-            raise CheckpointError(
-                f"{target} holds {path.relative_to(target)}, which is not an average's, and saving replaces the whole "
-                "folder: give the name of a new or empty folder"
-            )
-    if not replaceable(target):
+    if any(target.iterdir()) and not replaceable(target):
         raise CheckpointError(
             f"{target} is {'a saved average' if is_average(target) else 'no saved average'}, and this call would "
             "replace it by something else: give the name of a new or empty folder"
         )
 
 
-def _entries(target: Path) -> Iterator[Path]:
-    """What lies in the folder and, for an average of several tracks, in the tracks' folders."""
-    tracks = _track_folders(target)
-    for path in target.iterdir():
+def _carry_over(source: Path, staging: Path) -> None:
+    """Give the new folder what somebody has added to the former one: a config.json, a tokenizer, notes."""
+    tracks = _track_folders(source)
+    for path in source.iterdir():
+        added = staging / path.name
         if path.name in tracks and path.is_dir() and not path.is_symlink():
-            yield from path.iterdir()
+            if added.is_dir():
+                _carry_over(path, added)
+        elif _OWN_FILE.fullmatch(path.name) or added.exists():
+            continue
+        elif path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, added, symlinks=True, copy_function=_link)
         else:
-            yield path
+            _link(path, added)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for the file where the file system has such, else a copy."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _track_folders(target: Path) -> set[str]:

@@ -117,6 +117,12 @@ class Trainer:
 
     def resume(self) -> None:
         if self.options.resume is not None:
+            is_of_fsdp = any(self.options.resume.glob("pytorch_model_fsdp*"))
+            if is_of_fsdp != (self.options.sharding != "ddp"):
+                raise ValueError(
+                    f"{self.options.resume} is a checkpoint of {'fsdp1, fsdp2 or hsdp' if is_of_fsdp else 'ddp'}, or "
+                    f"of nothing: it cannot go on with --sharding {self.options.sharding}"
+                )
             self.layout.before_load(self.model, self.optimizer.optimizer)
             self.accelerator.load_state(str(self.options.resume))
             self.accelerator.print(f"resumed at step {self.progress.step}, {self.ema.num_updates} updates")

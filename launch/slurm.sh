@@ -35,6 +35,6 @@ srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     launch/pretrain.py \
     --sharding fsdp2 --mixed-precision bf16 \
     --width 1024 --depth 16 --heads 16 --context 1024 --batch-size 512 --lr 3e-4 --warmup-steps 500 \
-    --steps 20000 --momentum 0.004 --end-momentum 0.0 \
+    --steps 20000 --momentum 0.004 --end-momentum 0.0008 \
     --save-every 1000 --eval-every 500 --out runs/byte-lm \
     "$@"

@@ -519,3 +519,24 @@ def test_a_missing_file_of_several_is_noticed(tmp_path) -> None:
     sorted((tmp_path / "ema").glob("*.safetensors"))[-1].unlink()
     with pytest.raises(CheckpointCorruptError, match="missing"):
         ema.load(tmp_path / "ema")
+
+
+def test_files_that_somebody_added_to_a_saved_average_are_carried_over(tmp_path) -> None:
+    schedules = {"a": HALF, "b": ConstantSchedule(momentum=0.1)}
+    for name, schedule in (("one", HALF), ("several", schedules)):
+        ema = ShardedEMA(nn.Linear(20, 20), schedule)
+        folder = tmp_path / name
+        ema.save(folder, max_shard_size=200)
+        inside = folder if name == "one" else folder / "a"
+        (inside / "config.json").write_text("{}")
+        (folder / "notes").mkdir()
+        (folder / "notes" / "day1.txt").write_text("good")
+        ema.save(folder)
+        assert (inside / "config.json").read_text() == "{}" and (folder / "notes" / "day1.txt").read_text() == "good"
+        assert not list(folder.rglob("model-*")), "files of the former save are not"
+        ema.load(folder)
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    for _ in range(2):
+        ema.consolidate(tmp_path / "export")
+        (tmp_path / "export" / "tokenizer.json").write_text("{}")
+    assert (tmp_path / "export" / "tokenizer.json").exists()

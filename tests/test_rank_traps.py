@@ -324,3 +324,16 @@ def more_ranks_than_rows(folder: str) -> int:
 
 def test_ranks_that_own_nothing_take_part_in_everything(world, tmp_path) -> None:
     assert world(3).run(more_ranks_than_rows, str(tmp_path / "ema")) == [16, 0, 0]
+
+
+def wrapped_too_late() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    ema = ShardedEMA(model, HALF)
+    fully_shard(model)
+    for call in (ema.update, ema.copy_to_model, ema.full_state_dict):
+        with pytest.raises(ModelChangedError, match="ShardedEMA"):
+            call()
+
+
+def test_a_model_wrapped_after_its_average_was_built_is_refused_in_plain_words(world) -> None:
+    world(2).run(wrapped_too_late)

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
@@ -43,9 +44,14 @@ def place_plain(named: Named) -> Piece:
 
 def _values(owner: nn.Module, attribute: str, is_parameter: bool) -> torch.Tensor:
     values = getattr(owner, attribute)
+    if isinstance(values, DTensor):
+        raise ModelChangedError(
+            f"{attribute!r} of {type(owner).__name__} is a DTensor now and was plain when the average was built: wrap the "
+            "model first (fully_shard, parallelize_module), then build the ShardedEMA"
+        )
     if not isinstance(values, torch.Tensor) or (is_parameter and not isinstance(values, nn.Parameter)):
         raise ModelChangedError(
-            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, or parametrized?): "
-            "build a new ShardedEMA after changing a model"
+            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, parametrized or wrapped "
+            "since?): build a new ShardedEMA after changing a model"
         )
     return values.detach()
