@@ -208,7 +208,9 @@ def _check_tensors(folder: Path, manifest: Manifest, expected: Mapping[str, Save
         )
     for fqn, wanted in expected.items():
         saved = manifest.tensors[fqn]
-        if saved != wanted:
+        # What is shown live is not read, so its dtype does not matter: FSDP1 casts buffers at its first forward.
+        alike = (saved.shape, saved.averaged) == (wanted.shape, wanted.averaged)
+        if not alike or (wanted.averaged and saved.dtype != wanted.dtype):
             raise CheckpointMismatchError(
                 f"{folder} has {fqn} as {_told(saved)}, expected {_told(wanted)}: it is of another model or was "
                 "saved with other options (dtype, update_buffers, include, exclude)"

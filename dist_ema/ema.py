@@ -257,7 +257,8 @@ class ShardedEMA:
             return absolute(path), manifest, {name: state.pieces(name) for name in self.tracks}, files
 
         target, manifest, tracks, files = self._exchange.agree("save", prepare)
-        self._exchange.compare({"call": "save", "path": str(target), "num_updates": manifest.num_updates})
+        same = {"call": "save", "path": str(target), "num_updates": manifest.num_updates}
+        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
         warn_of_differing_replicas(self._exchange, self._state.plan)
         write_average(self._exchange, target, files, tracks, manifest)
 
@@ -321,7 +322,7 @@ class ShardedEMA:
 
         target, pieces, files = self._exchange.agree("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
-        self._exchange.compare({**same, "max_shard_size": max_shard_size})
+        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
         write_export(self._exchange, target, files, pieces)
 
     def detach(self) -> None:

@@ -7,7 +7,7 @@ communicated. The live values are kept aside first: one copy of what this rank h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -65,8 +65,7 @@ def _buckets(run: Sequence[Shard]) -> Iterator[list[torch.Tensor]]:
     """The live pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
     bucket: list[torch.Tensor] = []
     bucket_bytes = 0
-    for shard in run:
-        piece = shard.live()
+    for piece in (part for shard in run for part in _parts(shard.live())):
         piece_bytes = piece.numel() * piece.element_size()
         other_kind = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
         if bucket and (other_kind or bucket_bytes + piece_bytes > _BUCKET_BYTES):
@@ -76,6 +75,15 @@ def _buckets(run: Sequence[Shard]) -> Iterator[list[torch.Tensor]]:
         bucket_bytes += piece_bytes
     if bucket:
         yield bucket
+
+
+def _parts(piece: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The piece, or rows of it where it would have to be packed and is large."""
+    piece_bytes = piece.numel() * piece.element_size()
+    if piece.is_contiguous() or piece_bytes <= _BUCKET_BYTES:
+        return [piece]
+    parts: Sequence[torch.Tensor] = piece.split(max(1, piece.shape[0] * _BUCKET_BYTES // piece_bytes))
+    return parts
 
 
 def _refresh(pieces: Sequence[torch.Tensor], owner: int, division: Division) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import time
+from unittest import mock
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 from layouts_zoo import build_layout, read_whole, set_whole, settle
 from test_rank_averages import assert_same_bits, averaging, oracle
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,6 +112,7 @@ def different_calls(folder: str) -> list[str]:
     ema.update()
     for call in (
         lambda: ema.save(f"{folder}/{rank}"),
+        lambda: ema.save(f"{folder}/x", max_shard_size=(300, 320)[rank]),
         lambda: ema.save(f"{folder}/x") if rank == 0 else ema.consolidate(f"{folder}/x", track="a"),
         lambda: ema.consolidate(f"{folder}/x", track="ab"[rank]),
         lambda: ema.consolidate(f"{folder}/x", track="a", dtype=(torch.float16, torch.float32)[rank]),
@@ -127,7 +131,7 @@ def different_calls(folder: str) -> list[str]:
 def test_ranks_that_make_different_calls_are_told_so(world, tmp_path) -> None:
     """A dtype, track or path that differs over the ranks would write a mosaic."""
     first, second = world(2).run(different_calls, str(tmp_path))
-    assert first == second and "call: 'save' against 'consolidate'" in first[1]
+    assert first == second and "call: 'save' against 'consolidate'" in first[2]
     assert not list(tmp_path.iterdir())
 
 
@@ -337,3 +341,153 @@ def wrapped_too_late() -> None:
 
 def test_a_model_wrapped_after_its_average_was_built_is_refused_in_plain_words(world) -> None:
     world(2).run(wrapped_too_late)
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.skip = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)
+        return x if self.skip else self.blocks[1](x)
+
+
+def gather_under_way(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Blocks(), torch.ones(1, 4)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    if how == "prefetch":
+        model.blocks[0].set_modules_to_forward_prefetch([model.blocks[1]])
+    ema = ShardedEMA(model, HALF)
+    for seed in range(2):
+        set_whole(model, seed)
+        ema.update()
+
+    @torch.no_grad()
+    def start_a_gather() -> None:
+        if how == "prefetch":
+            model.skip = True  # an early exit, layer drop: the prefetched block does not run
+            model(x)
+            model.skip = False
+        else:
+            model(x)
+            model.blocks[1].unshard(async_op=True)
+
+    with torch.no_grad():
+        live = model(x)
+        with ema.average_parameters():
+            averaged = model(x)
+        assert not torch.equal(live, averaged)
+        start_a_gather()
+        with ema.average_parameters():
+            assert torch.equal(model(x), averaged), "gathered before the swap, used within"
+            start_a_gather()
+        assert torch.equal(model(x), live), "gathered within the swap, used after"
+
+
+@pytest.mark.parametrize("how", ["prefetch", "unshard"])
+def test_a_gather_started_before_a_swap_does_not_bring_the_other_weights(world, how) -> None:
+    """reshard() does nothing about it: the group counts as sharded until the gather is waited for."""
+    world(2).run(gather_under_way, how)
+
+
+def within_summon(layout: str, folder: str) -> None:
+    model = build_layout(layout)
+    ema = averaging(model)
+    set_whole(model, 0)
+    ema.update()
+    model(TOKENS)
+    expected = read_whole(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        for call in (
+            lambda: ema.save(folder),
+            ema.full_state_dict,
+            lambda: ema.average_parameters().__enter__(),
+            lambda: averaging(model),
+        ):
+            with pytest.raises(ModelChangedError, match="summon_full_params"):
+                call()
+    after = read_whole(model)
+    assert all(torch.equal(value, after[name]) for name, value in expected.items())
+    ema.save(folder)
+
+
+@pytest.mark.parametrize("layout", ["fsdp1_orig", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_no_shard"])
+def test_calls_within_summon_full_params_are_refused(world, tmp_path, layout) -> None:
+    """Resharding there scrambles the weights that are written back."""
+    world(2).run(within_summon, layout, str(tmp_path / "ema"))
+
+
+def data_assigned(layout: str, folder: str) -> None:
+    model = build_layout(layout)
+    ema = averaging(model)
+    set_whole(model, 0)
+    ema.update()
+    model(TOKENS).sum().backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clamp(-0.01, 0.01)
+    ema.save(folder)
+    assert all(value.abs().max() <= 0.01 for value in read_whole(model).values()), "the change is lost"
+
+
+@pytest.mark.parametrize("layout", ["fsdp1_orig", "fsdp1_no_shard"])
+def test_data_assigned_to_fsdp1_parameters_survives_a_save(world, tmp_path, layout) -> None:
+    """FSDP1 takes `parameter.data = ...` over at its next forward; resharding before that dropped it."""
+    world(2).run(data_assigned, layout, str(tmp_path / "ema"))
+
+
+def permuted_mesh() -> str:
+    model = nn.Linear(2, 4)
+    fully_shard(model, mesh=DeviceMesh("cpu", [1, 0]))
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+def test_a_mesh_of_permuted_ranks_is_refused(world) -> None:
+    """FSDP2 deals rows by the rank in the group, torch's chunk list tells them by the place in the mesh."""
+    messages = world(2).run(permuted_mesh)
+    assert len(set(messages)) == 1 and "ascending" in messages[0]
+
+
+def live_dtype_differs(folder: str) -> None:
+    model = nn.BatchNorm1d(3)
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    ema.save(folder)
+    again = nn.BatchNorm1d(3)
+    again.running_mean = again.running_mean.double()
+    ShardedEMA(again, HALF).load(folder)
+
+
+def test_the_dtype_of_what_is_shown_live_does_not_keep_a_run_from_resuming(world, tmp_path) -> None:
+    """FSDP1 with buffer_dtype casts buffers at its first forward, after or before the average was built."""
+    world(2).run(live_dtype_differs, str(tmp_path / "ema"))
+
+
+def channels_last_swap() -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Conv2d(8, 24, 3).to(memory_format=torch.channels_last))
+    ema, naive = averaging(model), oracle()
+    for step in range(2):
+        naive.update(set_whole(model, step))
+        ema.update()
+    with mock.patch("dist_ema.swap._BUCKET_BYTES", 1000), ema.average_parameters():
+        assert all(torch.equal(value, naive.values[name]) for name, value in read_whole(model).items())
+
+
+def test_large_non_contiguous_parameters_are_refreshed_in_bounded_pieces(world) -> None:
+    world(2).run(channels_last_swap)
+
+
+def odd_argument(folder: str) -> None:
+    ema = averaging(build_layout("ddp"))
+    ema.consolidate(folder, max_shard_size=numpy.int64(1000) if dist.get_rank() else 1000)
+
+
+def test_an_argument_that_json_does_not_know_does_not_hang_the_others(world, tmp_path) -> None:
+    world(2).run(odd_argument, str(tmp_path / "export"))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -39,6 +40,7 @@ def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] 
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
+        _finish_gathers(module)
         module.reshard()
     sharded = [view for view in views if isinstance(view, _LocalValues)]
     if all(view.is_sharded() for view in sharded):
@@ -52,18 +54,37 @@ def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] 
         )
 
 
+def _finish_gathers(module: FSDPModule) -> None:
+    """Let a gather that was started ahead (prefetched, or `unshard(async_op=True)`) arrive, so that reshard drops it.
+
+    Else its old values would be used by the next forward. Waits for communication under way; starts none.
+    """
+    for group in _groups(module):
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+
+
 def _end_forward(module: FSDPModule) -> None:
     """Have FSDP take a forward that an exception cut off for ended, and reshard. No communication."""
     if hasattr(module, "reset_iter_state"):
-        with suppress(RuntimeError):  # not a root
+        with suppress(RuntimeError, AttributeError):  # not a root, or it has not run yet
             module.reset_iter_state()
-    else:
-        # Before torch 2.13 there is no public way. Guarded by
-        # `test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model`.
-        group: Any = module._get_fsdp_state()._fsdp_param_group
-        if group is not None:
+    else:  # before torch 2.13
+        for group in _groups(module):
             group._training_state = type(group._training_state).IDLE
-            module.reshard()
+        module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's record of what it has gathered; one place for its private names, which differ over torch versions.
+
+    Guarded by `test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model` and
+    `test_a_gather_started_before_a_swap_does_not_bring_the_other_weights`.
+    """
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
@@ -85,6 +106,13 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
     box = Box(fqn, tuple(chunk.offsets), tuple(chunk.sizes))
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # the mesh spans all ranks
+    for axis, placement in enumerate(placements):
+        # FSDP2 deals rows by the rank within the group, torch tells the box by the place in the mesh.
+        if placement.is_shard() and dist.get_rank(mesh.get_group(axis)) != coordinate[axis]:
+            raise UnsupportedModelError(
+                f"{fqn} is sharded along axis {axis} of {mesh}, whose ranks are not in ascending order: parts of torch "
+                "then disagree where its rows lie. Expected a mesh of ascending ranks (init_device_mesh)"
+            )
     axes = [axis for axis, placement in enumerate(placements) if placement.is_replicate() and mesh.size(axis) > 1]
     alike = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
     ranks = tuple(alike.flatten().tolist())
@@ -108,6 +136,8 @@ class _LocalValues:
     def is_sharded(self) -> bool:
         """Whether the name resolves to the sharded tensor, or to one that replaced it."""
         current = getattr(self._owner, self._attribute, None)
+        if current is None:
+            return True  # removed from the model: not for FSDP to tell
         return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
     def __call__(self) -> torch.Tensor:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box, boxes_of_run
 from dist_ema.topology.placed import Holders, Named, Piece
 
@@ -83,7 +83,9 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], Flat
             "call .contiguous() on it before wrapping, or use FSDP2"
         )
     if handle._fsdp_extension is not None:
-        raise UnsupportedModelError("FSDP1 over tensor parallelism is not served: use FSDP2 (fully_shard) there")
+        raise UnsupportedModelError(
+            "FSDP1 over tensor parallelism or on a slice of a larger mesh is not served: use FSDP2 there"
+        )
     replicate_group = getattr(module, "_inter_node_pg", None)
     found: dict[tuple[int, str], FlatSlice] = {}
     for info, shape, local in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
@@ -105,14 +107,27 @@ def reshard_fsdp1(model: nn.Module) -> None:
 
     FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients, and
     would go on with it though the shards have changed.
+
+    Raises:
+        ModelChangedError: called within `summon_full_params`.
     """
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            handle = module._handle
-            if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
-                handle.reshard(handle.uses_sharded_strategy)
-                handle.post_reshard()
-                handle._prefetched = False
+    handles = [
+        module._handle
+        for module in model.modules()
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None
+    ]
+    if any(handle._training_state.name == "SUMMON_FULL_PARAMS" for handle in handles):
+        raise ModelChangedError(
+            "this call was made within FSDP.summon_full_params(), where the parameters are whole and will be written "
+            "back: leave that block first"
+        )
+    for handle in handles:
+        if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
+            if handle._use_orig_params:
+                handle._writeback_orig_params()  # `parameter.data = ...`, which FSDP1 takes over at the next forward
+            handle.reshard(handle.uses_sharded_strategy)
+            handle.post_reshard()
+            handle._prefetched = False
 
 
 def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:

@@ -46,12 +46,12 @@ def _values(owner: nn.Module, attribute: str, is_parameter: bool) -> torch.Tenso
     values = getattr(owner, attribute)
     if isinstance(values, DTensor):
         raise ModelChangedError(
-            f"{attribute!r} of {type(owner).__name__} is a DTensor now and was plain when the average was built: wrap the "
-            "model first (fully_shard, parallelize_module), then build the ShardedEMA"
+            f"{attribute!r} of {type(owner).__name__} was plain when the average was built and is a DTensor now: wrap "
+            "the model first (fully_shard, parallelize_module), then build the ShardedEMA"
         )
     if not isinstance(values, torch.Tensor) or (is_parameter and not isinstance(values, nn.Parameter)):
         raise ModelChangedError(
-            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, parametrized or wrapped "
-            "since?): build a new ShardedEMA after changing a model"
+            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, parametrized or "
+            "wrapped since?): build a new ShardedEMA after changing a model"
         )
     return values.detach()
