@@ -20,9 +20,7 @@ def folder_name(name: str, value: object) -> str:
     Raises:
         ConfigError: it is something else, or could leave the folder.
     """
-    if not isinstance(value, str) or not _FOLDER_NAME.fullmatch(value):
-        raise ConfigError(f"{name} is {value!r}, expected a folder name of letters, digits, '-' and '_'")
-    return value
+    return _matching(_FOLDER_NAME, name, value, "a folder name of letters, digits, '-' and '_'")
 
 
 def file_name(name: str, value: object) -> str:
@@ -31,8 +29,12 @@ def file_name(name: str, value: object) -> str:
     Raises:
         ConfigError: it is something else, or could leave the folder.
     """
-    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
-        raise ConfigError(f"{name} is {value!r}, expected the name of a file in the same folder")
+    return _matching(_FILE_NAME, name, value, "the name of a file in the same folder")
+
+
+def _matching(pattern: re.Pattern[str], name: str, value: object, expected: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
     return value
 
 

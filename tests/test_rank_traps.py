@@ -16,9 +16,11 @@ import torch.distributed as dist
 from layouts_zoo import build_layout, read_whole, set_whole, settle
 from test_rank_averages import assert_same_bits, averaging, oracle
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from zoo import local_values
 
 from dist_ema import (
     CommunicationError,
@@ -491,3 +493,113 @@ def odd_argument(folder: str) -> None:
 
 def test_an_argument_that_json_does_not_know_does_not_hang_the_others(world, tmp_path) -> None:
     world(2).run(odd_argument, str(tmp_path / "export"))
+
+
+class _Named(nn.Module):
+    """Attributes that look like the prefixes of wrappers, and a layer worth checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.module(x))
+
+
+def nested_wrappers(nesting: str) -> None:
+    model: nn.Module = _Named()
+    expected = set(model.state_dict())
+    model.module[0] = checkpoint_wrapper(model.module[0])
+    wrappers = nesting.split()
+    if "fsdp1" in wrappers:
+        options = {"device_id": torch.device("cpu"), "use_orig_params": "orig" in wrappers}
+        model.module = FullyShardedDataParallel(model.module, **options)
+        model = FullyShardedDataParallel(model, **options)
+    if "fsdp2" in wrappers:
+        fully_shard(model.module[0])
+        fully_shard(model)
+    if "ddp" in wrappers:
+        model = DistributedDataParallel(model)
+    if "compile" in wrappers:
+        model = torch.compile(model, backend="eager")
+    if "outer_ddp" in wrappers:
+        model = DistributedDataParallel(model)
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    state = ema.full_state_dict()
+    assert dist.get_rank() != 0 or set(state) == expected
+    with ema.average_parameters(), torch.no_grad():
+        model(torch.ones(1, 3))
+
+
+NESTINGS = [
+    "ddp",
+    "ddp compile",
+    "compile outer_ddp",
+    "fsdp2",
+    "fsdp2 compile",
+    "fsdp1",
+    "fsdp1 orig",
+    "fsdp1 orig compile",
+]
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_names_survive_nested_wrappers(world, nesting) -> None:
+    """Prefixes that make every parameter "missing", and users' own attributes called `module`."""
+    world(2).run(nested_wrappers, nesting)
+
+
+def emptied_and_reset(layout: str) -> None:
+    """What meta-device initialisation does to a model after its average was built."""
+    model = build_layout(layout)
+    ema, naive = averaging(model), oracle()
+    naive.update(set_whole(model, 0))
+    ema.update()
+    settle(model)
+    bare = model.module if layout == "ddp" else model
+    bare.to_empty(device="cpu")
+    for module in bare.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    naive.update(set_whole(model, 1))
+    ema.update()
+    state = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        assert_same_bits(state, naive.values)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_parameters_emptied_and_initialised_anew_are_followed(world, layout) -> None:
+    world(2).run(emptied_and_reset, layout)
+
+
+def swap_memory(layout: str) -> list[int]:
+    """Elements cloned and packed during a swap, against those this rank holds."""
+    model = build_layout(layout)
+    ema = averaging(model)
+    ema.update()
+    held = sum(value.numel() for value in local_values(model).values())
+    made = []
+    real_clone, real_cat = torch.Tensor.clone, torch.cat
+
+    def clone(tensor, **options):
+        made.append(tensor.numel())
+        return real_clone(tensor, **options)
+
+    def cat(tensors, *arguments, **options):
+        packed = real_cat(tensors, *arguments, **options)
+        made.append(packed.numel())
+        return packed
+
+    with mock.patch.object(torch.Tensor, "clone", clone), mock.patch.object(torch, "cat", cat):
+        with ema.average_parameters():
+            pass
+    return [sum(made), held]
+
+
+@pytest.mark.parametrize("layout", ["fsdp1_flat", "fsdp2"])
+def test_a_swap_keeps_one_copy_of_what_the_rank_holds(world, layout) -> None:
+    for made, held in world(2).run(swap_memory, layout):
+        assert made <= held
