@@ -210,6 +210,7 @@ class _Integers(nn.Module):
         (lambda: ShardedEMA(nn.Identity(), HALF), "no floating-point parameter"),
         (lambda: ShardedEMA(nn.Linear(2, 2, device="meta"), HALF), "meta device"),
         (lambda: ShardedEMA(_Sparse(), HALF), "layout"),
+        (lambda: ShardedEMA(nn.LazyLinear(2), HALF), "not initialised"),
         (lambda: ShardedEMA(_Complex(), HALF), "exclude='w'"),
         (lambda: ShardedEMA("model", HALF), r"expected a torch\.nn\.Module"),
     ],

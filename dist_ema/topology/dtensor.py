@@ -141,7 +141,12 @@ class _LocalValues:
         return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
     def __call__(self) -> torch.Tensor:
-        current = getattr(self._owner, self._attribute)
+        current = getattr(self._owner, self._attribute, None)
+        if current is None:
+            raise ModelChangedError(
+                f"{self._attribute!r} of {type(self._owner).__name__} was removed since the average was built: build a "
+                "new ShardedEMA after changing a model"
+            )
         if current is not self._sharded and isinstance(current, DTensor) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():

@@ -36,6 +36,8 @@ def named_tensors(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSl
         if taken.setdefault(fqn, id(source)) != id(source):
             raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
         named = found.get(id(source))
+        if isinstance(source, torch.Tensor) and nn.parameter.is_lazy(source):
+            raise UnsupportedModelError(f"{fqn} is not initialised yet: run one forward of the lazy modules first")
         if named is None:
             named = Named([], tuple(source.shape), source.dtype, source, is_buffer, owner, attribute)
             found[id(source)] = named
@@ -145,7 +147,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_tensor(named: Named) -> None:
-    """Refuse what has no values or no rows.
+    """Refuse what has no values of its own, or none that lie row by row.
 
     Raises:
         UnsupportedModelError: it is on the meta device, or not dense.
