@@ -88,7 +88,8 @@ class Held:
         spec: the whole tensor.
         box: which piece of it.
         view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. Called
-            anew at each use: training wrappers may replace the memory behind it.
+            anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
+            again only while that still stands for the same memory, dtype and strides.
     """
 
     spec: TensorSpec

@@ -12,6 +12,7 @@ so every layout of the same weights gives the same average.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,11 +42,13 @@ class Averages:
             numel = sum(shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted)
             with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
                 self._flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
-        self.values = self._views(self._flat, devices)
+        self.values = self._cut(self._flat, devices)
+        self._views: list[torch.Tensor] | None = None
+        self._direct_averaged: list[torch.Tensor] = []
+        self._direct_live: list[torch.Tensor] = []
+        self._staged: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
-    def _views(
-        self, flat: dict[torch.device, torch.Tensor], devices: Sequence[torch.device]
-    ) -> tuple[torch.Tensor, ...]:
+    def _cut(self, flat: dict[torch.device, torch.Tensor], devices: Sequence[torch.device]) -> tuple[torch.Tensor, ...]:
         filled = dict.fromkeys(flat, 0)
         views = []
         for shard, device in zip(self._shards, devices, strict=True):
@@ -75,23 +78,34 @@ class Averages:
         """
         if momentum == 0.0:
             return  # 0 * (live - averaged) is not 0 where live is not finite
-        direct_averaged: list[torch.Tensor] = []
-        direct_live: list[torch.Tensor] = []
-        staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for averaged, shard in zip(self.values, self._shards, strict=True):
-            live = shard.live()
-            if live.dtype == averaged.dtype and live.device == averaged.device:
-                direct_averaged.append(averaged)
-                direct_live.append(live)
-            else:
-                staged.append((averaged, live))
+        self._follow_live()
         # An empty list raises: a rank may own nothing.
-        if direct_averaged:
-            _lerp(direct_averaged, direct_live, momentum, unless)
-        for averaged_group, live_group in _scratch_groups(staged):
+        if self._direct_averaged:
+            _lerp(self._direct_averaged, self._direct_live, momentum, unless)
+        for averaged_group, live_group in self._staged:
             scratch = [torch.empty_like(averaged) for averaged in averaged_group]
             torch._foreach_copy_(scratch, live_group)
             _lerp(averaged_group, scratch, momentum, unless)
+
+    def _follow_live(self) -> None:
+        """Prepare the lists of an update, anew only if the memory behind some live tensor has been replaced.
+
+        A view that still stands for the same memory returns the same object (see `dist_ema.layout.Held.view`).
+        """
+        views = [shard.held.view() for shard in self._shards]
+        if self._views is not None and all(map(operator.is_, views, self._views)):
+            return
+        self._views = views
+        self._direct_averaged, self._direct_live = [], []
+        staged = []
+        for averaged, shard in zip(self.values, self._shards, strict=True):
+            live = shard.live()
+            if live.dtype == averaged.dtype and live.device == averaged.device:
+                self._direct_averaged.append(averaged)
+                self._direct_live.append(live)
+            else:
+                staged.append((averaged, live))
+        self._staged = list(_scratch_groups(staged))
 
     @torch.no_grad()
     def replace(self, values: Sequence[torch.Tensor]) -> None:

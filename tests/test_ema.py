@@ -541,3 +541,25 @@ def test_files_that_somebody_added_to_a_saved_average_are_carried_over(tmp_path)
         ema.consolidate(tmp_path / "export")
         (tmp_path / "export" / "tokenizer.json").write_text("{}")
     assert (tmp_path / "export" / "tokenizer.json").exists()
+
+
+def test_memory_replaced_between_updates_is_followed_in_every_way() -> None:
+    """The lists of an update are prepared once; each of these must prepare them anew."""
+    model = nn.Linear(3, 3)
+    ema, naive = ShardedEMA(model, HALF), NaiveAverage(HALF.momentum)
+    replaced = [
+        lambda: None,
+        lambda: setattr(model.weight, "data", model.weight.data.clone()),
+        lambda: setattr(model.weight, "data", model.weight.data.t()),  # the same address, other strides
+        lambda: model.to(torch.bfloat16),
+        lambda: model.to(torch.float32),
+        lambda: setattr(model, "weight", nn.Parameter(torch.ones(3, 3))),
+        lambda: model.weight.data.set_(torch.full((3, 3), 7.0)),
+    ]
+    for step, replace in enumerate([lambda: None, *replaced]):
+        set_live(model, step)
+        replace()
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+    state = ema.full_state_dict()
+    assert all(torch.equal(state[name], value) for name, value in naive.values.items())

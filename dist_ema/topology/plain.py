@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,19 +39,37 @@ def place_plain(named: Named) -> Piece:
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
-    return Piece(box, functools.partial(_values, named.owner, named.attribute, not named.is_buffer))
+    return Piece(box, _PlainValues(named))
 
 
-def _values(owner: nn.Module, attribute: str, is_parameter: bool) -> torch.Tensor:
-    values = getattr(owner, attribute)
-    if isinstance(values, DTensor):
-        raise ModelChangedError(
-            f"{attribute!r} of {type(owner).__name__} was plain when the average was built and is a DTensor now: wrap "
-            "the model first (fully_shard, parallelize_module), then build the ShardedEMA"
-        )
-    if not isinstance(values, torch.Tensor) or (is_parameter and not isinstance(values, nn.Parameter)):
-        raise ModelChangedError(
-            f"{attribute!r} of {type(owner).__name__} is a {type(values).__name__} now (removed, parametrized or "
-            "wrapped since?): build a new ShardedEMA after changing a model"
-        )
-    return values.detach()
+class _PlainValues:
+    """The tensor under a name, without its autograd history; the same object as long as the memory behind it is."""
+
+    def __init__(self, named: Named) -> None:
+        self._owner = named.owner
+        self._attribute = named.attribute
+        self._is_parameter = not named.is_buffer
+        self._seen: Any = None
+        self._place: tuple[int, tuple[int, ...]] = (0, ())
+        self._view = torch.empty(0)
+
+    def __call__(self) -> torch.Tensor:
+        values: Any = getattr(self._owner, self._attribute)
+        if values is self._seen and (values.data_ptr(), values.stride()) == self._place:
+            return self._view
+        self._check(values)
+        self._seen, self._place, self._view = values, (values.data_ptr(), values.stride()), values.detach()
+        return self._view
+
+    def _check(self, values: object) -> None:
+        told = f"{self._attribute!r} of {type(self._owner).__name__}"
+        if isinstance(values, DTensor):
+            raise ModelChangedError(
+                f"{told} was plain when the average was built and is a DTensor now: wrap the model first (fully_shard, "
+                "parallelize_module), then build the ShardedEMA"
+            )
+        if not isinstance(values, torch.Tensor) or (self._is_parameter and not isinstance(values, nn.Parameter)):
+            raise ModelChangedError(
+                f"{told} is a {type(values).__name__} now (removed, parametrized or wrapped since?): build a new "
+                "ShardedEMA after changing a model"
+            )
