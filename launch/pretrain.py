@@ -9,6 +9,8 @@ A step sees the same global batch on any number of processes, so a run may stop 
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from statistics import median
 from typing import Any
@@ -227,8 +229,13 @@ def main() -> None:
     trainer.report()
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.device.type == "cuda":
-        # NCCL wants its group destroyed; gloo sometimes aborts while doing so, after all work is done.
-        trainer.accelerator.end_training()
+        trainer.accelerator.end_training()  # NCCL wants its group destroyed
+    elif torch.distributed.is_initialized():
+        # gloo's threads now and then abort the process while it is torn down, after all work is done ("terminate called
+        # without an active exception"), whether the group is destroyed or not: leave without a teardown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
