@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from unittest import mock
 
 import numpy
@@ -215,36 +216,35 @@ def test_a_schedule_of_ones_own_without_a_repr_does_not_set_the_ranks_at_odds(wo
     world(2).run(own_schedule, str(tmp_path / "ema"))
 
 
-def assigned(layout: str) -> None:
-    """load_state_dict(assign=True) puts new parameters under the names: they are followed."""
-    model = build_layout(layout)
-    ema, naive = averaging(model), oracle()
-    naive.update(set_whole(model, 0))
-    ema.update()
-    settle(model)
+def assign_anew(model: nn.Module) -> None:
     model.load_state_dict({name: value.detach().clone() for name, value in model.state_dict().items()}, assign=True)
-    bare = model.module if layout == "ddp" else model
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
     bare.head.weight = bare.embed.weight
-    naive.update(set_whole(model, 1))
-    ema.update()
-    state = ema.full_state_dict()
-    if dist.get_rank() == 0:
-        assert_same_bits(state, naive.values)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_parameters_assigned_anew_are_followed(world, layout) -> None:
-    world(2).run(assigned, layout)
+def move_to_bfloat16(model: nn.Module) -> None:
+    model.to(torch.bfloat16)
 
 
-def moved_to_another_dtype(layout: str) -> None:
+def empty_and_reset(model: nn.Module) -> None:
+    """What meta-device initialisation does to a model after its average was built."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare.to_empty(device="cpu")
+    for module in bare.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def replaced(layout: str, replace: Callable[[nn.Module], None], updates_before: int) -> None:
+    """`updates_before` 1: only copied so far; 2: the lists of an update are prepared, and must be prepared anew."""
     model = build_layout(layout)
     ema, naive = averaging(model), oracle()
-    naive.update(set_whole(model, 0))
-    ema.update()
+    for seed in range(updates_before):
+        naive.update(set_whole(model, seed))
+        ema.update()
     settle(model)
-    model.to(torch.bfloat16)
-    set_whole(model, 1)
+    replace(model)
+    set_whole(model, updates_before)
     naive.update({name: value.float() for name, value in read_whole(model).items()})
     ema.update()
     state = ema.full_state_dict()
@@ -252,9 +252,17 @@ def moved_to_another_dtype(layout: str) -> None:
         assert_same_bits(state, naive.values)
 
 
+@pytest.mark.parametrize("updates_before", [1, 2])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_model_moved_by_to_is_followed(world, layout) -> None:
-    world(2).run(moved_to_another_dtype, layout)
+class TestReplacedMemory:
+    def test_parameters_assigned_anew_are_followed(self, world, layout, updates_before) -> None:
+        world(2).run(replaced, layout, assign_anew, updates_before)
+
+    def test_a_model_moved_by_to_is_followed(self, world, layout, updates_before) -> None:
+        world(2).run(replaced, layout, move_to_bfloat16, updates_before)
+
+    def test_parameters_emptied_and_initialised_anew_are_followed(self, world, layout, updates_before) -> None:
+        world(2).run(replaced, layout, empty_and_reset, updates_before)
 
 
 def fsdp1_internals() -> None:
@@ -549,30 +557,6 @@ NESTINGS = [
 def test_names_survive_nested_wrappers(world, nesting) -> None:
     """Prefixes that make every parameter "missing", and users' own attributes called `module`."""
     world(2).run(nested_wrappers, nesting)
-
-
-def emptied_and_reset(layout: str) -> None:
-    """What meta-device initialisation does to a model after its average was built."""
-    model = build_layout(layout)
-    ema, naive = averaging(model), oracle()
-    naive.update(set_whole(model, 0))
-    ema.update()
-    settle(model)
-    bare = model.module if layout == "ddp" else model
-    bare.to_empty(device="cpu")
-    for module in bare.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    naive.update(set_whole(model, 1))
-    ema.update()
-    state = ema.full_state_dict()
-    if dist.get_rank() == 0:
-        assert_same_bits(state, naive.values)
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_parameters_emptied_and_initialised_anew_are_followed(world, layout) -> None:
-    world(2).run(emptied_and_reset, layout)
 
 
 def swap_memory(layout: str) -> list[int]:
