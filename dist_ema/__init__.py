@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from dist_ema.integrations.accelerate import attach
+    from dist_ema.offline import consolidate_checkpoint
     from dist_ema.schedules import ConstantSchedule, CosineSchedule
 
 __all__ = [
@@ -48,11 +49,13 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attach",
+    "consolidate_checkpoint",
 ]
 
 _HOME = {
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
+    "consolidate_checkpoint": "dist_ema.offline",
     "ConstantSchedule": "dist_ema.schedules",
     "CosineSchedule": "dist_ema.schedules",
 }

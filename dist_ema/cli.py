@@ -1,6 +1,6 @@
-"""The command line, `dist-ema`. Loads no torch.
+"""The command line, `dist-ema`. Loads torch only where tensors are converted.
 
-Exit codes: 0 the answer is good, 1 it is bad (told on stderr, without a traceback), 2 wrong usage.
+Exit codes: 0 the answer is good, 1 it is bad (told on stderr, without a traceback), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dist_ema._version import __version__
-from dist_ema.errors import ConfigError, DistEMAError
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
+from dist_ema.saved import damage_told, damaged_tensors, read_saved
 from dist_ema.schedules import schedule_from_json, schedule_text
 
 __all__ = ["main"]
@@ -30,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DistEMAError, OSError) as error:
         print(_printable(f"dist-ema: {error}"), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("dist-ema: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
     try:
         print(_printable(told))
         sys.stdout.flush()
@@ -51,22 +57,108 @@ def _printable(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-ema",
-        description="Look at saved averages of model weights.",
-        epilog="exit codes: 0 good, 1 bad answer, 2 wrong usage",
+        description="Look at saved averages of model weights, and make model folders of them.",
+        epilog="exit codes: 0 good, 1 bad answer, 2 wrong usage, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"dist-ema {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
+    inspect = _command(
+        commands,
         "inspect",
-        help="tell what a saved average is",
-        description="Tell what a saved average is: updates, tracks, schedules, tensors, bytes.",
-        epilog="example: dist-ema inspect checkpoint-400 --json",
+        _inspect,
+        "tell what a saved average is",
+        "Tell what a saved average is: updates, tracks, schedules, tensors, bytes.",
+        "dist-ema inspect checkpoint-400 --json",
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    _command(
+        commands,
+        "verify",
+        _verify,
+        "read all of it and compare the checksums",
+        "Read every tensor of a saved average and compare it with its checksum.",
+        "dist-ema verify checkpoint-400",
+    )
+    consolidate = _command(
+        commands,
+        "consolidate",
+        _consolidate,
+        "write one average as a plain model folder",
+        "Write one average as a plain model folder: safetensors without the manifest, checksums compared on the way.",
+        "dist-ema consolidate checkpoint-400 export --dtype bfloat16",
+    )
+    consolidate.add_argument("dst", metavar="DST", type=Path, help="folder to write; a former export is replaced")
+    consolidate.add_argument("--track", help="which average, where there are several")
+    consolidate.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        help="convert floating-point tensors (default: keep)",
+    )
+    consolidate.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="size of a file, such as 2GB (default: 5GB)",
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], str], summary: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("src", metavar="SRC", type=Path, help="folder of an average, or the checkpoint that holds it")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(run=_inspect)
-    return parser
+    command.add_argument("src", metavar="SRC", type=Path, help="folder of an average, or the checkpoint that holds it")
+    command.set_defaults(run=run)
+    return command
+
+
+def _verify(chosen: argparse.Namespace) -> str:
+    saved = read_saved(chosen.src)
+    if not saved.manifest.checksums:
+        raise CheckpointMismatchError(
+            f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
+            "be told. Load it and save it again to add them"
+        )
+    damaged, num_bytes = [], 0
+    with _progress(sum(t.nbytes for model in saved.models.values() for t in model.tensors.values())) as bar:
+        for name, size, is_damaged in damaged_tensors(saved):
+            num_bytes += size
+            bar.update(size)
+            damaged += [name] if is_damaged else []
+    if damaged:
+        raise CheckpointCorruptError(damage_told(saved.folder, damaged))
+    return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
+
+
+def _consolidate(chosen: argparse.Namespace) -> str:
+    import torch  # not needed by the other commands
+
+    from dist_ema.offline import consolidate_checkpoint
+
+    saved = read_saved(chosen.src)
+    track = saved.track(chosen.track)
+    total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
+    with _progress(total) as bar:
+        consolidate_checkpoint(
+            chosen.src,
+            chosen.dst,
+            track=track,
+            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+            max_shard_size=chosen.max_shard_size,
+            progress=bar.update,
+        )
+    return f"{chosen.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
+
+
+def _progress(total_bytes: int) -> tqdm[Any]:
+    """A bar on stderr, where that is a terminal."""
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
 
 
 def _inspect(chosen: argparse.Namespace) -> str:

@@ -20,14 +20,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_ema.errors import CheckpointError, CheckpointNotFoundError
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from dist_ema.headers import read_header
 
 __all__ = [
     "MARK",
     "MARK_VALUE",
+    "averages_in",
     "discard",
     "is_average",
     "is_export",
+    "link",
     "publish",
     "resolve",
     "stage",
@@ -38,8 +41,6 @@ __all__ = [
 # What this package puts into the folders it owns; whatever else is there was added by somebody.
 _OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
 
-
-_LONGEST_HEADER_BYTES = 100 * 2**20  # the limit of the format's own reader
 
 # In the header of every safetensors file this package writes: tells its exports from somebody's model folder.
 MARK, MARK_VALUE = "written_by", "dist_ema"
@@ -57,13 +58,10 @@ def is_export(folder: Path) -> bool:
 
 
 def _is_marked(path: Path) -> bool:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, _LONGEST_HEADER_BYTES)))
-            return bool(header["__metadata__"][MARK] == MARK_VALUE)
-        except (ValueError, KeyError, TypeError):
-            return False
+    try:
+        return read_header(path).metadata.get(MARK) == MARK_VALUE
+    except CheckpointCorruptError:
+        return False
 
 
 def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
@@ -77,7 +75,7 @@ def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
         CheckpointError: the target exists and is something else.
         OSError: the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(target)
     old = _old(target)
     if old.exists():
         if target.exists():
@@ -92,6 +90,14 @@ def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
     return staging
 
 
+def _make_parents(target: Path) -> None:
+    """Make the folders above the target, durably."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
+
+
 def publish(target: Path) -> None:
     """Rename the staged folder to its final name, replacing what is there; durable on return.
 
@@ -104,7 +110,7 @@ def publish(target: Path) -> None:
     if target.exists():
         target.rename(old)
     staging_of(target).rename(target)
-    sync_folder(target.parent)
+    _sync(target.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -133,14 +139,26 @@ def resolve(target: Path) -> Path:
     )
 
 
+def averages_in(folder: Path) -> list[Path]:
+    """The saved averages in a folder, by name; a former one stands for one whose commit was cut off."""
+    found = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+    for path in folder.glob(".*.old"):
+        found.setdefault(path.name[1:-4], path)
+    return [found[name] for name in sorted(found) if is_average(found[name])]
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder and of its sub-folders durable."""
-    for path in (*(entry for entry in folder.iterdir() if entry.is_dir()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make the entries of a folder, and of all folders below it, durable."""
+    for path, _, _ in os.walk(folder):
+        _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def staging_of(target: Path) -> Path:
@@ -175,17 +193,19 @@ def _carry_over(source: Path, staging: Path) -> None:
         elif _OWN_FILE.fullmatch(path.name) or added.exists():
             continue
         elif path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, added, symlinks=True, copy_function=_link)
+            shutil.copytree(path, added, symlinks=True, copy_function=link)
         else:
-            _link(path, added)
+            link(path, added)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for the file where the file system has such, else a copy."""
+def link(source: str | Path, target: str | Path) -> None:
+    """Give the file a second name where the file system can, else copy it durably."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+        if not Path(target).is_symlink():
+            _sync(Path(target))
 
 
 def _track_folders(target: Path) -> set[str]:

@@ -6,24 +6,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from dist_ema.checkpoint import load_average, model_files, write_average, write_export
-from dist_ema.checks import absolute
-from dist_ema.errors import ConfigError
+from dist_ema.checkpoint import model_files
 from dist_ema.exchange import Exchange
-from dist_ema.files import ModelFiles
 from dist_ema.gather import whole_tensors
-from dist_ema.layout import Box, Shard
-from dist_ema.manifest import Manifest
+from dist_ema.layout import Shard
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
-from dist_ema.replicas import warn_of_differing_replicas
 from dist_ema.schedules import Schedule
 from dist_ema.state import AveragedState, dtype_name
+from dist_ema.storage import Storage
 from dist_ema.swap import LiveBackup, put_average
 from dist_ema.topology.planning import plan_model
 
@@ -119,9 +114,12 @@ class ShardedEMA:
         # The boxes of the ranks fit together only if all planned the same model with the same options.
         plan = self._state.plan
         live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in plan.specs}
-        self._exchange.compare({**self._manifest().to_json(), "live_dtypes": live_dtypes})
+        self._exchange.compare(
+            {**self._state.manifest(self._exchange.world_size).to_json(), "live_dtypes": live_dtypes}
+        )
         plan.check_covered(self._exchange.sum_integers(plan.owned_numels()))
         self._exchange.agree(action, self._state.allocate)
+        self._storage = Storage(self._exchange, self._state)
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -229,67 +227,106 @@ class ShardedEMA:
         Raises:
             ConfigError: there is no such track.
         """
+        self._exchange.arrive("full_state_dict")
         pieces = self._exchange.agree("full_state_dict", lambda: self._state.pieces(track))
         self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
         return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
 
-    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", background: bool = False
+    ) -> None:
         """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
         The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
         for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
-        rename; what was there stays until then.
+        rename; what was there stays until then. See docs/checkpoint_format.md.
 
         Args:
             path: the folder; one that an average was saved in before is replaced.
             max_shard_size: bytes (or "5GB") of a file before the next one begins.
+            background: return as soon as this rank's values are copied to host memory (which is kept for the next such
+                save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
+                joins it and raises its error.
 
         Raises:
             SwapError: the averaged weights are in the model.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
             CheckpointError: some rank could not write; the same error on all ranks.
+            CommunicationError: some rank did not make the call.
         """
+        self._storage.save(path, max_shard_size=max_shard_size, background=bool(background))
 
-        def prepare() -> tuple[Path, Manifest, dict[str, list[tuple[Box, torch.Tensor]]], ModelFiles]:
-            state, manifest = self._state, self._manifest()
-            state.refuse_while_swapped("save")
-            files = model_files(state.plan, state.dtypes(), max_shard_size)
-            return absolute(path), manifest, {name: state.pieces(name) for name in self.tracks}, files
+    def wait(self) -> None:
+        """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
 
-        target, manifest, tracks, files = self._exchange.agree("save", prepare)
-        same = {"call": "save", "path": str(target), "num_updates": manifest.num_updates}
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
-        warn_of_differing_replicas(self._exchange, self._state.plan)
-        write_average(self._exchange, target, files, tracks, manifest)
+        Raises:
+            CheckpointError: that save failed; the same on all ranks.
+        """
+        self._storage.wait()
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        new: str | Iterable[str] | None = None,
+        dropped: str | Iterable[str] | None = None,
+        verify: bool = True,
+    ) -> None:
         """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
 
         Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
         anything fails on any rank, nothing has changed on any rank.
 
         Args:
-            path: what `save` wrote.
+            path: what `save` wrote, or the checkpoint that holds it.
+            new: glob patterns of tensors that the checkpoint need not have, or not in this shape: their average
+                starts from the live weights at its next use.
+            dropped: glob patterns of tensors in the checkpoint that this model need not have.
+            verify: compare the checksums of what is read.
 
         Raises:
             SwapError: the averaged weights are in the model.
             CheckpointNotFoundError: there is nothing at `path`.
             CheckpointMismatchError: it is of another model, other tracks or other options.
             CheckpointCorruptError: it is damaged.
+            CommunicationError: some rank did not make the call.
         """
+        self._storage.load(path, new=new, dropped=dropped, verify=bool(verify))
 
-        def prepare() -> Path:
-            self._state.refuse_while_swapped("load")
-            self._state.plan.verify()
-            return absolute(path)
+    def start_from(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_updates: int = 1,
+        new: str | Iterable[str] | None = None,
+        dropped: str | Iterable[str] | None = None,
+    ) -> None:
+        """Collective: every rank must call it. Begin every track at somebody else's weights.
 
-        target = self._exchange.agree("load", prepare)
-        self._exchange.compare({"call": "load", "path": str(target)})
-        now = self._manifest()
-        saved, values = load_average(self._exchange, target, self.shards, now)
-        self._state.restore(values, saved.num_updates)
-        for change in now.changes_since(saved) if self._exchange.rank == 0 else ():
-            warnings.warn(f"{target}: {change}", UserWarning, stacklevel=2)
+        Args:
+            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names.
+                Floating-point values of any dtype; there is no checksum to compare.
+            num_updates: the number of updates that the average counts as having had, which is where its schedules go
+                on; at least 1, as the first update would copy the live weights.
+            new: as in `load`.
+            dropped: as in `load`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or shapes differ from the model's.
+            CheckpointCorruptError: a file is missing or damaged.
+            CommunicationError: some rank did not make the call.
+        """
+        self._storage.start_from(path, num_updates=num_updates, new=new, dropped=dropped)
+
+    def restart(self) -> None:
+        """Forget the averages and the counter: the next update copies the live weights. No communication.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+        """
+        self._state.refuse_while_swapped("restart")
+        self._state.restart()
 
     def consolidate(
         self,
@@ -312,18 +349,7 @@ class ShardedEMA:
             ConfigError: there is no such track, or `dtype` is not a floating-point one.
             CheckpointError: some rank could not write; the same error on all ranks.
         """
-
-        def prepare() -> tuple[Path, list[tuple[Box, torch.Tensor]], ModelFiles]:
-            state = self._state
-            state.refuse_while_swapped("consolidate")
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise ConfigError(f"dtype is {dtype!r}, expected a floating-point torch dtype or None")
-            return absolute(path), state.pieces(track), model_files(state.plan, state.dtypes(dtype), max_shard_size)
-
-        target, pieces, files = self._exchange.agree("consolidate", prepare)
-        same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
-        write_export(self._exchange, target, files, pieces)
+        self._storage.consolidate(path, track=track, dtype=dtype, max_shard_size=max_shard_size)
 
     def detach(self) -> None:
         """Remove every hook that `attach` registered; the average stays usable by hand. No communication."""
@@ -338,9 +364,7 @@ class ShardedEMA:
         """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none."""
         if not self._state.plan.has_replicas:
             return prepare()
+        self._exchange.arrive(call)
         prepared = self._exchange.agree(call, prepare)
         self._exchange.compare({"call": call, "track": self._state.track(track)})
         return prepared
-
-    def _manifest(self) -> Manifest:
-        return self._state.manifest(self._exchange.world_size)

@@ -12,9 +12,11 @@ training.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,34 +30,77 @@ __all__ = ["Exchange", "broadcast_from"]
 
 T = TypeVar("T")
 
-_control_groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+# How long a rank waits for the others to make the same call, before it says that they did not.
+ARRIVAL_SECONDS = float(os.environ.get("DIST_EMA_ARRIVAL_SECONDS", "30"))
+# How long it waits within a call that all have made: a slow disk is no error.
+_STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def _control_group() -> dist.ProcessGroup | None:
-    """The gloo group of all ranks, made once for each default group. Collective at the first call."""
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """Gloo groups of all ranks of `world`, the default group that they were made for."""
+
+    world: dist.ProcessGroup
+    control: dist.ProcessGroup
+    arrival: dist.ProcessGroup
+
+
+_groups_of_this_world: list[_Groups] = []
+
+
+def _control_groups() -> _Groups | None:
+    """The groups of all ranks, made once for each default group. Collective at the first call."""
     world = dist.group.WORLD
     if world is None or dist.get_world_size() == 1:
         return None
-    # Keyed by one constant: a default group that was destroyed and made anew replaces the entry.
-    known = _control_groups.get("world")
-    if known is None or known[0] is not world:
-        timeout = datetime.timedelta(minutes=30)
-        known = (world, dist.new_group(backend="gloo", timeout=timeout))
-        _control_groups["world"] = known
-    return known[1]
+    if not _groups_of_this_world or _groups_of_this_world[0].world is not world:
+        arrival = datetime.timedelta(seconds=ARRIVAL_SECONDS)
+        _groups_of_this_world[:] = [_Groups(world, _gloo_group(_STAGE_TIMEOUT), _gloo_group(arrival))]
+    return _groups_of_this_world[0]
+
+
+def _gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    return group
 
 
 class Exchange:
     """Control traffic among all ranks of the default process group; trivial when there is none.
 
     Construction is collective: every rank must make it.
+
+    Args:
+        separate: use a group of its own, so that a thread may communicate beside the calls of the main one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, separate: bool = False) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
-        self._group = _control_group() if distributed else None
+        groups = _control_groups() if distributed else None
+        self._arrival = None if groups is None else groups.arrival
+        self._group = None if groups is None else _gloo_group(_STAGE_TIMEOUT) if separate else groups.control
+
+    def arrive(self, call: str) -> None:
+        """Collective: every rank must call it. Waits until all ranks have come to the same place.
+
+        A call that only some ranks make ends here, after `ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
+
+        Raises:
+            CommunicationError: some rank did not come in time; these ranks cannot communicate through us any more.
+        """
+        if self._arrival is None:
+            return
+        timeout = datetime.timedelta(seconds=ARRIVAL_SECONDS)
+        try:
+            dist.monitored_barrier(group=self._arrival, timeout=timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{call}: rank {self.rank} waited {ARRIVAL_SECONDS:g} s, and not all {self.world_size} ranks came. "
+                "Every rank must make this call, at the same place of the program: do not put it under `if "
+                "is_main_process`. If ranks may be further apart in time, set DIST_EMA_ARRIVAL_SECONDS for all of them "
+                f"({str(error).splitlines()[0]})"
+            ) from error
 
     @contextmanager
     def _together(self, action: str) -> Iterator[None]:
@@ -160,13 +205,45 @@ class Exchange:
                 dist.all_reduce(summed, group=self._group)
         return [int(value) for value in summed.tolist()]
 
+    def xor_integers(self, values: Sequence[int]) -> list[int]:
+        """Collective: every rank must call it. The exclusive-or over the ranks, on every rank."""
+        combined = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None and values:
+            with self._together("combining the checksums"):
+                dist.all_reduce(combined, op=dist.ReduceOp.BXOR, group=self._group)
+        return [int(value) for value in combined.tolist()]
+
+    def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Collective: every rank must call it. Row r goes to rank r; row r of the answer came from rank r."""
+        if self._group is None:
+            return rows
+        received = torch.empty_like(rows)
+        with self._together("planning an exchange"):
+            dist.all_to_all_single(received, rows, group=self._group)
+        return received
+
     def send_bytes(self, values: torch.Tensor, target: int) -> None:
         """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
-        dist.send(values, dst=target, group=self._group)
+        with self._together("sending tensors"):
+            dist.send(values, dst=target, group=self._group)
 
     def receive_bytes(self, values: torch.Tensor, source: int) -> None:
         """Point to point: `source` must call `send_bytes`. Fills a CPU uint8 tensor of the sent size."""
-        dist.recv(values, src=source, group=self._group)
+        with self._together("receiving tensors"):
+            dist.recv(values, src=source, group=self._group)
+
+    def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
+        """Point to point, both ways at once: `target` must receive what is `sent`, `source` send what is `received`.
+
+        CPU uint8 tensors; None where there is nothing to send or to receive.
+        """
+        with self._together("exchanging tensors"):
+            work = [] if sent is None else [dist.isend(sent, dst=target, group=self._group)]
+            if received is not None:
+                dist.recv(received, src=source, group=self._group)
+            for each in work:
+                if each is not None:
+                    each.wait()
 
 
 def broadcast_from(

@@ -1,4 +1,4 @@
-"""The safetensors layout: where each box of each tensor lies in the final files, and writing and reading there.
+"""The safetensors files that we write: where each tensor lies in them.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes, row-major,
 end to end (https://github.com/huggingface/safetensors#format). Names, shapes and dtypes are known to every
@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +24,23 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from dist_ema.errors import ConfigError, UnsupportedModelError
-from dist_ema.layout import Box
+from dist_ema.headers import TORCH_DTYPES
 
 __all__ = [
     "DTYPE_NAMES",
-    "INDEX_NAME",
-    "ONE_FILE_NAME",
     "Entry",
     "FileLayout",
     "ModelFiles",
     "host_bytes",
     "plan_files",
-    "read_box",
-    "write_box",
+    "write_all",
     "write_whole",
 ]
 
-INDEX_NAME = "model.safetensors.index.json"
-ONE_FILE_NAME = "model.safetensors"
 _FILE_PATTERN = "model{suffix}.safetensors"
 
-# Dtypes of torch in the format's own spelling, in its documented set.
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-# Bytes converted, brought to the host and written at a time: bounds the extra memory of a save.
-_CHUNK_BYTES = 16 * 2**20
+# Dtypes of torch in the format's own spelling.
+DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,47 +145,12 @@ def write_whole(path: Path, content: bytes, *, size_bytes: int | None = None) ->
     """Write a new file from its beginning, extend it to `size_bytes` where given, and fsync it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(descriptor, memoryview(content), 0)
+        write_all(descriptor, content, 0)
         if size_bytes is not None:
             os.ftruncate(descriptor, size_bytes)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_box(descriptor: int, entry: Entry, box: Box, values: torch.Tensor) -> None:
-    """Write the values of `box` at their places in the open file, converted to the entry's dtype.
-
-    Args:
-        descriptor: file open for writing, already of its final size.
-        entry: the whole tensor's place.
-        box: which piece of it `values` is.
-        values: tensor of shape `box.sizes`, on any device, of any strides.
-    """
-    for offset, run in _contiguous_runs(entry, box, values):
-        step = max(1, _CHUNK_BYTES // entry.dtype.itemsize)
-        for index, chunk in enumerate(run.reshape(-1).split(step)):
-            _write_all(descriptor, _as_bytes(chunk, entry.dtype), offset + index * step * entry.dtype.itemsize)
-
-
-def _contiguous_runs(entry: Entry, box: Box, values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Byte offset in the file and values of each longest stretch of the box that is contiguous in the file."""
-    if box.numel == 0:
-        return
-    inner = len(box.sizes)
-    while inner > 0 and box.sizes[inner - 1] == entry.shape[inner - 1]:
-        inner -= 1
-    # Dims from `outer` on make one stretch: all full behind the first of them.
-    outer = max(inner - 1, 0)
-    strides = [math.prod(entry.shape[dim + 1 :]) for dim in range(len(entry.shape))]
-    for index in itertools.product(*(range(size) for size in box.sizes[:outer])):
-        place = (*index, *(0 for _ in box.sizes[outer:]))
-        element = sum((start + at) * stride for start, at, stride in zip(box.offsets, place, strides, strict=True))
-        yield entry.start + element * entry.dtype.itemsize, values[index]
-
-
-def _as_bytes(values: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    return memoryview(host_bytes(values, dtype).numpy())  # type: ignore[arg-type]
 
 
 def host_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -224,30 +164,9 @@ def host_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return flat.view(torch.uint8)
 
 
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    while content.nbytes:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
-
-
-def read_box(handle: Any, box: Box, values: torch.Tensor) -> None:
-    """Read the values of `box` into `values`, of shape `box.sizes`, in bounded pieces.
-
-    Args:
-        handle: the file, opened by `safetensors.safe_open(..., framework="pt")`: only the bytes of the box are
-            touched.
-        box: which piece of its tensor to read.
-        values: tensor of the box's sizes, on any device.
-    """
-    if box.numel == 0:
-        return
-    if not box.sizes:
-        values.copy_(handle.get_tensor(box.fqn))
-        return
-    rows = max(1, _CHUNK_BYTES // (values[0].numel() * values.element_size()))
-    source = handle.get_slice(box.fqn)
-    for first in range(0, box.sizes[0], rows):
-        count = min(rows, box.sizes[0] - first)
-        start = box.offsets[0] + first
-        region = (slice(start, start + count), *box.region[1:])
-        values[first : first + count].copy_(source[region])
+def write_all(descriptor: int, content: Any, offset: int) -> None:
+    """Write a contiguous buffer of bytes at an offset of the open file."""
+    rest = memoryview(content)
+    while rest.nbytes:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import stat
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_ema import commit
-from dist_ema.checks import folder_name
+from dist_ema.checks import file_name, folder_name
+from dist_ema.checksums import checksum
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, ConfigError
+from dist_ema.headers import read_small
 from dist_ema.schedules import schedule_text
 
-__all__ = ["MANIFEST_NAME", "Manifest", "SavedTensor", "find_saved", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest"]
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = "dist_ema"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,19 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: str
     averaged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedFile:
+    """A file of the checkpoint.
+
+    Attributes:
+        size_bytes: of the whole file.
+        checksum: CRC-32 of the header (length included) of a safetensors file, of the whole of an index.
+    """
+
+    size_bytes: int
+    checksum: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +59,8 @@ class Manifest:
         tensors: fqn -> shape, dtype and kind.
         aliases: further names of tied tensors -> the name in `tensors`.
         written_by: versions of the packages and the number of ranks, for the reader's information.
+        files: path below the folder -> what the file must be; empty in format version 1.
+        checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
     """
 
     num_updates: int
@@ -50,6 +69,8 @@ class Manifest:
     tensors: Mapping[str, SavedTensor]
     aliases: Mapping[str, str]
     written_by: Mapping[str, Any]
+    files: Mapping[str, SavedFile] = dataclasses.field(default_factory=dict)
+    checksums: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
     def folder_of(self, track: str) -> str:
         """Sub-folder of the track's files: the top for a single track, else its name."""
@@ -70,12 +91,19 @@ class Manifest:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON."""
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        """The record as JSON, without its own checksum."""
+        record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        for file in record["files"].values():
+            file["checksum"] = _hex(file["checksum"])
+        record["checksums"] = {
+            track: {fqn: _hex(value) for fqn, value in of_track.items()} for track, of_track in self.checksums.items()
+        }
+        return record
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
-        return json.dumps(self.to_json(), indent=1).encode() + b"\n"
+        """The file's content: the record, and the CRC-32 of the record's canonical text."""
+        record = self.to_json()
+        return json.dumps({**record, "checksum": _hex(_record_checksum(record))}, indent=1).encode() + b"\n"
 
 
 def find_saved(source: Path) -> Path:
@@ -87,7 +115,7 @@ def find_saved(source: Path) -> Path:
     folder = commit.resolve(source)
     if (folder / MANIFEST_NAME).exists():
         return folder
-    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}") if not path.parent.name.startswith("."))
+    inside = commit.averages_in(folder)
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -107,46 +135,92 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointMismatchError: a newer version of the format wrote it.
     """
     path = folder / MANIFEST_NAME
-    try:
-        record = json.loads(_read_small(path))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise CheckpointCorruptError(
             f"{folder} has no {MANIFEST_NAME}, expected a folder written by ShardedEMA.save: it is another kind "
             "of folder, or its writing was cut off"
-        ) from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointCorruptError(f"{path} is not a readable JSON file: {error}") from error
+        )
+    try:
+        record = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CheckpointCorruptError(f"{path} is not a manifest of dist_ema")
     version = record.get("format_version")
-    if version != _FORMAT_VERSION or isinstance(version, bool):
+    if version not in _READABLE_VERSIONS or isinstance(version, bool):
         raise CheckpointMismatchError(
-            f"{path} has format version {version!r}, expected {_FORMAT_VERSION}: read it with the version of "
+            f"{path} has format version {version!r}, expected one of {_READABLE_VERSIONS}: read it with the version of "
             "dist_ema that wrote it, or a newer one"
         )
     try:
-        return Manifest(
+        if version >= 2:
+            _check_record(record)
+        manifest = Manifest(
             num_updates=_counter(record["num_updates"]),
-            options=dict(record["options"]),
+            options=_object(record["options"]),
             tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
-            tensors={str(fqn): _tensor(saved) for fqn, saved in _filled(record["tensors"])},
-            aliases=dict(record["aliases"]),
-            written_by=dict(record["written_by"]),
+            tensors={fqn: _tensor(saved) for fqn, saved in _filled(record["tensors"])},
+            aliases=_object(record["aliases"]),
+            written_by=_object(record["written_by"]),
+            files={_path(name): _file(saved) for name, saved in _object(record.get("files", {})).items()},
+            checksums={
+                track: {fqn: _from_hex(value) for fqn, value in _object(of_track).items()}
+                for track, of_track in _object(record.get("checksums", {})).items()
+            },
         )
+        if version >= 2 and any(
+            manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
+        ):
+            raise ValueError("there is not one checksum for each tensor of each track")
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointCorruptError(f"{path} lacks or misstates a field: {error!r}") from error
+        raise CheckpointCorruptError(f"{path} lacks or misstates a field: {repr(error)[:300]}") from error
+    return manifest
 
 
-_LARGEST_BYTES = 512 * 2**20
+def _check_record(record: dict[str, Any]) -> None:
+    """Refuse a record that is not the one that was written."""
+    told = record.pop("checksum")
+    if told != _hex(_record_checksum(record)):
+        raise ValueError("its checksum does not fit its content: it was damaged, or edited")
+
+
+def _record_checksum(record: Mapping[str, Any]) -> int:
+    return checksum(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _hex(value: int) -> str:
+    return f"{value:08x}"
+
+
+def _from_hex(value: object) -> int:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{8}", value):
+        raise ValueError(f"a checksum is {str(value)[:80]!r}, expected eight hexadecimal digits")
+    return int(value, 16)
+
+
+def _path(name: str) -> str:
+    """A file in the folder or in the folder of a track; no way out of it."""
+    *folders, file = name.split("/")
+    if len(folders) > 1:
+        raise ValueError(f"a file has the path {name[:80]!r}")
+    for folder in folders:
+        folder_name("track name", folder)
+    file_name("files", file)
+    return name
+
+
+def _file(value: object) -> SavedFile:
+    saved = dict(_filled(value))
+    return SavedFile(_counter(saved["size_bytes"]), _from_hex(saved["checksum"]))
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
 _LARGEST_SIZE = 2**62
-
-
-def _read_small(path: Path) -> bytes:
-    """The content of a regular file of a size that a manifest may have; a pipe would never end."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_BYTES:
-        raise ValueError("it is no regular file, or larger than any manifest")
-    return path.read_bytes()
 
 
 def _filled(value: object) -> list[tuple[Any, Any]]:
@@ -175,5 +249,5 @@ def _tensor(value: object) -> SavedTensor:
 
 def _counter(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"num_updates is {value!r}, expected an integer of at least 0")
+        raise ValueError(f"a count is {str(value)[:80]}, expected an integer of at least 0")
     return value

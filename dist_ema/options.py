@@ -13,7 +13,7 @@ from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules import Schedule
 
-__all__ = ["Options", "checked_device", "checked_schedules", "name_patterns"]
+__all__ = ["Options", "checked_device", "checked_schedules", "floating_dtype", "name_patterns"]
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,6 +101,17 @@ def checked_device(device: object) -> torch.device | None:
         return torch.device(device)  # type: ignore[call-overload,no-any-return]
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None
+
+
+def floating_dtype(name: str, value: object) -> torch.dtype | None:
+    """A floating-point torch dtype, or None.
+
+    Raises:
+        ConfigError: something else was given.
+    """
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    raise ConfigError(f"{name} is {value!r}, expected a floating-point torch dtype or None")
 
 
 def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -43,6 +43,8 @@ class AveragedState:
         self.swapped: str | None = None
         self._num_updates = 0
         self._last_skipped: LateFlag | None = None
+        # Indices of shards whose average a checkpoint did not have: the live values at their next use.
+        self._not_started: list[int] = []
 
     def allocate(self) -> None:
         """Make room for the averaged values."""
@@ -65,6 +67,7 @@ class AveragedState:
     def update(self, found_inf: torch.Tensor | None) -> None:
         """One update of all tracks: see `ShardedEMA.update`."""
         step, options = self.num_updates, self.options
+        self._start_from_live()
         if step == 0:
             for averages in self.averages.values():
                 averages.copy_live()
@@ -78,14 +81,25 @@ class AveragedState:
             }
             for name, momentum in momenta.items():
                 self.averages[name].lerp(momentum, unless=found_inf)
+        self._not_started = []
         self._num_updates = step + 1
         self._last_skipped = None if found_inf is None else LateFlag(found_inf)
 
-    def restore(self, values: Mapping[str, list[torch.Tensor]], num_updates: int) -> None:
-        """Take over the averages and the counter of a checkpoint."""
+    def restore(self, values: Mapping[str, Sequence[torch.Tensor | None]], num_updates: int) -> None:
+        """Take over averages and a counter; None for the shards that start from the live weights."""
         for name, averages in self.averages.items():
             averages.replace(values[name])
+            self._not_started = [index for index, value in enumerate(values[name]) if value is None]
         self._num_updates, self._last_skipped = num_updates, None
+
+    def restart(self) -> None:
+        """Forget the averages: the next update copies the live weights, as the first one does."""
+        self._num_updates, self._last_skipped, self._not_started = 0, None, []
+
+    def _start_from_live(self) -> None:
+        if self._not_started:
+            for averages in self.averages.values():
+                averages.copy_live(self._not_started)
 
     def track(self, name: str | None) -> str:
         """The track of that name, or the only one.
@@ -104,6 +118,8 @@ class AveragedState:
         averages = self.averages[self.track(track)]
         if self.num_updates == 0:
             averages.copy_live()
+        elif self._not_started:
+            averages.copy_live(self._not_started)
         return averages.values
 
     def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:

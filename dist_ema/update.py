@@ -63,10 +63,13 @@ class Averages:
         return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
 
     @torch.no_grad()
-    def copy_live(self) -> None:
-        """Set the averaged values to the live ones. No communication."""
-        if self.values:
-            torch._foreach_copy_(list(self.values), [shard.live() for shard in self._shards])
+    def copy_live(self, indices: Sequence[int] | None = None) -> None:
+        """Set the averaged values to the live ones: of all shards, or of those of these indices. No communication."""
+        chosen = range(len(self.values)) if indices is None else indices
+        if chosen:
+            torch._foreach_copy_(
+                [self.values[index] for index in chosen], [self._shards[index].live() for index in chosen]
+            )
 
     @torch.no_grad()
     def lerp(self, momentum: float, *, unless: torch.Tensor | None = None) -> None:
@@ -108,10 +111,11 @@ class Averages:
         self._staged = list(_scratch_groups(staged))
 
     @torch.no_grad()
-    def replace(self, values: Sequence[torch.Tensor]) -> None:
-        """Set the averaged values, one tensor of the shard's sizes per shard. No communication."""
+    def replace(self, values: Sequence[torch.Tensor | None]) -> None:
+        """Set the averaged values, one tensor of the shard's sizes per shard; None leaves them. No communication."""
         for averaged, value in zip(self.values, values, strict=True):
-            averaged.copy_(value)
+            if value is not None:
+                averaged.copy_(value)
 
 
 def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:

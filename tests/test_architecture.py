@@ -16,16 +16,20 @@ LAYERS = [
     ["cli"],
     ["integrations.accelerate"],
     ["ema"],
-    ["checkpoint", "state"],
-    ["gather", "swap", "replicas"],
-    ["files", "exchange", "update", "topology.planning"],
+    ["storage"],
+    ["offline", "background", "checkpoint", "loading", "state"],
+    ["gather", "swap", "replicas", "reading", "writing"],
+    ["exchange", "update", "topology.planning"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
     ["topology.placed"],
     ["plan"],
-    ["manifest", "layout", "options", "skipped"],
+    ["saved", "strips", "options", "skipped"],
+    ["manifest", "layout"],
     ["commit", "schedules"],
-    ["checks"],
+    ["files"],
+    ["headers"],
+    ["checks", "checksums"],
     ["errors", "_version"],
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
@@ -117,6 +121,7 @@ def test_public_names() -> None:
         "UnsupportedModelError",
         "__version__",
         "attach",
+        "consolidate_checkpoint",
     }
     for name in dist_ema.__all__:
         assert getattr(dist_ema, name) is not None

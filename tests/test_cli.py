@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+from hostile import sealed
+from safetensors.torch import load_file
 from torch import nn
 
 from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
@@ -36,30 +37,11 @@ def test_inspect_finds_the_average_within_an_accelerate_checkpoint_and_prints_js
     assert facts["written_by"]["torch"] == torch.__version__
 
 
-DAMAGE = {
-    "not json": "{]",
-    "another file": "{}",
-    "a list": "[]",
-    "too deep": "[" * 100_000,
-    "future": {"format_version": 2},
-    "true version": {"format_version": True},
-    "no tracks": {"tracks": {}},
-    "escaping track": {"tracks": {"../../etc": {"type": "CosineSchedule"}}},
-    "track without a type": {"tracks": {"a": {"momentum": 1}}},
-    "type is a list": {"tracks": {"a": {"type": []}}},
-    "negative counter": {"num_updates": -1},
-    "counter is text": {"num_updates": "many"},
-    "shape is text": {"tensors": {"w": {"shape": "33", "dtype": "float32", "averaged": True}}},
-    "shape is nested": {"tensors": {"w": {"shape": [[3]], "dtype": "float32", "averaged": True}}},
-    "shape is negative": {"tensors": {"w": {"shape": [-3], "dtype": "float32", "averaged": True}}},
-    "shape is huge": {"tensors": {"w": {"shape": [2**40, 2**40], "dtype": "float32", "averaged": True}}},
-    "dtype is a number": {"tensors": {"w": {"shape": [3], "dtype": 3, "averaged": True}}},
-    "no tensors": {"tensors": []},
-}
-
-
-@pytest.mark.parametrize("case", ["missing", "empty", "several", "long name", "folder as manifest", "pipe", *DAMAGE])
-def test_bad_answers_exit_with_1_and_no_traceback(saved, tmp_path, capsys, case) -> None:
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["consolidate", "out"]])
+@pytest.mark.parametrize("case", ["missing", "empty", "several", "long name"])
+def test_bad_answers_exit_with_1_and_no_traceback(tmp_path, monkeypatch, capsys, case, command) -> None:
+    """Damaged folders: tests/test_hostile.py."""
+    monkeypatch.chdir(tmp_path)
     source = tmp_path / ("x" * 5000 if case == "long name" else "other")
     if case not in ("missing", "long name"):
         source.mkdir()
@@ -67,17 +49,10 @@ def test_bad_answers_exit_with_1_and_no_traceback(saved, tmp_path, capsys, case)
         for name in ("x", "y"):
             (source / name).mkdir()
             (source / name / "manifest.json").write_text("{}")
-    if case == "folder as manifest":
-        (source / "manifest.json").mkdir()
-    if case == "pipe":
-        os.mkfifo(source / "manifest.json")
-    if case in DAMAGE:
-        change = DAMAGE[case]
-        good = json.loads((saved / "ema" / "manifest.json").read_text())
-        (source / "manifest.json").write_text(change if isinstance(change, str) else json.dumps({**good, **change}))
-    assert main(["inspect", str(source)]) == 1
+    assert main([command[0], str(source), *command[1:]]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("dist-ema: ") and "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_cannot_command_the_terminal_and_odd_numbers_are_told(saved, capsys) -> None:
@@ -87,7 +62,8 @@ def test_names_cannot_command_the_terminal_and_odd_numbers_are_told(saved, capsy
         "a": {"type": "\x1b[2Jx", "momentum": 10**400},
         "b": {"type": "CosineSchedule", "total_steps": 1e9},
     }
-    path.write_text(json.dumps(record))
+    record["checksums"] = {name: record["checksums"]["a"] for name in record["tracks"]}
+    path.write_text(sealed(record))
     assert main(["inspect", str(saved)]) == 0
     told = capsys.readouterr().out
     assert "\x1b" not in told and "next momentum unknown" in told
@@ -100,9 +76,44 @@ def test_wrong_usage_exits_with_2(arguments, capsys) -> None:
     assert caught.value.code == 2
 
 
+def test_verify_tells_a_sound_average_and_names_damaged_tensors(saved, capsys) -> None:
+    assert main(["verify", str(saved)]) == 0
+    assert "sound, 4 tensors, 64 bytes" in capsys.readouterr().out
+    path = saved / "ema" / "b" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    assert main(["verify", str(saved)]) == 1
+    told = capsys.readouterr()
+    assert "1 tensors are not those that were saved (b: bias)" in told.err and told.out == ""
+
+
+def test_consolidate_writes_a_plain_model_folder(saved, tmp_path, capsys) -> None:
+    assert main(["consolidate", str(saved), str(tmp_path / "out")]) == 1, "there are two tracks"
+    assert "name one of these" in capsys.readouterr().err
+    command = ["consolidate", str(saved), str(tmp_path / "out"), "--track", "b", "--dtype", "bfloat16"]
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    expected = load_file(saved / "ema" / "b" / "model.safetensors")
+    assert {name: value.dtype for name, value in written.items()} == dict.fromkeys(expected, torch.bfloat16)
+    assert all(torch.equal(value, expected[name].bfloat16()) for name, value in written.items())
+
+
+def test_an_interrupted_consolidate_leaves_nothing(saved, tmp_path, capsys, monkeypatch) -> None:
+    def interrupt(self, count) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["consolidate", str(saved), str(tmp_path / "out"), "--track", "a"]) == 130
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_commands_and_options_of_the_command_line(capsys) -> None:
     for arguments, names in (
-        (["--help"], ["inspect", "--version"]),
+        (["--help"], ["inspect", "verify", "consolidate", "--version"]),
+        (["verify", "--help"], ["SRC", "example:"]),
+        (["consolidate", "--help"], ["SRC", "DST", "--track", "--dtype", "--max-shard-size", "example:"]),
         (["inspect", "--help"], ["SRC", "--json", "example:"]),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -6,15 +6,23 @@ import math
 import os
 import stat
 import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dist_ema import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedModelError, commit
-from dist_ema.files import plan_files, read_box, write_box, write_whole
+from dist_ema.checksums import PartialChecksums, whole_checksums
+from dist_ema.exchange import Exchange
+from dist_ema.files import plan_files, write_whole
+from dist_ema.headers import read_model_folder
 from dist_ema.layout import Box
+from dist_ema.reading import read_boxes
+from dist_ema.strips import Strip, strips_of_box
+from dist_ema.writing import write_tensors
 
 DTYPES = [
     torch.float64,
@@ -44,12 +52,15 @@ def write_folder(folder, tensors: dict[str, torch.Tensor], boxes, **options):
     )
     for file in files.files:
         write_whole(folder / file.name, file.header, size_bytes=file.size_bytes)
-    for fqn, (file, entry) in files.locate().items():
-        descriptor = os.open(folder / file.name, os.O_WRONLY)
-        for box in boxes(fqn, tuple(tensors[fqn].shape)):
-            write_box(descriptor, entry, box, tensors[fqn][box.region])
-        os.close(descriptor)
+    pieces = [(box, tensors[fqn][box.region]) for fqn in tensors for box in boxes(fqn, tuple(tensors[fqn].shape))]
+    assert write_tensors(Exchange(), folder, files, pieces, [0], None) is None
     return files
+
+
+def read(folder, box: Box, values: torch.Tensor) -> None:
+    tensors = read_model_folder(folder).tensors
+    checksums = PartialChecksums({fqn: stored.nbytes for fqn, stored in tensors.items()})
+    assert read_boxes(Exchange(), folder, tensors, [(box.fqn, box, values)], [], checksums) is None
 
 
 def one_box(fqn, shape):
@@ -123,21 +134,21 @@ def test_several_files_have_the_index_of_huggingface(tmp_path) -> None:
 def test_boxes_are_read_back(tmp_path, boxes) -> None:
     value = torch.randn(6, 5)
     write_folder(tmp_path, {"w": value}, one_box)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
-        for box in boxes("w", (6, 5)):
-            read = torch.empty(box.sizes)
-            read_box(handle, box, read)
-            assert torch.equal(read, value[box.region])
+    for box in boxes("w", (6, 5)):
+        values = torch.empty(box.sizes)
+        read(tmp_path, box, values)
+        assert torch.equal(values, value[box.region])
 
 
 def test_large_boxes_are_written_and_read_in_bounded_chunks(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dist_ema.files._CHUNK_BYTES", 64)
+    for module in ("reading", "writing"):
+        monkeypatch.setattr(f"dist_ema.{module}._CHUNK_BYTES", 64)
     value = torch.randn(33, 7)
     write_folder(tmp_path, {"w": value.t()}, one_box)  # not contiguous either
-    read = torch.empty(7, 33)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
-        read_box(handle, Box("w", (0, 0), (7, 33)), read)
-    assert torch.equal(read, value.t())
+    for columns in (33, 20):
+        values = torch.empty(7, columns)
+        read(tmp_path, Box("w", (0, 0), (7, columns)), values)
+        assert torch.equal(values, value.t()[:, :columns])
 
 
 def test_file_modes_follow_the_umask(tmp_path) -> None:
@@ -154,6 +165,40 @@ def test_bad_max_shard_size_and_unstorable_dtypes_are_refused() -> None:
         plan_files([("w", torch.float32, (2,))], max_shard_size="five", metadata={})
     with pytest.raises(UnsupportedModelError, match="complex128"):
         plan_files([("w", torch.complex128, (2,))], max_shard_size=100, metadata={})
+
+
+def test_checksums_of_pieces_make_the_checksum_of_the_whole() -> None:
+    content = bytes(range(256)) * 5
+    halves = [PartialChecksums({"w": 1280, "empty": 0}) for _ in range(2)]
+    for number, (start, stop) in enumerate(itertools.pairwise([0, 1, 7, 600, 600, 1280])):
+        halves[number % 2].add("w", start, content[start:stop])
+    combined = [ours ^ theirs for ours, theirs in zip(*(half.partial() for half in halves), strict=True)]
+    assert whole_checksums({"w": 1280, "empty": 0}, combined) == {"w": zlib.crc32(content), "empty": 0}
+    columns = PartialChecksums({"w": 1280})
+    rows = np.frombuffer(content, dtype=np.uint8).reshape(64, 20)
+    columns.add_rows("w", 0, 20, np.ascontiguousarray(rows[:, :7]))
+    columns.add_rows("w", 7, 20, np.ascontiguousarray(rows[:, 7:]))
+    assert whole_checksums({"w": 1280}, columns.partial()) == {"w": zlib.crc32(content)}
+
+
+def test_strips_cover_their_box_and_cuts_cover_their_strip() -> None:
+    shape = (4, 3, 5)
+    places = np.arange(10, 10 + 60 * 2).reshape(*shape, 2)
+    for sizes in itertools.product((1, 2, 4), (1, 3), (1, 2, 5)):
+        offsets = tuple(whole - size for whole, size in zip(shape, sizes, strict=True))
+        box = Box("w", offsets, sizes)
+        strips = [strip for _, strip in strips_of_box(10, shape, 2, box)]
+        expected = places[box.region].reshape(-1).tolist()
+        assert [byte for strip in strips for byte in bytes_of(strip)] == expected
+        for strip in strips:
+            for start, stop in itertools.combinations(range(8, 132, 2), 2):
+                found = sorted(byte for cut in strip.cuts(start, stop) for byte in bytes_of(cut.strip))
+                assert found == [byte for byte in bytes_of(strip) if start <= byte < stop]
+
+
+def bytes_of(strip: Strip) -> list[int]:
+    starts = range(strip.start, strip.start + strip.count * strip.stride_bytes, strip.stride_bytes)
+    return [byte for start in starts for byte in range(start, start + strip.run_bytes)]
 
 
 def fill(target, text: str) -> None:

@@ -1,0 +1,92 @@
+"""A save behind training: the values of the call are copied to the host, and a thread writes them.
+
+The thread communicates on a process group of its own, so that it never meets the collectives of training or of our
+other calls. One save at a time: whoever comes next joins it first, and gets its error.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+
+import torch
+
+from dist_ema.exchange import Exchange
+from dist_ema.layout import Box
+from dist_ema.writing import Pieces
+
+__all__ = ["Background"]
+
+_ALIGNMENT_BYTES = 64
+
+
+class Background:
+    """The save that is under way, if there is one, and the host memory for the next; both are kept between saves."""
+
+    def __init__(self) -> None:
+        self._exchange: Exchange | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._host: torch.Tensor | None = None
+
+    def exchange(self) -> Exchange:
+        """Collective at the first call: every rank must call it. The traffic of the thread."""
+        if self._exchange is None:
+            self._exchange = Exchange(separate=True)
+            atexit.register(_wait_at_exit, weakref.ref(self))
+        return self._exchange
+
+    @torch.no_grad()
+    def copied(self, tracks: Mapping[str, Pieces]) -> dict[str, Pieces]:
+        """The pieces with their values of this moment, in host memory. No communication; waits for the device."""
+        pieces = [piece for of_track in tracks.values() for piece in of_track]
+        starts, total = [], 0
+        for _, values in pieces:
+            starts.append(total)
+            total += -(-values.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        devices = {values.device for _, values in pieces if values.device.type != "cpu"}
+        if self._host is None or self._host.numel() != total:
+            self._host = None  # the former one goes before the new one comes
+            self._host = torch.empty(total, dtype=torch.uint8, pin_memory=any(each.type == "cuda" for each in devices))
+        copies: list[tuple[Box, torch.Tensor]] = []
+        for (box, values), start in zip(pieces, starts, strict=True):
+            copy = self._host[start : start + values.nbytes].view(values.dtype).view(values.shape)
+            copies.append((box, copy.copy_(values, non_blocking=True)))
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        rest = iter(copies)
+        return {track: [next(rest) for _ in of_track] for track, of_track in tracks.items()}
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Have the thread do `work`. No communication here; `wait` must have been called."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
+
+        # Not a daemon: the interpreter waits for it at exit.
+        self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if there is one. No communication here.
+
+        Raises:
+            CheckpointError: it failed; the same on all ranks.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def _wait_at_exit(reference: weakref.ref[Background]) -> None:
+    background = reference()
+    if background is not None:
+        background.wait()

@@ -1,0 +1,275 @@
+"""Loading an average, on any layout and number of ranks.
+
+    1 rank 0    find the folder, check the manifest, the headers and that they fit this run; tell all ranks
+    2 all       read the bytes of their own boxes into scratch, with their checksums
+    3 all       agree that all have read, and that the checksums of the whole tensors fit
+
+Only then may anything in memory change (`ShardedEMA.load`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dist_ema.checksums import PartialChecksums, checksum, whole_checksums
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, DistEMAError
+from dist_ema.exchange import Exchange
+from dist_ema.headers import TORCH_DTYPES, StoredModel, read_header, read_model_folder, read_small
+from dist_ema.layout import Shard
+from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
+from dist_ema.plan import Plan
+from dist_ema.reading import read_boxes
+from dist_ema.saved import SavedAverage, damage_told, read_saved
+
+__all__ = ["Escapes", "load_average", "load_model"]
+
+# One tensor per shard; None where the checkpoint has none and the average starts from the live weights.
+Loaded = list[torch.Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Escapes:
+    """Differences that are allowed.
+
+    Attributes:
+        new: glob patterns of names in this model that need not be in the checkpoint as they are now.
+        dropped: glob patterns of names in the checkpoint that need not be in this model.
+    """
+
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+def load_average(
+    exchange: Exchange, target: Path, shards: Sequence[Shard], now: Manifest, escapes: Escapes, *, verify: bool
+) -> tuple[Manifest, dict[str, Loaded]]:
+    """Collective: every rank must call it. Read the averaged values of this rank's shards into new CPU tensors.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
+        shards: the averaged shards this rank owns.
+        now: what this run would write; tracks and tensors must be the same in the checkpoint.
+        escapes: the differences that are allowed.
+        verify: compare the checksums of what is read.
+
+    Returns:
+        The checkpoint's manifest, and per track one tensor per shard, or None where it has nothing for the shard.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path.
+        CheckpointMismatchError: names, shapes, dtypes or tracks differ from what is expected.
+        CheckpointCorruptError: files are missing or damaged.
+    """
+    action = f"loading {target}"
+
+    # One rank decides which folder counts: on shared file systems the others may see it later.
+    def find() -> tuple[SavedAverage, set[str]]:
+        saved = read_saved(target)
+        _check_tracks(saved, list(now.tracks))
+        return saved, _common_tensors(saved, now.tensors, escapes)
+
+    found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
+    saved, common = exchange.broadcast_object(found)
+    blind = _blind_ranks(exchange, saved.folder, lambda: _sees_average(saved))
+    values: dict[str, Loaded] = {}
+    for track in now.tracks:
+        names = {shard.fqn: shard.fqn for shard in shards if shard.fqn in common}
+        expected = _checksums(saved, track, common, now.tensors) if verify else {}
+        loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
+        values[track] = loading.run(shards, names, expected)
+    return saved.manifest, values
+
+
+def load_model(exchange: Exchange, source: Path, plan: Plan, shards: Sequence[Shard], escapes: Escapes) -> Loaded:
+    """Collective: every rank must call it. Read this rank's shards from a folder of safetensors without a manifest.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        source: a model folder.
+        plan: the model as boxes; a tied tensor may be stored under any of its names.
+        shards: the averaged shards this rank owns.
+        escapes: the differences that are allowed.
+
+    Returns:
+        One tensor per shard, in the stored dtype, or None where the folder has nothing for the shard.
+
+    Raises:
+        CheckpointMismatchError: names or shapes differ from the model's.
+        CheckpointCorruptError: files are missing or damaged.
+    """
+    action = f"loading {source}"
+
+    def find() -> tuple[StoredModel, dict[str, str]]:
+        model = read_model_folder(source)
+        return model, _stored_names(source, model, plan, escapes)
+
+    found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
+    model, names = exchange.broadcast_object(found)
+    blind = _blind_ranks(exchange, source, lambda: _sees_model(source, model))
+    return _Loading(exchange, action, source, model, blind).run(shards, names, {})
+
+
+class _Loading:
+    """Reading one model folder into the shards of all ranks."""
+
+    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: Sequence[int]) -> None:
+        self._exchange = exchange
+        self._action = action
+        self._folder = folder
+        self._model = model
+        self._blind = blind
+        self._sizes_bytes = {name: stored.nbytes for name, stored in model.tensors.items()}
+
+    def run(self, shards: Sequence[Shard], names: Mapping[str, str], expected: Mapping[str, int]) -> Loaded:
+        """Collective. Read what the shards need.
+
+        Args:
+            shards: of this rank.
+            names: fqn of a shard -> the name it is stored under, where there is one.
+            expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
+        """
+        tensors = self._model.tensors
+
+        def allocate() -> Loaded:
+            return [
+                torch.empty(shard.sizes, dtype=getattr(torch, TORCH_DTYPES[tensors[names[shard.fqn]].dtype]))
+                if shard.fqn in names
+                else None
+                for shard in shards
+            ]
+
+        values = self._exchange.agree(self._action, allocate)
+        wanted = [
+            (names[shard.fqn], dataclasses.replace(shard.box, fqn=names[shard.fqn]), value)
+            for shard, value in zip(shards, values, strict=True)
+            if value is not None
+        ]
+        partial = PartialChecksums(self._sizes_bytes)
+        failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
+        self._exchange.settle(self._action, failure)
+        if expected:
+            found = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
+            damaged = [name for name, value in expected.items() if found[name] != value]
+            if damaged:  # the same on every rank
+                raise CheckpointCorruptError(damage_told(self._folder, damaged))
+        return values
+
+
+def _checksums(
+    saved: SavedAverage, track: str, common: set[str], expected: Mapping[str, SavedTensor]
+) -> dict[str, int]:
+    """The checksums of the tensors that the ranks read; a checkpoint of format version 1 has none."""
+    checksums = saved.manifest.checksums.get(track, {})
+    return {fqn: value for fqn, value in checksums.items() if fqn in common and expected[fqn].averaged}
+
+
+def _blind_ranks(exchange: Exchange, folder: Path, sees: Callable[[], bool]) -> list[int]:
+    """The ranks that do not see what rank 0 sees at the folder."""
+    seen = exchange.gather_objects(exchange.rank == 0 or sees())
+    blind = [rank for rank, sight in enumerate(seen) if not sight]
+    if blind and exchange.rank == 0:
+        warnings.warn(
+            f"{len(blind)} of {len(seen)} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which is "
+            "slower. Load from a file system that all nodes share",
+            UserWarning,
+            stacklevel=2,
+        )
+    return blind
+
+
+def _sees_average(saved: SavedAverage) -> bool:
+    try:
+        if checksum(read_small(saved.folder / MANIFEST_NAME)) != saved.manifest_checksum:
+            return False
+        return all(
+            (saved.folder_of(track) / name).stat().st_size == file.size_bytes
+            for track, model in saved.models.items()
+            for name, file in model.files.items()
+        )
+    except (OSError, DistEMAError):
+        return False
+
+
+def _sees_model(folder: Path, model: StoredModel) -> bool:
+    try:
+        return all(read_header(folder / name) == file for name, file in model.files.items())
+    except (OSError, DistEMAError):
+        return False
+
+
+def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
+    if set(saved.manifest.tracks) != set(tracks):
+        raise CheckpointMismatchError(
+            f"{saved.folder} holds the tracks {sorted(saved.manifest.tracks)}, expected {sorted(tracks)}: give the "
+            "same track names as the run that saved it"
+        )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
+    """The averaged tensors of this run that the checkpoint has as this run expects them."""
+    tensors = saved.manifest.tensors
+    missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
+    extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
+    if missing or extra:
+        raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
+    common = set()
+    for fqn, wanted in expected.items():
+        found = tensors.get(fqn)
+        # What is shown live is not read, so its dtype does not matter: FSDP1 casts buffers at its first forward.
+        alike = found is not None and (found.shape, found.averaged) == (wanted.shape, wanted.averaged)
+        if found is not None and alike and (found.dtype == wanted.dtype or not wanted.averaged):
+            common.add(fqn)
+        elif found is not None and not _matches(fqn, escapes.new):
+            raise CheckpointMismatchError(
+                f"{saved.folder} has {fqn} as {_told(found)}, expected {_told(wanted)}: it is of another model or was "
+                "saved with other options (dtype, update_buffers, include, exclude). To start it from the live weights, "
+                f"load with new={fqn!r}"
+            )
+    return common
+
+
+def _other_model(folder: Path, missing: Sequence[str], extra: Sequence[str]) -> str:
+    return (
+        f"{folder} is of another model: {len(missing)} tensors of this model are not in it {list(missing[:3])}, "
+        f"{len(extra)} of its tensors are not in this model {list(extra[:3])}. If that is intended, name them by "
+        "patterns: load(..., new='head.*') starts those from the live weights, dropped='old_head.*' leaves those out"
+    )
+
+
+def _told(saved: SavedTensor) -> str:
+    return f"{saved.dtype}{list(saved.shape)}, {'averaged' if saved.averaged else 'live'}"
+
+
+def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes) -> dict[str, str]:
+    """Fqn of an averaged tensor -> its stored name; those that start from the live weights are left out."""
+    other_names: dict[str, list[str]] = {spec.fqn: [spec.fqn] for spec in plan.specs}
+    for alias, fqn in plan.aliases.items():
+        other_names[fqn].append(alias)
+    names, missing = {}, []
+    for spec in plan.specs:
+        if not spec.averaged:
+            continue
+        name = next((name for name in other_names[spec.fqn] if name in model.tensors), None)
+        if name is not None and model.tensors[name].shape == spec.shape:
+            if not getattr(torch, TORCH_DTYPES[model.tensors[name].dtype]).is_floating_point:
+                raise CheckpointMismatchError(f"{folder} has {name} as {model.tensors[name].dtype}, expected floats")
+            names[spec.fqn] = name
+        elif not _matches(spec.fqn, escapes.new):
+            found = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
+            missing.append(f"{spec.fqn} {list(spec.shape)} (found {found})")
+    known = {name for group in other_names.values() for name in group}
+    extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
+    if missing or extra:
+        raise CheckpointMismatchError(_other_model(folder, missing, extra))
+    return names

@@ -1,0 +1,171 @@
+"""Each rank reads the bytes of its own boxes, and of nothing else.
+
+A rank that cannot see the folder (each node has its own disk) is served by rank 0, in bounded pieces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_ema.checksums import PartialChecksums
+from dist_ema.exchange import Exchange
+from dist_ema.headers import ITEM_BYTES, StoredTensor, open_regular, read_exactly
+from dist_ema.layout import Box
+from dist_ema.strips import strips_of_box
+
+__all__ = ["Wanted", "read_boxes"]
+
+# Stored name of a tensor, the box of it to read, and a contiguous CPU tensor of the box's sizes and the stored dtype.
+Wanted = Sequence[tuple[str, Box, torch.Tensor]]
+
+# Read, checked and (for a rank without the folder) sent at a time.
+_CHUNK_BYTES = 8 * 2**20
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_Stretch = tuple[int, Bytes]
+
+
+def read_boxes(
+    exchange: Exchange,
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    wanted: Wanted,
+    blind: Sequence[int],
+    checksums: PartialChecksums,
+) -> Exception | None:
+    """Collective: every rank must call it; it communicates only with ranks that are `blind`.
+
+    Args:
+        exchange: the traffic of all ranks.
+        folder: where the files lie.
+        tensors: stored name -> place; the same on every rank.
+        wanted: what this rank needs.
+        blind: the ranks that cannot see the folder; the same on every rank, rank 0 not among them.
+        checksums: counts in what this rank reads.
+
+    Returns:
+        What went wrong here; the caller must have the ranks agree on it.
+
+    Raises:
+        CommunicationError: other ranks are gone.
+    """
+    files = sorted({stored.file for stored in tensors.values()})
+    source: _Disk | _RankZero
+    failure: Exception | None = None
+    for rank in blind:
+        if exchange.rank == 0:
+            failure = _serve(exchange, rank, _Disk(folder, files)) or failure
+        elif exchange.rank == rank:
+            source = _RankZero(exchange)
+            failure = _read(source, files, tensors, wanted, checksums)
+            source.finish()
+    if exchange.rank not in blind:
+        failure = _read(_Disk(folder, files), files, tensors, wanted, checksums) or failure
+    return failure
+
+
+def _read(
+    source: _Disk | _RankZero,
+    files: Sequence[str],
+    tensors: Mapping[str, StoredTensor],
+    wanted: Wanted,
+    checksums: PartialChecksums,
+) -> Exception | None:
+    try:
+        for name, box, values in wanted:
+            stored = tensors[name]
+            for index, strip in strips_of_box(stored.start, stored.shape, ITEM_BYTES[stored.dtype], box):
+                rows = values[index].reshape(-1).view(torch.uint8).numpy().reshape(strip.count, strip.run_bytes)
+                for first, part in _blocks(rows):
+                    start = strip.start + first // strip.run_bytes * strip.stride_bytes + first % strip.run_bytes
+                    source.fill(files.index(stored.file), start, strip.stride_bytes, part)
+                    checksums.add_rows(name, start - stored.start, strip.stride_bytes, part)
+    except Exception as error:
+        return error
+    finally:
+        source.close()
+    return None
+
+
+def _blocks(rows: Bytes) -> Iterator[_Stretch]:
+    """The rows in blocks of bounded size, and how many bytes lie before each; a single long row is cut."""
+    count, run_bytes = rows.shape
+    if count == 1:
+        for first in range(0, run_bytes, _CHUNK_BYTES):
+            yield first, rows[:, first : first + _CHUNK_BYTES]
+        return
+    step = max(1, _CHUNK_BYTES // run_bytes)
+    for row in range(0, count, step):
+        yield row * run_bytes, rows[row : row + step]
+
+
+class _Disk:
+    """The files, as this rank sees them."""
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self._folder = folder
+        self._files = files
+        self._descriptors: dict[int, int] = {}
+
+    def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
+        """Read the rows, each `stride_bytes` after the one before."""
+        if file not in self._descriptors:
+            self._descriptors[file] = open_regular(self._folder / self._files[file])
+        for number, row in enumerate(rows):
+            read_exactly(self._descriptors[file], row, start + number * stride_bytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+# A request: file, start, stride_bytes, rows, bytes of a row; no rows end the service. The answer is the bytes.
+_REQUEST_NUMEL = 5
+
+
+class _RankZero:
+    """The files, as rank 0 reads them for us."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
+        """Have rank 0 read the rows."""
+        request = torch.tensor([file, start, stride_bytes, *rows.shape])
+        self._exchange.send_bytes(request.view(torch.uint8), 0)
+        answer = torch.empty(rows.size, dtype=torch.uint8)
+        self._exchange.receive_bytes(answer, 0)
+        rows[...] = answer.numpy().reshape(rows.shape)
+
+    def close(self) -> None:
+        """Nothing is open here."""
+
+    def finish(self) -> None:
+        """Tell rank 0 that we have all."""
+        self._exchange.send_bytes(torch.zeros(_REQUEST_NUMEL, dtype=torch.int64).view(torch.uint8), 0)
+
+
+def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
+    """Read for a rank that cannot; it gets answers of the right size even after a failure here."""
+    failure: Exception | None = None
+    request = torch.empty(_REQUEST_NUMEL, dtype=torch.int64)
+    while True:
+        exchange.receive_bytes(request.view(torch.uint8), rank)
+        file, start, stride_bytes, count, run_bytes = request.tolist()
+        if count == 0:
+            disk.close()
+            return failure
+        rows = np.zeros((count, run_bytes), dtype=np.uint8)
+        try:
+            disk.fill(file, start, stride_bytes, rows)
+        except Exception as error:
+            failure = error
+        exchange.send_bytes(torch.from_numpy(rows).view(-1), rank)

@@ -1,0 +1,275 @@
+"""Damage done to a saved average, and the error that must answer it: by accident, by a bad disk, or on purpose.
+
+Each case takes the folder of a sound average (one file, or several with an index) and spoils it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_ema import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+
+CORRUPT, MISMATCH, NOT_FOUND = CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+MANIFEST, TENSORS, INDEX = "manifest.json", "model.safetensors", "model.safetensors.index.json"
+
+Damage = Callable[[Path], None]
+
+
+def sealed(record: dict[str, Any]) -> str:
+    """The manifest's text with the checksum that fits it, as somebody who means harm would write it."""
+    record = {key: value for key, value in record.items() if key != "checksum"}
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**record, "checksum": f"{zlib.crc32(text.encode()):08x}"})
+
+
+def manifest(**changes: Any) -> Damage:
+    """Change fields of the manifest; its checksum fits."""
+
+    def damage(folder: Path) -> None:
+        record = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(sealed({**record, **changes}))
+
+    return damage
+
+
+def edited(edit: Callable[[dict[str, Any]], object]) -> Damage:
+    """Edit the manifest in place; its checksum fits."""
+
+    def damage(folder: Path) -> None:
+        record = json.loads((folder / MANIFEST).read_text())
+        edit(record)
+        (folder / MANIFEST).write_text(sealed(record))
+
+    return damage
+
+
+def replaced(name: str, content: str | bytes) -> Damage:
+    return lambda folder: (
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content) and None
+    )
+
+
+def removed(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, num_bytes: int) -> Damage:
+    """Shorten a file, or lengthen it where negative."""
+
+    def damage(folder: Path) -> None:
+        os.truncate(folder / name, (folder / name).stat().st_size - num_bytes)
+
+    return damage
+
+
+def flipped(name: str, position: int) -> Damage:
+    """Flip one bit of one byte; from the end where negative."""
+
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[position] ^= 4
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def header(edit: Callable[[dict[str, Any]], object], *, accepted: bool = True) -> Damage:
+    """Edit the header of the tensor file; the manifest accepts the new one, so that only its content can tell."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / TENSORS).read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        record = json.loads(content[8 : 8 + length])
+        edit(record)
+        text = json.dumps(record).encode()
+        text += b" " * (-len(text) % 8)
+        rewrite(folder, struct.pack("<Q", len(text)) + text, content[8 + length :], accepted=accepted)
+
+    return damage
+
+
+def rewrite(folder: Path, start: bytes, rest: bytes, *, accepted: bool = True) -> None:
+    (folder / TENSORS).write_bytes(start + rest)
+    record = json.loads((folder / MANIFEST).read_text())
+    if accepted:
+        record["files"][TENSORS] = {"size_bytes": len(start + rest), "checksum": f"{zlib.crc32(start):08x}"}
+    (folder / MANIFEST).write_text(sealed(record))
+
+
+def raw_header(text: bytes, length: int | None = None) -> Damage:
+    """Replace the header by some bytes that claim some length."""
+
+    def damage(folder: Path) -> None:
+        start = struct.pack("<Q", len(text) if length is None else length) + text
+        rewrite(folder, start, (folder / TENSORS).read_bytes()[-64:])
+
+    return damage
+
+
+def entry(**changes: Any) -> Damage:
+    """Change fields of the header's entry of one tensor."""
+    return header(lambda record: record["weight"].update(changes))
+
+
+def pipe(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def folder_instead(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def pickled(folder: Path) -> None:
+    """What would run code if anything were unpickled."""
+    code = b"cos\nsystem\n(S'touch " + str(folder.parent / "executed").encode() + b"'\ntR."
+    (folder / TENSORS).write_bytes(code)
+    (folder / MANIFEST).write_bytes(code)
+
+
+def tensor(**changes: Any) -> Damage:
+    """Change what the manifest says of one tensor."""
+    return edited(lambda record: record["tensors"]["weight"].update(changes))
+
+
+def index(edit: Callable[[dict[str, Any]], object]) -> Damage:
+    """Edit the index of several files; the manifest accepts it."""
+
+    def damage(folder: Path) -> None:
+        record = json.loads((folder / INDEX).read_text())
+        edit(record)
+        text = json.dumps(record).encode()
+        (folder / INDEX).write_bytes(text)
+        told = json.loads((folder / MANIFEST).read_text())
+        told["files"][INDEX] = {"size_bytes": len(text), "checksum": f"{zlib.crc32(text):08x}"}
+        (folder / MANIFEST).write_text(sealed(told))
+
+    return damage
+
+
+def swapped(folder: Path) -> None:
+    """Exchange the contents of two files."""
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+
+
+# Of an average in one file.
+ONE_FILE: dict[str, tuple[Damage, type]] = {
+    "no manifest": (removed(MANIFEST), NOT_FOUND),
+    "manifest is a folder": (folder_instead(MANIFEST), CORRUPT),
+    "manifest is a pipe": (pipe(MANIFEST), CORRUPT),
+    "manifest is no JSON": (replaced(MANIFEST, "{]"), CORRUPT),
+    "manifest is empty": (replaced(MANIFEST, ""), CORRUPT),
+    "manifest is no text": (replaced(MANIFEST, b"\xff\xfe\x00"), CORRUPT),
+    "manifest is of another program": (replaced(MANIFEST, "{}"), CORRUPT),
+    "manifest is a list": (replaced(MANIFEST, "[]"), CORRUPT),
+    "manifest is too deep": (replaced(MANIFEST, "[" * 100_000), CORRUPT),
+    "manifest has a flipped bit": (flipped(MANIFEST, 90), CORRUPT),
+    "manifest is cut": (cut(MANIFEST, 20), CORRUPT),
+    "manifest edited by hand": (
+        lambda folder: (
+            (folder / MANIFEST).write_text(
+                (folder / MANIFEST).read_text().replace('"num_updates": 2', '"num_updates": 3')
+            )
+            and None
+        ),
+        CORRUPT,
+    ),
+    "future version": (manifest(format_version=3), MISMATCH),
+    "version is true": (manifest(format_version=True), MISMATCH),
+    "no tracks": (manifest(tracks={}), CORRUPT),
+    "track leaves the folder": (manifest(tracks={"../../etc": {"type": "CosineSchedule"}}), CORRUPT),
+    "track without a type": (manifest(tracks={"ema": {"momentum": 1}}), CORRUPT),
+    "type is a list": (manifest(tracks={"ema": {"type": []}}), CORRUPT),
+    "negative counter": (manifest(num_updates=-1), CORRUPT),
+    "counter is text": (manifest(num_updates="many"), CORRUPT),
+    "options are a list": (manifest(options=[]), CORRUPT),
+    "no tensors": (manifest(tensors=[]), CORRUPT),
+    "shape is text": (tensor(shape="33"), CORRUPT),
+    "shape is nested": (tensor(shape=[[3]]), CORRUPT),
+    "shape is negative": (tensor(shape=[-3]), CORRUPT),
+    "shape is huge": (tensor(shape=[2**40, 2**40]), CORRUPT),
+    "shape is another": (tensor(shape=[2, 8]), CORRUPT),
+    "dtype is a number": (tensor(dtype=3), CORRUPT),
+    "dtype is another": (tensor(dtype="float64"), CORRUPT),
+    "no checksums": (manifest(checksums={}), CORRUPT),
+    "checksum of a tensor lacks": (edited(lambda record: record["checksums"]["ema"].pop("weight")), CORRUPT),
+    "checksum is a number": (edited(lambda record: record["checksums"]["ema"].update(weight=5)), CORRUPT),
+    "file leaves the folder": (
+        edited(lambda record: record["files"].update({"../x": {"size_bytes": 1, "checksum": "00000000"}})),
+        CORRUPT,
+    ),
+    "tensors are missing": (removed(TENSORS), CORRUPT),
+    "tensors are a pipe": (pipe(TENSORS), CORRUPT),
+    "tensors are a folder": (folder_instead(TENSORS), CORRUPT),
+    "tensors are empty": (replaced(TENSORS, b""), CORRUPT),
+    "tensors are cut": (cut(TENSORS, 10), CORRUPT),
+    "tensors are longer": (cut(TENSORS, -10), CORRUPT),
+    "first byte of a tensor flipped": (flipped(TENSORS, -64), CORRUPT),
+    "last byte of a tensor flipped": (flipped(TENSORS, -1), CORRUPT),
+    "header has a flipped bit": (flipped(TENSORS, 40), CORRUPT),
+    "header length has a flipped bit": (flipped(TENSORS, 0), CORRUPT),
+    "header of another file": (header(lambda record: record["__metadata__"].update(x="y"), accepted=False), CORRUPT),
+    "header length beyond the file": (raw_header(b"{}", 2**20), CORRUPT),
+    "header length huge": (raw_header(b"{}", 2**63), CORRUPT),
+    "header is no JSON": (raw_header(b"{]      "), CORRUPT),
+    "header is no text": (raw_header(b"\xff" * 8), CORRUPT),
+    "header is a list": (raw_header(b"[]      "), CORRUPT),
+    "header is too deep": (raw_header(b"[" * 80_000), CORRUPT),
+    "header repeats a name": (
+        raw_header(b'{"w":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},"w":{"dtype":"F32"}}'),
+        CORRUPT,
+    ),
+    "header lacks a tensor": (header(lambda record: record.pop("weight")), CORRUPT),
+    "header renames a tensor": (header(lambda record: record.update(other=record.pop("weight"))), CORRUPT),
+    "metadata is no text": (header(lambda record: record.update(__metadata__={"a": 1})), CORRUPT),
+    "dtype unknown": (entry(dtype="F999"), CORRUPT),
+    "dtype is a list": (entry(dtype=["F32"]), CORRUPT),
+    "dtype of other size": (entry(dtype="F64"), CORRUPT),
+    "dtype of the same size": (entry(dtype="I32"), CORRUPT),
+    "shape of another tensor": (entry(shape=[2, 2]), CORRUPT),
+    "shape transposed": (entry(shape=[2, 8]), CORRUPT),
+    "shape is no list": (entry(shape=16), CORRUPT),
+    "offsets overlap": (entry(data_offsets=[4, 68]), CORRUPT),
+    "offsets beyond the file": (entry(data_offsets=[2**40, 2**40 + 64]), CORRUPT),
+    "offsets negative": (entry(data_offsets=[-64, 0]), CORRUPT),
+    "offsets reversed": (entry(data_offsets=[64, 0]), CORRUPT),
+    "offsets are one": (entry(data_offsets=[0]), CORRUPT),
+    "offsets are floats": (entry(data_offsets=[0.0, 64.0]), CORRUPT),
+    "a pickle that runs a command": (pickled, CORRUPT),
+}
+
+# Of an average in several files with an index.
+SEVERAL_FILES: dict[str, tuple[Damage, type]] = {
+    "a file of several is missing": (lambda folder: sorted(folder.glob("model-*"))[-1].unlink(), CORRUPT),
+    "two files exchanged": (swapped, CORRUPT),
+    "index missing": (removed(INDEX), CORRUPT),
+    "index is no JSON": (replaced(INDEX, "{]"), CORRUPT),
+    "index is empty": (index(lambda record: record.update(weight_map={})), CORRUPT),
+    "index lacks a tensor": (index(lambda record: record["weight_map"].pop("weight")), CORRUPT),
+    "index names another file": (
+        index(lambda record: record["weight_map"].update(weight=record["weight_map"]["bias"])),
+        CORRUPT,
+    ),
+    "index leaves the folder": (
+        index(lambda record: record["weight_map"].update(weight="../../../etc/passwd")),
+        CORRUPT,
+    ),
+    "index names an absolute path": (index(lambda record: record["weight_map"].update(weight="/etc/passwd")), CORRUPT),
+    "index names a number": (index(lambda record: record["weight_map"].update(weight=7)), CORRUPT),
+}

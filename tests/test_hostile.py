@@ -1,0 +1,106 @@
+"""Whatever a checkpoint says, nothing is executed, nothing is written, nothing in memory changes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import ONE_FILE, SEVERAL_FILES
+from torch import nn
+
+from dist_ema import CheckpointMismatchError, ConstantSchedule, DistEMAError, ShardedEMA, consolidate_checkpoint
+from dist_ema.cli import main
+
+CASES = {**ONE_FILE, **SEVERAL_FILES}
+
+
+def averaging(seed: int) -> ShardedEMA:
+    torch.manual_seed(seed)
+    # 16 elements, so that the last 64 bytes of the file are the weight: it comes after the bias.
+    model = nn.Module()
+    model.bias, model.weight = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4, 4))
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    for _ in range(2):
+        ema.update()
+    return ema
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[bool, Path]:
+    """Whether in several files -> folder."""
+    folder = tmp_path_factory.mktemp("sound")
+    averaging(0).save(folder / "one")
+    averaging(0).save(folder / "several", max_shard_size=70)
+    return {False: folder / "one", True: folder / "several"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damaged_and_hostile_checkpoints_are_refused_everywhere(sound, tmp_path, capsys, case) -> None:
+    damage, error = CASES[case]
+    folder = tmp_path / "ckpt" / "ema"
+    shutil.copytree(sound[case in SEVERAL_FILES], folder)
+    damage(folder)
+    content = contents(tmp_path)
+
+    ema = averaging(1)
+    before = {name: value.clone() for name, value in ema.full_state_dict().items()}
+    with pytest.raises(DistEMAError) as caught:
+        ema.load(folder)
+    assert type(caught.value) is error, caught.value
+    assert ema.num_updates == 2 and all(torch.equal(before[k], v) for k, v in ema.full_state_dict().items())
+
+    with pytest.raises(DistEMAError) as caught:
+        consolidate_checkpoint(folder, tmp_path / "out")
+    assert type(caught.value) is error, caught.value
+
+    for command in (["verify", str(folder)], ["consolidate", str(folder), str(tmp_path / "out")]):
+        assert main(command) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.startswith("dist-ema: ") and "Traceback" not in told.err
+    assert contents(tmp_path) == content, "nothing was written, nothing executed"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def test_the_corpus_starts_from_sound_averages(sound, tmp_path, capsys) -> None:
+    for several, folder in sound.items():
+        ema = averaging(1)
+        ema.load(folder)
+        consolidate_checkpoint(folder, tmp_path / str(several))
+        assert main(["verify", str(folder)]) == 0
+        assert "sound, 2 tensors, 76 bytes" in capsys.readouterr().out
+    assert len(CASES) >= 25
+
+
+def test_an_average_of_another_model_is_refused(sound) -> None:
+    model = nn.Linear(3, 4)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    with pytest.raises(CheckpointMismatchError, match=r"weight as float32\[4, 4\].*expected float32\[4, 3\]"):
+        ema.load(sound[False])
+
+
+def test_every_flipped_bit_is_refused(sound, tmp_path) -> None:
+    """One bit of each byte of each file: nothing in a checkpoint is unguarded."""
+    ema = averaging(1)
+    folder = tmp_path / "ema"
+    shutil.copytree(sound[True], folder)
+    accepted = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for position in range(len(content)):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            try:
+                ema.load(folder)
+                accepted.append(
+                    (path.name, position, content[position : position + 1], bytes(damaged[position : position + 1]))
+                )
+            except DistEMAError:
+                pass
+        path.write_bytes(content)
+    assert accepted == []
