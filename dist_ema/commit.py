@@ -134,8 +134,7 @@ def resolve(target: Path) -> Path:
         raise CheckpointNotFoundError(f"{target} is a file, expected the folder of a saved average")
     raise CheckpointNotFoundError(
         f"there is no folder {target}, expected a saved average: check the path; under accelerate it is "
-        "<output_dir>/<name>, written by save_state once the average is attached. To begin an average in a run "
-        "that had none, attach after load_state"
+        "<output_dir>/<name>, written by save_state once the average is attached"
     )
 
 

@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -91,15 +92,17 @@ class Exchange:
         """
         if self._arrival is None:
             return
-        timeout = datetime.timedelta(seconds=ARRIVAL_SECONDS)
+        begin = time.monotonic()
         try:
+            timeout = datetime.timedelta(seconds=ARRIVAL_SECONDS)
             dist.monitored_barrier(group=self._arrival, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
+            waited_seconds = time.monotonic() - begin
             raise CommunicationError(
-                f"{call}: rank {self.rank} waited {ARRIVAL_SECONDS:g} s, and not all {self.world_size} ranks came. "
-                "Every rank must make this call, at the same place of the program: do not put it under `if "
-                "is_main_process`. If ranks may be further apart in time, set DIST_EMA_ARRIVAL_SECONDS for all of them "
-                f"({str(error).splitlines()[0]})"
+                f"{call}: rank {self.rank} waited {waited_seconds:.0f} s, and not all {self.world_size} ranks "
+                "came; perhaps one died, or did something else. Every rank must make the same call, at the same place "
+                "of the program: do not put it under `if is_main_process`. If ranks may be further apart in time, set "
+                f"DIST_EMA_ARRIVAL_SECONDS for all of them ({str(error).splitlines()[0]})"
             ) from error
 
     @contextmanager

@@ -15,7 +15,7 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -24,7 +24,7 @@ from torch import nn
 
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
-from dist_ema.errors import AttachError, ConfigError
+from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.schedules import Schedule
 from dist_ema.topology.names import unwrapped
@@ -54,6 +54,8 @@ def attach(
     schedule: Schedule | Mapping[str, Schedule],
     *,
     name: str = "ema",
+    on_missing: Literal["error", "live"] = "error",
+    background: bool = False,
     **options: Any,
 ) -> ShardedEMA:
     """Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
@@ -67,6 +69,10 @@ def attach(
         optimizer: the optimizer as `prepare` returned it.
         schedule: a schedule, or `{track_name: schedule}`.
         name: folder of this average within a checkpoint.
+        on_missing: what `load_state` does with a checkpoint that has no such folder: "error", or "live" to start the
+            average anew from the loaded weights, at the first update.
+        background: have `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
+            complete only once `ema.wait()`, or the next save, has returned.
         **options: the options of `ShardedEMA`.
 
     Raises:
@@ -75,7 +81,13 @@ def attach(
         UnsupportedModelError: the model cannot be averaged exactly as it is.
     """
     exchange = Exchange()
-    exchange.agree("attach", lambda: _check(accelerator, model, optimizer, name, exchange.world_size, options))
+
+    def check() -> None:
+        _check(accelerator, model, optimizer, name, exchange.world_size, options)
+        if on_missing not in ("error", "live"):
+            raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
+
+    exchange.agree("attach", check)
     ema = ShardedEMA(model, schedule, **options)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
@@ -91,15 +103,39 @@ def attach(
             # Not the moment to detach: accelerate is walking through its hooks.
             _log.warning("the average %r is not saved, its model was released: call ema.detach()", name)
             return
-        ema.save(os.path.join(output_dir, name))
+        _line_up(accelerator, exchange)
+        ema.save(os.path.join(output_dir, name), background=background)
 
     def before_load(models: list[nn.Module], input_dir: str) -> None:
-        ema.load(os.path.join(input_dir, name))
+        _line_up(accelerator, exchange)
+        folder = os.path.join(input_dir, name)
+        try:
+            ema.load(folder)
+        except CheckpointNotFoundError as error:
+            if exchange.broadcast_object(os.path.lexists(folder)):
+                raise  # it is there, but incomplete: not the case that `on_missing` is about
+            if on_missing == "error":
+                raise CheckpointNotFoundError(
+                    f"{error}. If the run that saved it had no average, attach with on_missing='live': the average then "
+                    "starts from the loaded weights, at the first update"
+                ) from None
+            ema.restart()
+            if accelerator.is_main_process:
+                _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
     ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
+
+
+def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
+    """Collective. Under FSDP rank 0 may have been writing the model alone, for long; there is no hurry before our call.
+
+    Where ours is the first collective of `save_state` (DDP), a call on one rank only should be told soon: no waiting.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        exchange.settle("save_state or load_state", None)
 
 
 def _check(
