@@ -116,8 +116,8 @@ def attach(
                 raise  # it is there, but incomplete: not the case that `on_missing` is about
             if on_missing == "error":
                 raise CheckpointNotFoundError(
-                    f"{error}. If the run that saved it had no average, attach with on_missing='live': the average then "
-                    "starts from the loaded weights, at the first update"
+                    f"{error}. If the run that saved it had no average, attach with on_missing='live': the average "
+                    "then starts from the loaded weights, at the first update"
                 ) from None
             ema.restart()
             if accelerator.is_main_process:
