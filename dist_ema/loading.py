@@ -232,8 +232,8 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
             common.add(fqn)
         elif found is not None and not _matches(fqn, escapes.new):
             raise CheckpointMismatchError(
-                f"{saved.folder} has {fqn} as {_told(found)}, expected {_told(wanted)}: it is of another model or was "
-                "saved with other options (dtype, update_buffers, include, exclude). To start it from the live weights, "
+                f"{saved.folder} has {fqn} as {_told(found)}, expected {_told(wanted)}: it is of another model, or was "
+                "saved with other options (dtype, update_buffers, include, exclude). To start from the live weights, "
                 f"load with new={fqn!r}"
             )
     return common
