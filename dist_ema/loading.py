@@ -1,10 +1,10 @@
 """Loading an average, on any layout and number of ranks.
 
     1 rank 0    find the folder, check the manifest, the headers and that they fit this run; tell all ranks
-    2 all       read the bytes of their own boxes into scratch, with their checksums
+    2 all       read the bytes of their own boxes, with their checksums, to where the caller wants them
     3 all       agree that all have read, and that the checksums of the whole tensors fit
 
-Only then may anything in memory change (`ShardedEMA.load`).
+The caller sees to it that nothing that counts changes before the end of 3 (`AveragedState.targets`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dist_ema.saved import SavedAverage, damage_told, read_saved
 
 __all__ = ["Escapes", "load_average", "load_model"]
 
-# One tensor per shard; None where the checkpoint has none and the average starts from the live weights.
-Loaded = list[torch.Tensor | None]
+# One tensor per shard to be filled; what the checkpoint does not have stays as it is.
+Targets = Sequence[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,16 @@ class Escapes:
 
 
 def load_average(
-    exchange: Exchange, target: Path, shards: Sequence[Shard], now: Manifest, escapes: Escapes, *, verify: bool
-) -> tuple[Manifest, dict[str, Loaded]]:
-    """Collective: every rank must call it. Read the averaged values of this rank's shards into new CPU tensors.
+    exchange: Exchange,
+    target: Path,
+    shards: Sequence[Shard],
+    now: Manifest,
+    escapes: Escapes,
+    targets: Mapping[str, Targets],
+    *,
+    verify: bool,
+) -> tuple[Manifest, set[str]]:
+    """Collective: every rank must call it. Read the averaged values of this rank's shards.
 
     Args:
         exchange: the control traffic of all ranks.
@@ -57,10 +64,11 @@ def load_average(
         shards: the averaged shards this rank owns.
         now: what this run would write; tracks and tensors must be the same in the checkpoint.
         escapes: the differences that are allowed.
+        targets: per track, one contiguous tensor per shard to be filled.
         verify: compare the checksums of what is read.
 
     Returns:
-        The checkpoint's manifest, and per track one tensor per shard, or None where it has nothing for the shard.
+        The checkpoint's manifest, and the fqns that it had values for.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -78,16 +86,22 @@ def load_average(
     found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
     saved, common = exchange.broadcast_object(found)
     blind = _blind_ranks(exchange, saved.folder, lambda: _sees_average(saved))
-    values: dict[str, Loaded] = {}
     for track in now.tracks:
         names = {shard.fqn: shard.fqn for shard in shards if shard.fqn in common}
         expected = _checksums(saved, track, common, now.tensors) if verify else {}
         loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
-        values[track] = loading.run(shards, names, expected)
-    return saved.manifest, values
+        loading.run(shards, names, targets[track], expected)
+    return saved.manifest, common
 
 
-def load_model(exchange: Exchange, source: Path, plan: Plan, shards: Sequence[Shard], escapes: Escapes) -> Loaded:
+def load_model(
+    exchange: Exchange,
+    source: Path,
+    plan: Plan,
+    shards: Sequence[Shard],
+    escapes: Escapes,
+    targets: Targets,
+) -> set[str]:
     """Collective: every rank must call it. Read this rank's shards from a folder of safetensors without a manifest.
 
     Args:
@@ -96,9 +110,10 @@ def load_model(exchange: Exchange, source: Path, plan: Plan, shards: Sequence[Sh
         plan: the model as boxes; a tied tensor may be stored under any of its names.
         shards: the averaged shards this rank owns.
         escapes: the differences that are allowed.
+        targets: one contiguous tensor per shard to be filled, converted to its dtype.
 
     Returns:
-        One tensor per shard, in the stored dtype, or None where the folder has nothing for the shard.
+        The fqns that the folder had values for.
 
     Raises:
         CheckpointMismatchError: names or shapes differ from the model's.
@@ -113,7 +128,8 @@ def load_model(exchange: Exchange, source: Path, plan: Plan, shards: Sequence[Sh
     found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
     model, names = exchange.broadcast_object(found)
     blind = _blind_ranks(exchange, source, lambda: _sees_model(source, model))
-    return _Loading(exchange, action, source, model, blind).run(shards, names, {})
+    _Loading(exchange, action, source, model, blind).run(shards, names, targets, {})
+    return set(names)
 
 
 class _Loading:
@@ -127,29 +143,22 @@ class _Loading:
         self._blind = blind
         self._sizes_bytes = {name: stored.nbytes for name, stored in model.tensors.items()}
 
-    def run(self, shards: Sequence[Shard], names: Mapping[str, str], expected: Mapping[str, int]) -> Loaded:
-        """Collective. Read what the shards need.
+    def run(
+        self, shards: Sequence[Shard], names: Mapping[str, str], values: Targets, expected: Mapping[str, int]
+    ) -> None:
+        """Collective. Fill what the shards need.
 
         Args:
             shards: of this rank.
             names: fqn of a shard -> the name it is stored under, where there is one.
+            values: one tensor per shard.
             expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
         """
         tensors = self._model.tensors
-
-        def allocate() -> Loaded:
-            return [
-                torch.empty(shard.sizes, dtype=getattr(torch, TORCH_DTYPES[tensors[names[shard.fqn]].dtype]))
-                if shard.fqn in names
-                else None
-                for shard in shards
-            ]
-
-        values = self._exchange.agree(self._action, allocate)
         wanted = [
             (names[shard.fqn], dataclasses.replace(shard.box, fqn=names[shard.fqn]), value)
             for shard, value in zip(shards, values, strict=True)
-            if value is not None
+            if shard.fqn in names
         ]
         partial = PartialChecksums(self._sizes_bytes)
         failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
@@ -159,7 +168,6 @@ class _Loading:
             damaged = [name for name, value in expected.items() if found[name] != value]
             if damaged:  # the same on every rank
                 raise CheckpointCorruptError(damage_told(self._folder, damaged))
-        return values
 
 
 def _checksums(

@@ -15,20 +15,19 @@ import torch
 
 from dist_ema.checksums import PartialChecksums
 from dist_ema.exchange import Exchange
-from dist_ema.headers import ITEM_BYTES, StoredTensor, open_regular, read_exactly
+from dist_ema.headers import TORCH_DTYPES, StoredTensor, open_regular, read_exactly
 from dist_ema.layout import Box
 from dist_ema.strips import strips_of_box
 
 __all__ = ["Wanted", "read_boxes"]
 
-# Stored name of a tensor, the box of it to read, and a contiguous CPU tensor of the box's sizes and the stored dtype.
+# Stored name of a tensor, the box of it to read, and a contiguous tensor of the box's sizes that is to be filled.
 Wanted = Sequence[tuple[str, Box, torch.Tensor]]
 
 # Read, checked and (for a rank without the folder) sent at a time.
 _CHUNK_BYTES = 8 * 2**20
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_Stretch = tuple[int, Bytes]
 
 
 def read_boxes(
@@ -41,11 +40,13 @@ def read_boxes(
 ) -> Exception | None:
     """Collective: every rank must call it; it communicates only with ranks that are `blind`.
 
+    Extra memory: one chunk.
+
     Args:
         exchange: the traffic of all ranks.
         folder: where the files lie.
         tensors: stored name -> place; the same on every rank.
-        wanted: what this rank needs.
+        wanted: what this rank needs; converted where the dtype is another.
         blind: the ranks that cannot see the folder; the same on every rank, rank 0 not among them.
         checksums: counts in what this rank reads.
 
@@ -70,6 +71,7 @@ def read_boxes(
     return failure
 
 
+@torch.no_grad()
 def _read(
     source: _Disk | _RankZero,
     files: Sequence[str],
@@ -78,14 +80,21 @@ def _read(
     checksums: PartialChecksums,
 ) -> Exception | None:
     try:
+        staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
         for name, box, values in wanted:
             stored = tensors[name]
-            for index, strip in strips_of_box(stored.start, stored.shape, ITEM_BYTES[stored.dtype], box):
-                rows = values[index].reshape(-1).view(torch.uint8).numpy().reshape(strip.count, strip.run_bytes)
-                for first, part in _blocks(rows):
-                    start = strip.start + first // strip.run_bytes * strip.stride_bytes + first % strip.run_bytes
-                    source.fill(files.index(stored.file), start, strip.stride_bytes, part)
-                    checksums.add_rows(name, start - stored.start, strip.stride_bytes, part)
+            dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+            direct = values.device.type == "cpu" and values.dtype == dtype
+            for index, strip in strips_of_box(stored.start, stored.shape, dtype.itemsize, box):
+                for skipped_bytes, part in _blocks(values[index].reshape(strip.count, -1), dtype.itemsize):
+                    host = part if direct else staging[: part.numel() * dtype.itemsize].view(dtype).view(part.shape)
+                    rows: Bytes = host.reshape(-1).view(torch.uint8).numpy().reshape(len(part), -1)
+                    row, within = divmod(skipped_bytes, strip.run_bytes)
+                    start = strip.start + row * strip.stride_bytes + within
+                    source.fill(files.index(stored.file), start, strip.stride_bytes, rows)
+                    checksums.add_rows(name, start - stored.start, strip.stride_bytes, rows)
+                    if not direct:
+                        part.copy_(host)
     except Exception as error:
         return error
     finally:
@@ -93,16 +102,20 @@ def _read(
     return None
 
 
-def _blocks(rows: Bytes) -> Iterator[_Stretch]:
-    """The rows in blocks of bounded size, and how many bytes lie before each; a single long row is cut."""
-    count, run_bytes = rows.shape
+def _blocks(values: torch.Tensor, itemsize: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of a 2-D tensor in blocks of bounded size, and the bytes of the file's dtype before each.
+
+    Whole rows; a single row is cut.
+    """
+    count, numel = values.shape
     if count == 1:
-        for first in range(0, run_bytes, _CHUNK_BYTES):
-            yield first, rows[:, first : first + _CHUNK_BYTES]
+        step = max(1, _CHUNK_BYTES // itemsize)
+        for first in range(0, numel, step):
+            yield first * itemsize, values[:, first : first + step]
         return
-    step = max(1, _CHUNK_BYTES // run_bytes)
+    step = max(1, _CHUNK_BYTES // (numel * itemsize))
     for row in range(0, count, step):
-        yield row * run_bytes, rows[row : row + step]
+        yield row * numel * itemsize, values[row : row + step]
 
 
 class _Disk:

@@ -85,11 +85,28 @@ class AveragedState:
         self._num_updates = step + 1
         self._last_skipped = None if found_inf is None else LateFlag(found_inf)
 
-    def restore(self, values: Mapping[str, Sequence[torch.Tensor | None]], num_updates: int) -> None:
-        """Take over averages and a counter; None for the shards that start from the live weights."""
+    def targets(self) -> dict[str, Sequence[torch.Tensor]]:
+        """Where a checkpoint may be read to, per track and shard, before it is known to be good.
+
+        Before the first update the averages hold nothing that counts (`values` shows the live weights), so they are
+        filled in place and a resume needs no memory. Later it takes a second copy, on the host, until `restore`.
+        """
+        if self.num_updates == 0:
+            return {name: averages.values for name, averages in self.averages.items()}
+        dtype = self.options.dtype
+        return {name: [torch.empty(shard.sizes, dtype=dtype) for shard in self.shards] for name in self.averages}
+
+    def restore(self, filled: Mapping[str, Sequence[torch.Tensor]], found: set[str], num_updates: int) -> None:
+        """Take over averages and a counter.
+
+        Args:
+            filled: what `targets` gave, now with the values of a checkpoint.
+            found: fqns that the checkpoint had; the others start from the live weights.
+            num_updates: its counter.
+        """
+        self._not_started = [index for index, shard in enumerate(self.shards) if shard.fqn not in found]
         for name, averages in self.averages.items():
-            averages.replace(values[name])
-            self._not_started = [index for index, value in enumerate(values[name]) if value is None]
+            averages.replace(filled[name])
         self._num_updates, self._last_skipped = num_updates, None
 
     def restart(self) -> None:

@@ -68,9 +68,10 @@ class Storage:
     def load(self, path: PathLike, *, new: Patterns, dropped: Patterns, verify: bool) -> None:
         """See `ShardedEMA.load`."""
         target, escapes = self._prepare_load("load", path, new, dropped, verify=verify)
-        now = self._manifest()
-        saved, values = load_average(self._exchange, target, self._state.shards, now, escapes, verify=verify)
-        self._state.restore(values, saved.num_updates)
+        state, now = self._state, self._manifest()
+        filled = self._exchange.agree("load", state.targets)
+        saved, found = load_average(self._exchange, target, state.shards, now, escapes, filled, verify=verify)
+        state.restore(filled, found, saved.num_updates)
         for change in now.changes_since(saved) if self._exchange.rank == 0 else ():
             warnings.warn(f"{target}: {change}", UserWarning, stacklevel=3)
 
@@ -78,8 +79,11 @@ class Storage:
         """See `ShardedEMA.start_from`."""
         source, escapes = self._prepare_load("start_from", path, new, dropped, num_updates=num_updates)
         start = positive_integer("num_updates", num_updates)  # alike on all ranks by now
-        values = load_model(self._exchange, source, self._state.plan, self._state.shards, escapes)
-        self._state.restore(dict.fromkeys(self._state.schedules, values), start)
+        state = self._state
+        filled = self._exchange.agree("start_from", state.targets)
+        first = next(iter(filled.values()))
+        found = load_model(self._exchange, source, state.plan, state.shards, escapes, first)
+        state.restore(dict.fromkeys(filled, first), found, start)
 
     def consolidate(
         self, path: PathLike, *, track: str | None, dtype: torch.dtype | None, max_shard_size: int | str

@@ -111,10 +111,10 @@ class Averages:
         self._staged = list(_scratch_groups(staged))
 
     @torch.no_grad()
-    def replace(self, values: Sequence[torch.Tensor | None]) -> None:
-        """Set the averaged values, one tensor of the shard's sizes per shard; None leaves them. No communication."""
+    def replace(self, values: Sequence[torch.Tensor]) -> None:
+        """Set the averaged values, one tensor of the shard's sizes per shard. No communication."""
         for averaged, value in zip(self.values, values, strict=True):
-            if value is not None:
+            if value is not averaged:
                 averaged.copy_(value)
 
 
