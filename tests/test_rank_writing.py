@@ -299,12 +299,12 @@ def one_rank_calls(folder: str, caller: int, call: str) -> str:
         return ""
     began = time.perf_counter()
     with pytest.raises(CommunicationError, match="Every rank must make the same call") as caught:
-        getattr(ema, call)(*([] if call == "full_state_dict" else [folder]))
+        getattr(ema, call)(folder)
     assert 1.5 < time.perf_counter() - began < 4
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("caller", "call"), [(0, "save"), (1, "save"), (0, "load"), (1, "full_state_dict")])
+@pytest.mark.parametrize(("caller", "call"), [(0, "save"), (1, "load")])
 def test_a_call_on_one_rank_only_ends_soon_in_a_clear_error(world, tmp_path, caller, call) -> None:
     messages = world(2).run(one_rank_calls, str(tmp_path / "ema"), caller, call)
     world(2).stop()  # its ranks can no longer communicate
