@@ -11,16 +11,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dist_ema.checkpoint import model_files
+from dist_ema.building import build_state
 from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
 from dist_ema.layout import Shard
-from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
+from dist_ema.options import Options, checked_device, name_patterns
 from dist_ema.schedules import Schedule
-from dist_ema.state import AveragedState, dtype_name
+from dist_ema.sharded import check_forms, sharded_tensors
 from dist_ema.storage import Storage
 from dist_ema.swap import LiveBackup, put_average
-from dist_ema.topology.planning import plan_model
 
 __all__ = ["ShardedEMA"]
 
@@ -79,8 +78,8 @@ class ShardedEMA:
         self._exchange = Exchange()
         self._on_detach: list[Callable[[], None]] = []
 
-        def prepare() -> AveragedState:
-            options = Options(
+        def options() -> Options:
+            return Options(
                 interval=interval,
                 interval_correction=interval_correction,
                 update_buffers=update_buffers,
@@ -89,18 +88,6 @@ class ShardedEMA:
                 include=name_patterns("include", include),
                 exclude=name_patterns("exclude", exclude),
             )
-            schedules = checked_schedules(schedule)
-            plan = plan_model(
-                model,
-                averages=options.averages,
-                update_buffers=options.update_buffers,
-                rank=self._exchange.rank,
-                world_size=self._exchange.world_size,
-            )
-            options.check_patterns(plan.names)
-            plan.check_not_empty()
-            model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
-            return AveragedState(plan, options, schedules)
 
         if dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
@@ -109,16 +96,7 @@ class ShardedEMA:
                 UserWarning,
                 stacklevel=2,
             )
-        action = "building the average"
-        self._state = self._exchange.agree(action, prepare)
-        # The boxes of the ranks fit together only if all planned the same model with the same options.
-        plan = self._state.plan
-        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in plan.specs}
-        self._exchange.compare(
-            {**self._state.manifest(self._exchange.world_size).to_json(), "live_dtypes": live_dtypes}
-        )
-        plan.check_covered(self._exchange.sum_integers(plan.owned_numels()))
-        self._exchange.agree(action, self._state.allocate)
+        self._state = build_state(self._exchange, model, schedule, options)
         self._storage = Storage(self._exchange, self._state)
 
     def __repr__(self) -> str:
@@ -231,6 +209,50 @@ class ShardedEMA:
         pieces = self._exchange.agree("full_state_dict", lambda: self._state.pieces(track))
         self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
         return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
+
+    def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
+        """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.
+
+        For `dcp.save`, `dcp.async_save` and `set_model_state_dict` in somebody's own pipeline. Takes new memory for one
+        copy of what this rank's model holds; under FSDP2 nothing is sent, along Replicate axes each owner broadcasts.
+
+        Args:
+            track: which average; may be left out if there is one.
+
+        Returns:
+            Averaged parameters (in the averaged dtype) and the other tensors under the model's own names, tied ones
+            under each: DTensors under FSDP2, HSDP and TP, whole tensors under DDP.
+
+        Raises:
+            UnsupportedModelError: the model is under FSDP1, whose flat shards have no such form.
+            ConfigError: there is no such track.
+        """
+
+        def prepare() -> tuple[torch.Tensor, ...]:
+            check_forms(self._state.plan)
+            self._state.refuse_while_swapped("sharded_state_dict")
+            self._state.plan.verify()
+            return self._state.values(track)
+
+        values = self._prepare_swap("sharded_state_dict", track, prepare)
+        return sharded_tensors(self._state.plan, values, self._state.options.dtype)
+
+    def load_sharded_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
+    ) -> None:
+        """Collective: every rank must call it. Take over what `dcp.load` put into a `sharded_state_dict`.
+
+        Args:
+            state_dict: of the layout that `sharded_state_dict` gives now.
+            track: which average; may be left out if there is one.
+            num_updates: the counter, which the state dict does not hold: save `ema.num_updates` beside it. If left out,
+                the present one stays, or becomes 1.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or layouts are not the model's.
+        """
+        self._storage.load_sharded(state_dict, track=track, num_updates=num_updates)
 
     def save(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", background: bool = False

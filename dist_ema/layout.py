@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -28,6 +29,7 @@ from dist_ema.errors import ModelChangedError
 
 __all__ = [
     "Box",
+    "Form",
     "Held",
     "Shard",
     "TensorSpec",
@@ -80,6 +82,22 @@ class Box:
         return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
 
 
+class Form(Protocol):
+    """How the model's own state dict shows a held piece: as it is, or as a DTensor."""
+
+    def wrap(self, values: torch.Tensor) -> torch.Tensor:
+        """The entry of a state dict that shares memory with `values`, of the box's sizes. No communication."""
+        ...
+
+    def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
+        """The values of the box, of an entry that `wrap` could have made, sharing memory. No communication.
+
+        Raises:
+            CheckpointMismatchError: it is laid out otherwise.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Held:
     """The piece of a named tensor that the live model of this rank holds, and how to reach it.
@@ -90,11 +108,13 @@ class Held:
         view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. Called
             anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
             again only while that still stands for the same memory, dtype and strides.
+        form: how a state dict shows it; None where a piece cannot stand in one (the flat parameters of FSDP1).
     """
 
     spec: TensorSpec
     box: Box
     view: Callable[[], torch.Tensor]
+    form: Form | None = None
 
     def values(self) -> torch.Tensor:
         """The live values of the box, sharing memory with the model, their shape checked.
@@ -149,10 +169,13 @@ class Shard:
         Raises:
             ModelChangedError: the live tensor has another shape than it was planned with.
         """
-        view = self.held.values()
+        return self.within(self.held.values())
+
+    def within(self, values: torch.Tensor) -> torch.Tensor:
+        """The part of `values`, which are those of the held piece, that the box is. Shares memory."""
         for dim, start, length in self._narrowing:
-            view = view.narrow(dim, start, length)
-        return view
+            values = values.narrow(dim, start, length)
+        return values
 
     @functools.cached_property
     def _narrowing(self) -> list[tuple[int, int, int]]:

@@ -109,6 +109,14 @@ class AveragedState:
             averages.replace(filled[name])
         self._num_updates, self._last_skipped = num_updates, None
 
+    def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
+        """Take over the averages of one track; the others stay, or start from the live weights of this moment."""
+        if self.num_updates == 0:
+            for averages in self.averages.values():
+                averages.copy_live()
+        self.averages[track].replace(values)
+        self._num_updates, self._last_skipped = num_updates, None
+
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first one does."""
         self._num_updates, self._last_skipped, self._not_started = 0, None, []

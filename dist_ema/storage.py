@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from dist_ema.loading import Escapes, load_average, load_model
 from dist_ema.manifest import Manifest
 from dist_ema.options import floating_dtype, name_patterns
 from dist_ema.replicas import warn_of_differing_replicas
+from dist_ema.sharded import take_sharded
 from dist_ema.state import AveragedState
 from dist_ema.writing import Pieces
 
@@ -100,6 +101,21 @@ class Storage:
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
         write_export(self._exchange, target, files, pieces)
+
+    def load_sharded(
+        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None, num_updates: int | None
+    ) -> None:
+        """See `ShardedEMA.load_sharded_state_dict`."""
+        state = self._state
+
+        def prepare() -> tuple[str, list[torch.Tensor], int]:
+            state.refuse_while_swapped("load_sharded_state_dict")
+            count = max(state.num_updates, 1) if num_updates is None else positive_integer("num_updates", num_updates)
+            return state.track(track), take_sharded(state.plan, state_dict), count
+
+        name, values, count = self._together("load_sharded_state_dict", prepare)
+        self._exchange.compare({"call": "load_sharded_state_dict", "track": name, "num_updates": count})
+        state.take_over(name, values, count)
 
     def _together(self, call: str, prepare: Callable[[], T]) -> T:
         """See that all ranks come, that no save is under way, and that the local work succeeds on all."""

@@ -7,7 +7,7 @@ communicated. The live values are kept aside first: one copy of what this rank h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from dist_ema.exchange import broadcast_from
 from dist_ema.layout import Shard
 from dist_ema.plan import Division, Plan
 
-__all__ = ["LiveBackup", "put_average"]
+__all__ = ["LiveBackup", "put_average", "spread"]
 
 # Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
 _BUCKET_BYTES = 8 * 2**20
@@ -51,21 +51,33 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
     """
     plan.settle()
+    spread(plan, values, lambda shard: shard.live())
+
+
+@torch.no_grad()
+def spread(plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor]) -> None:
+    """Collective along replicas only: every rank that holds the same tensors must call it.
+
+    Args:
+        plan: the model as boxes.
+        values: averaged values of `plan.owned(averaged=True)`, converted on the way.
+        place: where the values of a shard are to be, on its owner and on all other ranks that hold it.
+    """
     for shard, value in zip(plan.owned(averaged=True), values, strict=True):
-        shard.live().copy_(value)
+        place(shard).copy_(value)
     for division in plan.divisions:
         if not division.averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
-            for bucket in _buckets(division.run(position)):
+            for bucket in _buckets([place(shard) for shard in division.run(position)]):
                 _refresh(bucket, owner, division)
 
 
-def _buckets(run: Sequence[Shard]) -> Iterator[list[torch.Tensor]]:
-    """The live pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
+def _buckets(run: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
     bucket: list[torch.Tensor] = []
     bucket_bytes = 0
-    for piece in (part for shard in run for part in _parts(shard.live())):
+    for piece in (part for whole in run for part in _parts(whole)):
         piece_bytes = piece.numel() * piece.element_size()
         other_kind = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
         if bucket and (other_kind or bucket_bytes + piece_bytes > _BUCKET_BYTES):

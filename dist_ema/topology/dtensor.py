@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box
 from dist_ema.topology.placed import Holders, Named, Piece
 
@@ -117,7 +117,7 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
     alike = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
     ranks = tuple(alike.flatten().tolist())
     groups = tuple(mesh.get_group(axis) for axis in axes)
-    return Piece(box, _LocalValues(named)), Holders(ranks, ranks.index(mesh.get_rank()), groups)
+    return Piece(box, _LocalValues(named), _DTensorForm(tensor)), Holders(ranks, ranks.index(mesh.get_rank()), groups)
 
 
 class _LocalValues:
@@ -151,6 +151,34 @@ class _LocalValues:
             self._sharded = current
         with torch.no_grad():
             return self._sharded.to_local()
+
+
+class _DTensorForm:
+    """Local values shown as a DTensor that is laid out like the live one."""
+
+    def __init__(self, live: DTensor) -> None:
+        self._mesh, self._placements = live.device_mesh, live.placements
+        self._shape, self._stride = live.shape, live.stride()
+
+    def wrap(self, values: torch.Tensor) -> torch.Tensor:
+        # Without shape and stride torch would invent local x world on uneven shards.
+        return DTensor.from_local(
+            values, self._mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
+        )
+
+    def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
+        alike = isinstance(entry, DTensor) and (entry.device_mesh, entry.placements, entry.shape) == (
+            self._mesh,
+            self._placements,
+            self._shape,
+        )
+        if not isinstance(entry, DTensor) or not alike:
+            raise CheckpointMismatchError(
+                f"the entry of {fqn} is a {type(entry).__name__} of {list(entry.shape)}, expected a DTensor of "
+                f"{list(self._shape)} placed {self._placements} as in the model"
+            )
+        with torch.no_grad():
+            return entry.to_local()
 
 
 def _lie_alike(one: DTensor, other: DTensor) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box
 from dist_ema.topology.placed import Holders, Named, Piece
 
@@ -39,7 +39,19 @@ def place_plain(named: Named) -> Piece:
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
-    return Piece(box, _PlainValues(named))
+    return Piece(box, _PlainValues(named), _PlainForm())
+
+
+class _PlainForm:
+    """A whole tensor stands for itself."""
+
+    def wrap(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
+        if isinstance(entry, DTensor):
+            raise CheckpointMismatchError(f"the entry of {fqn} is a DTensor, expected a plain tensor as in the model")
+        return entry
 
 
 class _PlainValues:
