@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from dist_ema.checkpoint import model_files
 from dist_ema.exchange import Exchange
+from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
 from dist_ema.schedules import Schedule
 from dist_ema.state import AveragedState, dtype_name
@@ -48,7 +50,7 @@ def build_state(
         chosen.check_patterns(plan.names)
         plan.check_not_empty()
         model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
-        return AveragedState(plan, chosen, schedules)
+        return AveragedState(plan, chosen, schedules, functools.partial(config_files, model))
 
     action = "building the average"
     state = exchange.agree(action, prepare)

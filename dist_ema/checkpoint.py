@@ -36,13 +36,19 @@ __all__ = ["model_files", "write_average", "write_export"]
 _LOOKING_SECONDS = 1.0
 
 
-def model_files(plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: int | str) -> ModelFiles:
+def model_files(
+    plan: Plan,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_size: int | str,
+    texts: Mapping[str, bytes] | None = None,
+) -> ModelFiles:
     """The files of one track, the same on every rank. No communication.
 
     Args:
         plan: the model as boxes.
         dtypes: fqn -> dtype in the files.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        texts: name -> content of further small files.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -50,7 +56,8 @@ def model_files(plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: i
     """
     tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
     metadata = {**plan.aliases, commit.MARK: commit.MARK_VALUE}
-    return plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    return dataclasses.replace(files, texts=texts or {})
 
 
 def write_average(
@@ -136,6 +143,8 @@ class _Save:
                 write_whole(self._staging / folder / file.name, b"", size_bytes=file.size_bytes)
             if self._files.index is not None:
                 write_whole(self._staging / folder / INDEX_NAME, self._files.index)
+            for name, content in self._files.texts.items():
+                write_whole(self._staging / folder / name, content)
         token = f".{secrets.token_hex(8)}"
         write_whole(self._staging / token, b"")
         return token

@@ -73,10 +73,17 @@ class FileLayout:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """The safetensors files of a model folder, and the content of its index where there are several."""
+    """The files of a model folder.
+
+    Attributes:
+        files: with the tensors.
+        index: content of the index, where there are several.
+        texts: name -> content of further small files, such as config.json.
+    """
 
     files: tuple[FileLayout, ...]
     index: bytes | None
+    texts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     def locate(self) -> dict[str, tuple[FileLayout, Entry]]:
         """Name of a tensor -> its file and its place there."""

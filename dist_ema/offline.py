@@ -17,7 +17,8 @@ from dist_ema.checks import absolute
 from dist_ema.checksums import checksum
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.files import FileLayout, host_bytes, plan_files, write_all, write_whole
-from dist_ema.headers import INDEX_NAME, TORCH_DTYPES
+from dist_ema.headers import INDEX_NAME, TORCH_DTYPES, read_small
+from dist_ema.integrations.transformers import CONFIG_NAME, CONFIG_NAMES, config_with_dtype
 from dist_ema.options import floating_dtype
 from dist_ema.saved import SavedAverage, damage_told, read_saved, stored_bytes
 
@@ -67,11 +68,27 @@ def consolidate_checkpoint(
             work.write(file, staging / file.name)
         if files.index is not None:
             write_whole(staging / INDEX_NAME, files.index)
+        for text, content in _texts(saved.folder_of(name), converted).items():
+            write_whole(staging / text, content)
         commit.publish(target)
     except BaseException:
         with suppress(OSError):
             commit.discard(target)
         raise
+
+
+def _texts(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The model's configuration files, if they are beside its weights; config.json names the dtype."""
+    found = {}
+    for name in CONFIG_NAMES:
+        path = folder / name
+        if path.is_file() and not path.is_symlink():  # not somebody's link to another file of ours
+            content = read_small(path)
+            try:
+                found[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content
+            except (ValueError, RecursionError) as error:
+                raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
+    return found
 
 
 def _nothing(num_bytes: int) -> None:

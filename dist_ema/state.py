@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,7 @@ class AveragedState:
 
     Attributes:
         plan: the model as boxes.
+        texts: dtype of the weights in a folder -> small files that the model wants beside them.
         options: what the user chose.
         schedules: track name -> schedule.
         shards: the boxes whose average this rank keeps.
@@ -34,8 +35,15 @@ class AveragedState:
         swapped: the track whose averaged weights are in the model, or None.
     """
 
-    def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        schedules: Mapping[str, Schedule],
+        texts: Callable[[torch.dtype], Mapping[str, bytes]] = lambda dtype: {},
+    ) -> None:
         self.plan = plan
+        self.texts = texts
         self.options = options
         self.schedules = dict(schedules)
         self.shards = plan.owned(averaged=True)

@@ -52,7 +52,8 @@ class Storage:
         def prepare() -> tuple[Path, Manifest, dict[str, Pieces], ModelFiles]:
             state = self._state
             state.refuse_while_swapped("save")
-            files = model_files(state.plan, state.dtypes(), max_shard_size)
+            texts = state.texts(state.options.dtype)
+            files = model_files(state.plan, state.dtypes(), max_shard_size, texts)
             return absolute(path), self._manifest(), {name: state.pieces(name) for name in state.schedules}, files
 
         target, manifest, tracks, files = self._together("save", prepare)
@@ -94,8 +95,8 @@ class Storage:
         def prepare() -> tuple[Path, Pieces, ModelFiles]:
             state = self._state
             state.refuse_while_swapped("consolidate")
-            dtypes = state.dtypes(floating_dtype("dtype", dtype))
-            return absolute(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size)
+            dtypes, texts = state.dtypes(floating_dtype("dtype", dtype)), state.texts(dtype or state.options.dtype)
+            return absolute(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size, texts)
 
         target, pieces, files = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}

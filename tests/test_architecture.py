@@ -20,7 +20,7 @@ LAYERS = [
     ["offline", "background", "checkpoint", "loading", "state"],
     ["sharded", "gather", "replicas", "reading", "writing"],
     ["swap"],
-    ["exchange", "update", "topology.planning"],
+    ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
     ["topology.placed"],

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 
-__all__ = ["check_against_state_dict", "check_tensor", "check_unchanged", "named_tensors", "unwrapped"]
+__all__ = ["check_against_state_dict", "check_tensor", "check_unchanged", "class_of", "named_tensors", "unwrapped"]
 
 # Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -186,3 +187,8 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else (1,) * tensor.dim()
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of a module as its author wrote it: `fully_shard` puts a made one in its place."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
