@@ -346,7 +346,8 @@ def saved_behind_training(layout: str, folder: str) -> None:
     may_write, write_average = threading.Event(), storage.write_average
 
     def write_late(*arguments: Any) -> None:
-        assert may_write.wait(60)
+        assert may_write.wait(20)
+        time.sleep(0.3)
         write_average(*arguments)
 
     with new_run(layout, background=True) as run:
@@ -370,8 +371,9 @@ def saved_behind_training(layout: str, folder: str) -> None:
         assert run.step == STOP and run.counts() == [STOP, STOP]
         assert_same_values(run.values(), at_stop)
         run.train(STOP + 1)
-        run.save(background)
-        run.load(background)  # joins the save
+        with mock.patch.object(storage, "write_average", write_late):
+            run.save(background)
+            run.load(background)  # joins the save
         assert run.counts() == [STOP + 1, STOP + 1]
         run.train(END)
         assert_same_values(run.values(), expected)
