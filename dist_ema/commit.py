@@ -36,6 +36,7 @@ __all__ = [
     "stage",
     "staging_of",
     "sync_folder",
+    "was_begun",
 ]
 
 # What this package puts into the folders it owns; whatever else is there was added by somebody.
@@ -136,6 +137,11 @@ def resolve(target: Path) -> Path:
         f"there is no folder {target}, expected a saved average: check the path; under accelerate it is "
         "<output_dir>/<name>, written by save_state once the average is attached"
     )
+
+
+def was_begun(target: Path) -> bool:
+    """Whether there is a trace of `target`: the folder, a former one, or one whose writing was cut off."""
+    return any(os.path.lexists(path) for path in (target, _old(target), staging_of(target)))
 
 
 def averages_in(folder: Path) -> list[Path]:

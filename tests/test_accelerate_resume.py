@@ -326,9 +326,15 @@ def averages_that_are_missing(layout: str, folder: str) -> list[str]:
         run.accelerator.wait_for_everyone()
         with pytest.raises(CheckpointNotFoundError) as incomplete:
             run.load(folder)
+        run.accelerator.wait_for_everyone()
+        if dist.get_rank() == 0:  # what a kill in the middle of a save leaves
+            os.rename(os.path.join(folder, "fast"), os.path.join(folder, ".fast.staging"))
+        run.accelerator.wait_for_everyone()
+        with pytest.raises(CheckpointNotFoundError) as cut_off:
+            run.load(folder)
         assert run.counts() == [END - STOP]
         assert_same_values({"fast": run.averages["fast"].full_state_dict()}, {"fast": expected["fast"]})
-    return [str(not_there.value), str(incomplete.value)]
+    return [str(not_there.value), str(incomplete.value), str(cut_off.value)]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
@@ -336,9 +342,10 @@ def test_a_checkpoint_without_the_average_is_refused_or_begins_a_new_one(world, 
     folder = tmp_path / "ckpt"
     first, second = world(2).run(averages_that_are_missing, layout, str(folder))
     assert first == second
-    not_there, incomplete = first
+    not_there, incomplete, cut_off = first
     assert "attach with on_missing='live'" in not_there
-    assert "on_missing" not in incomplete and str(folder / "fast") in incomplete
+    for told in (incomplete, cut_off):
+        assert "on_missing" not in told and "was cut off" in told and str(folder / "fast") in told
 
 
 def saved_behind_training(layout: str, folder: str) -> None:
@@ -382,6 +389,15 @@ def saved_behind_training(layout: str, folder: str) -> None:
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_save_behind_training_holds_the_values_of_the_call(world, tmp_path, layout) -> None:
     world(2).run(saved_behind_training, layout, str(tmp_path))
+
+
+def test_a_save_behind_training_needs_more_than_one_checkpoint(tmp_path) -> None:
+    configuration = ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True, total_limit=1)
+    accelerator = Accelerator(cpu=True, project_config=configuration)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(ConfigError, match="total_limit"):
+        attach(accelerator, model, optimizer, SCHEDULES["fast"], background=True)
 
 
 def saved_by_rank_0_alone(folder: str) -> float | None:

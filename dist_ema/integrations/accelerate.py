@@ -15,6 +15,7 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from dist_ema.checks import folder_name
+from dist_ema.commit import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.exchange import Exchange
@@ -86,6 +88,11 @@ def attach(
         _check(accelerator, model, optimizer, name, exchange.world_size, options)
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
+        if background and accelerator.project_configuration.total_limit == 1:
+            raise ConfigError(
+                "background=True with total_limit=1: accelerate removes the only checkpoint before the next is "
+                "written, while its average may still be under way. Set total_limit to 2 or more"
+            )
 
     exchange.agree("attach", check)
     ema = ShardedEMA(model, schedule, **options)
@@ -112,8 +119,11 @@ def attach(
         try:
             ema.load(folder)
         except CheckpointNotFoundError as error:
-            if exchange.broadcast_object(os.path.lexists(folder)):
-                raise  # it is there, but incomplete: not the case that `on_missing` is about
+            # A trace of it means that there was one: not the case that `on_missing` is about.
+            if exchange.broadcast_object(was_begun(Path(folder))):
+                raise CheckpointNotFoundError(
+                    f"{error}. The writing of this one was cut off: use an older checkpoint"
+                ) from None
             if on_missing == "error":
                 raise CheckpointNotFoundError(
                     f"{error}. If the run that saved it had no average, attach with on_missing='live': the average "
