@@ -93,7 +93,7 @@ def test_survivors_are_told_that_rank_0_died_in_the_commit(forking, tmp_path) ->
 def kill_in_recovery(folder: Path) -> list[Result]:
     trials = Trials(folder, 1)
     trials.undisturbed(Kill(()), saves=2)
-    results = list(kill_saves.kills_in_recovery(trials))
+    results = list(kill_saves.kills_in_recovery(trials, until=5))
     trials.undisturbed(Kill(()))
     return results
 
