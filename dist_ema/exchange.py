@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,13 +66,44 @@ def _gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
     return group
 
 
+def _soon(work: Callable[[], T], seconds: float) -> T:
+    """The result of `work`, if it ends in time; else it is left behind in a thread that ends with the process.
+
+    For the making of a group, which waits for a rank that has died as long as the group's own timeout is.
+
+    Raises:
+        RuntimeError: it did not end in time.
+    """
+    results: list[T] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="dist_ema-group", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise RuntimeError(f"a process group was not made within {seconds:g} s")
+    return results[0]
+
+
 class Exchange:
     """Control traffic among all ranks of the default process group; trivial when there is none.
 
     Construction is collective: every rank must make it.
 
     Args:
-        separate: use a group of its own, so that a thread may communicate beside the calls of the main one.
+        separate: use a group of its own, so that a thread may communicate beside the calls of the main one. All ranks
+            must be here already (`arrive`).
+
+    Raises:
+        CommunicationError: the group of its own could not be made; other ranks are gone.
     """
 
     def __init__(self, *, separate: bool = False) -> None:
@@ -80,7 +112,10 @@ class Exchange:
         self.rank = dist.get_rank() if distributed else 0
         groups = _control_groups() if distributed else None
         self._arrival = None if groups is None else groups.arrival
-        self._group = None if groups is None else _gloo_group(_STAGE_TIMEOUT) if separate else groups.control
+        self._group = None if groups is None else groups.control
+        if separate and groups is not None:
+            with self._together("preparing to save in the background"):
+                self._group = _soon(lambda: _gloo_group(_STAGE_TIMEOUT), ARRIVAL_SECONDS)
 
     def arrive(self, call: str) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.

@@ -339,3 +339,22 @@ def build_layout_alone() -> nn.Module:
 
     torch.manual_seed(0)
     return bare("fsdp2")
+
+
+def dies_while_the_group_is_made(folder: str) -> None:
+    exchange.ARRIVAL_SECONDS = 3.0
+    ema = ShardedEMA(build_layout("ddp"), SCHEDULE)
+    ema.update()
+    if dist.get_rank() == 1:
+        exchange._gloo_group = lambda timeout: os._exit(1)
+    began = time.perf_counter()
+    with pytest.raises(CommunicationError, match="preparing to save in the background"):
+        ema.save(folder, background=True)
+    assert time.perf_counter() - began < 10
+    raise RuntimeError("the survivor was told")
+
+
+def test_a_rank_that_dies_in_the_first_background_save_does_not_hang_the_others(world, tmp_path) -> None:
+    """Making a process group waits for a rank that is gone as long as the group's timeout is: 30 minutes."""
+    with pytest.raises(AssertionError, match="the survivor was told"):
+        world(2).run(dies_while_the_group_is_made, str(tmp_path / "ema"))

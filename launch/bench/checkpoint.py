@@ -8,6 +8,7 @@ each into a folder of its own that is removed before (not timed). A time is that
     floor          each rank writes as many plain bytes as it owns into a file of its own, and fsyncs it
     save           ShardedEMA.save
     save, bg       ShardedEMA.save(background=True), until it returns; the writing is not timed
+    consolidate    ShardedEMA.consolidate: the same files without manifest and checksums
     dcp.save       torch.distributed.checkpoint.save of the same tensors
     load           ShardedEMA.load, checksums compared: into an average that has had no update (a resume), and into
                    one that has (which must survive a failure, and so takes a second copy until the end)
@@ -127,6 +128,7 @@ def main() -> None:
         "floor: plain parallel write": saves("plain", lambda path: write_plain(path, plain)),
         "ShardedEMA.save": saves("ours", ema.save),
         "ShardedEMA.save(background=True)": saves("behind", functools.partial(ema.save, background=True), ema.wait),
+        "ShardedEMA.consolidate": saves("export", ema.consolidate),
         "dcp.save": saves("dcp", lambda path: dcp.save(state, checkpoint_id=path)),  # type: ignore[attr-defined]
         "dcp.load": Save(None, lambda _: dcp.load(state, checkpoint_id=folder / "dcp"), None),  # type: ignore[attr-defined]
         "ShardedEMA.load": Save(None, lambda _: ema.load(folder / "ours"), None, before=ema.restart),
