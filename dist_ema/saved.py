@@ -131,21 +131,21 @@ def damaged_tensors(saved: SavedAverage) -> Iterator[tuple[str, int, bool]]:
             yield f"{track}: {fqn}", stored.nbytes, expected.get(fqn, found) != found
 
 
-def stored_bytes(folder: Path, stored: StoredTensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, in bounded pieces; each piece is overwritten by the next.
+def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:
+    """The bytes of a tensor, in pieces of at most `chunk_bytes`; each piece is overwritten by the next.
 
     Raises:
         CheckpointCorruptError: the file is missing or too short.
     """
     path = folder / stored.file
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, stored.nbytes)))
+    buffer = memoryview(bytearray(min(chunk_bytes, stored.nbytes)))
     try:
         descriptor = open_regular(path)
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        for done in range(0, stored.nbytes, _CHUNK_BYTES):
-            piece = buffer[: min(_CHUNK_BYTES, stored.nbytes - done)]
+        for done in range(0, stored.nbytes, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, stored.nbytes - done)]
             read_exactly(descriptor, piece, stored.start + done)
             yield piece
     finally:

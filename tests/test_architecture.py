@@ -14,10 +14,11 @@ PACKAGE = Path(dist_ema.__file__).parent
 # A module may import from rows below its own only; see "The house" in docs/architecture.md.
 LAYERS = [
     ["cli"],
+    ["commands"],
     ["integrations.accelerate"],
     ["ema"],
     ["building", "storage"],
-    ["offline", "background", "checkpoint", "loading", "state"],
+    ["offline", "comparison", "plots", "background", "checkpoint", "loading", "state"],
     ["sharded", "gather", "replicas", "reading", "writing"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from hostile import sealed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
 from dist_ema.cli import main
+from dist_ema.plots import mean_ages
 
 
 @pytest.fixture
@@ -98,6 +99,38 @@ def test_consolidate_writes_a_plain_model_folder(saved, tmp_path, capsys) -> Non
     assert all(torch.equal(value, expected[name].bfloat16()) for name, value in written.items())
 
 
+def test_diff_tells_the_distance_of_two_sets_of_weights(saved, tmp_path, capsys) -> None:
+    ema = ShardedEMA(nn.Linear(3, 2), ConstantSchedule(decay=0.9))
+    ema.start_from(saved / "ema" / "a")
+    ema.save(tmp_path / "same")
+    assert main(["diff", str(saved), str(tmp_path / "same"), "--track", "a", "--track-b", "ema"]) == 0
+    assert "0.000e+00  all 2 tensors" in capsys.readouterr().out
+    values = load_file(saved / "ema" / "a" / "model.safetensors")
+    save_file({name: (value * 2).double() for name, value in values.items()}, tmp_path / "twice.safetensors")
+    assert main(["diff", str(saved / "ema" / "a"), str(tmp_path / "twice.safetensors"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["relative"] == pytest.approx(0.5) and facts["tensors"] == pytest.approx({"weight": 0.5, "bias": 0.5})
+    save_file({"weight": torch.ones(3, 2), "other": torch.ones(1)}, tmp_path / "other.safetensors")
+    assert main(["diff", str(saved / "ema" / "a"), str(tmp_path / "other.safetensors")]) == 1
+    told = capsys.readouterr()
+    assert "all 0 tensors" in told.out and "3 tensors cannot be compared" in told.err
+
+
+def test_plot_draws_the_schedules(saved, tmp_path, capsys) -> None:
+    for name in ("picture.svg", "picture.png"):
+        assert main(["plot", str(saved), "--out", str(tmp_path / name)]) == 0
+        assert "2 schedules over 1,000 updates, now at 1" in capsys.readouterr().out
+        assert (tmp_path / name).stat().st_size > 5000
+    assert main(["plot", str(saved), "--out", str(tmp_path / "picture.xyz")]) == 1
+    assert main(["plot", str(saved), "--steps", "1"]) == 1
+
+
+def test_the_mean_age_of_a_constant_average_is_the_textbook_one() -> None:
+    momenta, ages = mean_ages(ConstantSchedule(momentum=0.01), 3000)
+    assert ages[0] == 0 and ages[1] == pytest.approx(0.99) and ages[-1] == pytest.approx(0.99 / 0.01)
+    assert momenta[1] == 0.01
+
+
 def test_an_interrupted_consolidate_leaves_nothing(saved, tmp_path, capsys, monkeypatch) -> None:
     def interrupt(self, count) -> None:
         raise KeyboardInterrupt
@@ -111,7 +144,9 @@ def test_an_interrupted_consolidate_leaves_nothing(saved, tmp_path, capsys, monk
 
 def test_commands_and_options_of_the_command_line(capsys) -> None:
     for arguments, names in (
-        (["--help"], ["inspect", "verify", "consolidate", "--version"]),
+        (["--help"], ["inspect", "verify", "diff", "plot", "consolidate", "--version"]),
+        (["diff", "--help"], ["A", "B", "--track", "--top", "--json", "example:"]),
+        (["plot", "--help"], ["SRC", "--out", "--steps", "example:"]),
         (["verify", "--help"], ["SRC", "example:"]),
         (["consolidate", "--help"], ["SRC", "DST", "--track", "--dtype", "--max-shard-size", "example:"]),
         (["inspect", "--help"], ["SRC", "--json", "example:"]),

@@ -1,0 +1,164 @@
+"""What the commands of `dist-ema` do: each takes the parsed arguments and returns what to print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
+from dist_ema.manifest import Manifest, find_saved, read_manifest
+from dist_ema.saved import damage_told, damaged_tensors, read_saved
+from dist_ema.schedules import schedule_from_json, schedule_text
+
+__all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "verify"]
+
+
+def verify(chosen: argparse.Namespace) -> str:
+    """Read all of an average and compare its checksums."""
+    saved = read_saved(chosen.src)
+    if not saved.manifest.checksums:
+        raise CheckpointMismatchError(
+            f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
+            "be told. Load it and save it again to add them"
+        )
+    damaged, num_bytes = [], 0
+    with _progress(sum(t.nbytes for model in saved.models.values() for t in model.tensors.values())) as bar:
+        for name, size, is_damaged in damaged_tensors(saved):
+            num_bytes += size
+            bar.update(size)
+            damaged += [name] if is_damaged else []
+    if damaged:
+        raise CheckpointCorruptError(damage_told(saved.folder, damaged))
+    return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
+
+
+def consolidate(chosen: argparse.Namespace) -> str:
+    """Write one average as a plain model folder."""
+    import torch  # not needed by the other commands
+
+    from dist_ema.offline import consolidate_checkpoint
+
+    saved = read_saved(chosen.src)
+    track = saved.track(chosen.track)
+    total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
+    with _progress(total) as bar:
+        consolidate_checkpoint(
+            chosen.src,
+            chosen.dst,
+            track=track,
+            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+            max_shard_size=chosen.max_shard_size,
+            progress=bar.update,
+        )
+    return f"{chosen.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
+
+
+def diff(chosen: argparse.Namespace) -> str:
+    """Tell how far two sets of weights lie apart."""
+    from dist_ema.comparison import differences, read_weights, relative_distance  # loads torch
+
+    ours = read_weights(chosen.a, chosen.track)
+    theirs = read_weights(chosen.b, chosen.track if chosen.track_b is None else chosen.track_b)
+    found = sorted(differences(ours, theirs), key=lambda each: -each.relative)
+    total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
+    apart = [
+        *(f"only in {chosen.a}: {name}" for name in ours if name not in theirs),
+        *(f"only in {chosen.b}: {name}" for name in theirs if name not in ours),
+        *(
+            f"{name}: {list(ours[name][1].shape)} against {list(theirs[name][1].shape)}"
+            for name in ours
+            if name in theirs and ours[name][1].shape != theirs[name][1].shape
+        ),
+    ]
+    if chosen.json:
+        facts = {"relative": total, "tensors": {each.name: each.relative for each in found}, "apart": apart}
+        told = json.dumps(facts, indent=1)
+    else:
+        lines = [f"{each.relative:10.3e}  {each.name}" for each in found[: max(chosen.top, 0)]]
+        told = "\n".join([f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
+    if apart:
+        raise BadAnswer(told, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
+    return told
+
+
+def plot(chosen: argparse.Namespace) -> str:
+    """Draw a saved average's schedules."""
+    from dist_ema.plots import draw_schedules
+
+    manifest = read_manifest(find_saved(chosen.src))
+    try:
+        schedules = {
+            f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in manifest.tracks.items()
+        }
+    except ConfigError as error:
+        raise CheckpointMismatchError(f"{chosen.src} has a schedule that only its author can draw: {error}") from None
+    ends = [saved["total_steps"] for saved in manifest.tracks.values() if "total_steps" in saved]
+    steps = max([2 * manifest.num_updates, 1000, *ends]) if chosen.steps is None else chosen.steps
+    draw_schedules(schedules, steps, chosen.out, now=manifest.num_updates)
+    return f"{chosen.out}: {len(schedules)} schedules over {steps:,} updates, now at {manifest.num_updates:,}"
+
+
+class BadAnswer(DistEMAError):
+    """An answer to print all the same, and what is bad about it."""
+
+    def __init__(self, told: str, bad: str) -> None:
+        super().__init__(bad)
+        self.told = told
+
+
+def _progress(total_bytes: int) -> tqdm[Any]:
+    """A bar on stderr, where that is a terminal."""
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def inspect(chosen: argparse.Namespace) -> str:
+    """Tell what a saved average is."""
+    folder = find_saved(chosen.src)
+    facts = _facts(folder, read_manifest(folder))
+    return json.dumps(facts, indent=1) if chosen.json else _told(facts)
+
+
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    averaged = [saved for saved in manifest.tensors.values() if saved.averaged]
+    return {
+        "folder": str(folder),
+        "num_updates": manifest.num_updates,
+        "tracks": {
+            name: {"schedule": schedule, "momentum": _momentum(schedule, manifest.num_updates)}
+            for name, schedule in manifest.tracks.items()
+        },
+        "num_tensors": len(manifest.tensors),
+        "num_averaged_tensors": len(averaged),
+        "num_averaged_elements": sum(math.prod(saved.shape) for saved in averaged),
+        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "options": dict(manifest.options),
+        "written_by": dict(manifest.written_by),
+    }
+
+
+def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
+    """Momentum of the next update; None for a schedule that only its author can rebuild."""
+    try:
+        return schedule_from_json(schedule).momentum(num_updates)
+    except (ConfigError, ArithmeticError):
+        return None
+
+
+def _told(facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['folder']}: {facts['num_updates']:,} updates",
+        f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "
+        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
+    ]
+    for name, track in facts["tracks"].items():
+        momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
+        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}")
+    lines.append("  options: " + ", ".join(f"{key}={value}" for key, value in facts["options"].items()))
+    lines.append("  written by: " + ", ".join(f"{key} {value}" for key, value in facts["written_by"].items()))
+    return "\n".join(lines)
