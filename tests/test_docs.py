@@ -17,6 +17,7 @@ SNIPPETS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -289,3 +289,30 @@ def test_everything_is_durable_before_it_is_renamed_into_place(tmp_path, monkeyp
     tensors = [i for i, (_, path) in enumerate(log) if path.endswith(".safetensors")]
     assert manifest > max(tensors), "the manifest is written last"
     assert ("fsync", str(tmp_path / "ckpt")) in log[renames[1] :], "the renames themselves"
+
+
+CONSOLIDATES = """
+import sys, torch
+from pathlib import Path
+from dist_ema import ConstantSchedule, ShardedEMA, consolidate_checkpoint
+def status(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) // 1024
+folder = Path(sys.argv[1])
+if sys.argv[2] == "save":
+    model = torch.nn.ParameterList([torch.zeros(1024, 1024) for _ in range(48)] + [torch.zeros(8192, 8192)])
+    ShardedEMA(model, ConstantSchedule(decay=0.9)).save(folder / "ema")
+else:
+    torch.zeros(4).bfloat16()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    consolidate_checkpoint(folder / "ema", folder / "out", dtype=torch.bfloat16)
+    print(status("VmHWM") - before)
+"""
+
+
+def test_consolidating_offline_takes_bounded_memory(tmp_path) -> None:
+    """448 MiB, of which one tensor has 256."""
+    for step in ("save", "consolidate"):
+        command = [sys.executable, "-c", CONSOLIDATES, str(tmp_path), step]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 64, f"{done.stdout.strip()} MiB over the interpreter"
