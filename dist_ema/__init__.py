@@ -29,9 +29,18 @@ if TYPE_CHECKING:
     )
     from dist_ema.integrations.accelerate import attach
     from dist_ema.offline import consolidate_checkpoint
-    from dist_ema.schedules import ConstantSchedule, CosineSchedule
+    from dist_ema.schedules.classic import (
+        AnnealedSchedule,
+        ConstantSchedule,
+        CosineSchedule,
+        InverseGammaSchedule,
+        RampSchedule,
+    )
+    from dist_ema.schedules.combinators import after, every, scaled_batch
+    from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule
 
 __all__ = [
+    "AnnealedSchedule",
     "AttachError",
     "CheckpointCorruptError",
     "CheckpointError",
@@ -42,22 +51,34 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "DistEMAError",
+    "EqualSchedule",
+    "HalfLifeSchedule",
+    "InverseGammaSchedule",
     "ModelChangedError",
+    "PowerSchedule",
+    "RampSchedule",
     "RankMismatchError",
     "ShardedEMA",
     "SwapError",
     "UnsupportedModelError",
     "__version__",
+    "after",
     "attach",
     "consolidate_checkpoint",
+    "every",
+    "scaled_batch",
 ]
 
 _HOME = {
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
     "consolidate_checkpoint": "dist_ema.offline",
-    "ConstantSchedule": "dist_ema.schedules",
-    "CosineSchedule": "dist_ema.schedules",
+    **dict.fromkeys(
+        ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"],
+        "dist_ema.schedules.classic",
+    ),
+    **dict.fromkeys(["EqualSchedule", "HalfLifeSchedule", "PowerSchedule"], "dist_ema.schedules.profiles"),
+    **dict.fromkeys(["after", "every", "scaled_batch"], "dist_ema.schedules.combinators"),
 }
 
 

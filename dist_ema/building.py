@@ -11,7 +11,7 @@ from dist_ema.checkpoint import model_files
 from dist_ema.exchange import Exchange
 from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
-from dist_ema.schedules import Schedule
+from dist_ema.schedules.base import Schedule
 from dist_ema.state import AveragedState, dtype_name
 from dist_ema.topology.planning import plan_model
 

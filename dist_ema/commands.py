@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
 from dist_ema.saved import damage_told, damaged_tensors, read_saved
-from dist_ema.schedules import schedule_from_json, schedule_text
+from dist_ema.schedules.records import schedule_from_json, schedule_text
 
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "verify"]
 

@@ -16,7 +16,7 @@ from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
 from dist_ema.layout import Shard
 from dist_ema.options import Options, checked_device, name_patterns
-from dist_ema.schedules import Schedule
+from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
 from dist_ema.storage import Storage
 from dist_ema.swap import LiveBackup, put_average

@@ -16,7 +16,7 @@ from dist_ema.checks import file_name, folder_name
 from dist_ema.checksums import checksum
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from dist_ema.headers import read_small
-from dist_ema.schedules import schedule_text
+from dist_ema.schedules.records import schedule_text
 
 __all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest"]
 

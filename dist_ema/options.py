@@ -11,7 +11,7 @@ import torch
 
 from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
-from dist_ema.schedules import Schedule
+from dist_ema.schedules.base import Schedule
 
 __all__ = ["Options", "checked_device", "checked_schedules", "floating_dtype", "name_patterns"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.errors import ConfigError
-from dist_ema.schedules import Schedule
+from dist_ema.schedules.base import Schedule
 
 __all__ = ["draw_schedules", "mean_ages"]
 

@@ -15,7 +15,8 @@ from dist_ema.layout import Box
 from dist_ema.manifest import Manifest, SavedTensor
 from dist_ema.options import Options
 from dist_ema.plan import Plan
-from dist_ema.schedules import Schedule, momentum_of_update, schedule_to_json
+from dist_ema.schedules.base import Schedule, momentum_of_update
+from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
 from dist_ema.update import Averages
 

@@ -28,7 +28,9 @@ LAYERS = [
     ["plan"],
     ["saved", "strips", "options", "skipped"],
     ["manifest", "layout"],
-    ["commit", "schedules"],
+    ["commit", "schedules.records"],
+    ["schedules.classic", "schedules.profiles", "schedules.combinators"],
+    ["schedules.base"],
     ["files"],
     ["headers"],
     ["checks", "checksums"],
@@ -106,6 +108,7 @@ def test_private_torch_is_confined() -> None:
 
 def test_public_names() -> None:
     assert set(dist_ema.__all__) == {
+        "AnnealedSchedule",
         "AttachError",
         "CheckpointCorruptError",
         "CheckpointError",
@@ -116,14 +119,22 @@ def test_public_names() -> None:
         "ConstantSchedule",
         "CosineSchedule",
         "DistEMAError",
+        "EqualSchedule",
+        "HalfLifeSchedule",
+        "InverseGammaSchedule",
         "ModelChangedError",
+        "PowerSchedule",
+        "RampSchedule",
         "RankMismatchError",
         "ShardedEMA",
         "SwapError",
         "UnsupportedModelError",
         "__version__",
+        "after",
         "attach",
         "consolidate_checkpoint",
+        "every",
+        "scaled_batch",
     }
     for name in dist_ema.__all__:
         assert getattr(dist_ema, name) is not None

@@ -9,8 +9,22 @@ import torch
 from oracle import cosine_momentum
 from torch import nn
 
-from dist_ema import ConfigError, ConstantSchedule, CosineSchedule, ShardedEMA
-from dist_ema.schedules import schedule_from_json, schedule_to_json
+from dist_ema import (
+    AnnealedSchedule,
+    ConfigError,
+    ConstantSchedule,
+    CosineSchedule,
+    EqualSchedule,
+    HalfLifeSchedule,
+    InverseGammaSchedule,
+    PowerSchedule,
+    RampSchedule,
+    ShardedEMA,
+    after,
+    every,
+    scaled_batch,
+)
+from dist_ema.schedules.records import schedule_from_json, schedule_to_json
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "cosine_ema.json").read_text())
 
@@ -119,3 +133,180 @@ def test_golden_trajectories_of_the_reference(case) -> None:
             torch.testing.assert_close(state[name], expected, rtol=0, atol=1e-7)
         # The reference freezes integer buffers after the first call when it averages buffers (its bug); ours follow.
         assert state["count"].item() == live["count"]
+
+
+def diffusers_decay(step: int, *, warmup: bool, inv_gamma=1.0, power=2 / 3, decay=0.9999, min_decay=0.0, after=0):
+    """`EMAModel.get_decay` of diffusers, written anew from its description; its step is one ahead of ours."""
+    elapsed = max(0, step - after - 1)
+    if elapsed <= 0:
+        return 0.0
+    value = 1 - (1 + elapsed / inv_gamma) ** -power if warmup else (1 + elapsed) / (10 + elapsed)
+    return max(min(value, decay), min_decay)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 100, 31_622, 10**6, 10**8])
+def test_warm_ups_are_those_of_diffusers(step) -> None:
+    for options in ({}, {"update_after_step": 5}, {"max_decay": 0.99, "min_decay": 0.3}):
+        theirs = {"after": options.get("update_after_step", 0), "decay": options.get("max_decay", 0.9999)}
+        theirs["min_decay"] = options.get("min_decay", 0.0)
+        expected = 1 - diffusers_decay(step + 1, warmup=False, **theirs)
+        assert RampSchedule(**options).momentum(step) == pytest.approx(expected, abs=1e-15)
+        expected = 1 - diffusers_decay(step + 1, warmup=True, inv_gamma=2.0, power=0.75, **theirs)
+        ours = InverseGammaSchedule(inv_gamma=2.0, power=0.75, **options)
+        assert ours.momentum(step) == pytest.approx(expected, abs=1e-15)
+
+
+def test_published_values_of_warm_ups() -> None:
+    """From the documentation of diffusers and timm: what a power reaches after how many steps."""
+    told = [(2 / 3, 31_600, 0.999), (2 / 3, 10**6, 0.9999), (3 / 4, 10_000, 0.999), (3 / 4, 215_400, 0.9999)]
+    for power, step, decay in told:
+        schedule = InverseGammaSchedule(power=power, max_decay=0.999999)
+        assert 1 - schedule.momentum(step) == pytest.approx(decay, rel=2e-6)
+
+
+def test_annealing_is_that_of_mmengine() -> None:
+    schedule = AnnealedSchedule(0.0002, gamma=100)
+    assert schedule.momentum(1) == 100 / 101 and schedule.momentum(900) == 0.1
+    assert schedule.momentum(10**6) == 0.0002
+
+
+# Computed from the cubic with 50 digits; 0.05 and 0.10 are the profiles that the paper tracks.
+GAMMAS = {0.05: 16.97219, 0.075: 10.28912, 0.10: 6.93723, 0.15: 3.55789, 0.20: 1.82623, 0.25: 0.71984}
+
+
+@pytest.mark.parametrize("sigma_rel", GAMMAS)
+def test_power_functions_have_the_width_they_are_given(sigma_rel) -> None:
+    schedule = PowerSchedule(sigma_rel=sigma_rel)
+    assert schedule.gamma == pytest.approx(GAMMAS[sigma_rel], abs=1e-4)
+    assert schedule.sigma_rel == pytest.approx(sigma_rel, rel=1e-13)
+    gamma = schedule.gamma
+    assert gamma**3 + 7 * gamma**2 + (16 - sigma_rel**-2) * gamma + 12 - sigma_rel**-2 == pytest.approx(0, abs=1e-9)
+    assert schedule.momentum(0) == 1.0 and schedule.momentum(1) == pytest.approx(1 - 0.5 ** (gamma + 1), rel=1e-12)
+    for step in (3, 1000, 10**7):
+        assert schedule.momentum(step) == pytest.approx(1 - (1 - 1 / (step + 1)) ** (gamma + 1), rel=1e-8)
+
+
+def weights_after(schedule, num_steps: int) -> list[float]:
+    """Weight of each update's observation in the average after `num_steps` of them."""
+    weights = [1.0]
+    for step in range(1, num_steps):
+        momentum = schedule.momentum(step)
+        weights = [weight * (1 - momentum) for weight in weights] + [momentum]
+    return weights
+
+
+def test_profiles_are_what_they_promise() -> None:
+    steps = 2000
+    power = weights_after(PowerSchedule(gamma=6.94), steps)
+    for step in (500, 1000, 1900):
+        assert power[step] / power[-1] == pytest.approx(((step + 1) / steps) ** 6.94, rel=0.02)
+    mean = sum((step + 0.5) * weight for step, weight in enumerate(power)) / steps
+    variance = sum(((step + 0.5) / steps - mean) ** 2 * weight for step, weight in enumerate(power))
+    assert math.sqrt(variance) == pytest.approx(PowerSchedule(gamma=6.94).sigma_rel, rel=0.01)
+    assert weights_after(EqualSchedule(), 50) == pytest.approx([1 / 50] * 50, rel=1e-12)
+    assert PowerSchedule(gamma=0).momentum(41) == pytest.approx(EqualSchedule().momentum(41), rel=1e-12)
+    half_life = weights_after(ConstantSchedule(half_life_steps=20), 100)
+    assert half_life[79] / half_life[99] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_half_life_of_a_fraction_is_that_of_torchtitan_and_the_ramp_of_edm() -> None:
+    schedule = HalfLifeSchedule(fraction=0.05)
+    assert schedule.momentum(999) == pytest.approx(1 - 2 ** (-1 / 50), rel=1e-12)
+    ramp = HalfLifeSchedule(fraction=0.09, max_half_life_steps=30)
+    assert ramp.momentum(99) == pytest.approx(1 - 0.5 ** (1 / 9), rel=1e-12)
+    assert ramp.momentum(10**6) == pytest.approx(1 - 0.5 ** (1 / 30), rel=1e-12)
+
+
+def test_equal_weights_are_those_of_torch() -> None:
+    values = torch.randn(7, 3, dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    theirs = torch.optim.swa_utils.AveragedModel(model)
+    ours = ShardedEMA(model, EqualSchedule(), dtype=torch.float64)
+    for value in values:
+        with torch.no_grad():
+            model.weight.copy_(value)
+        theirs.update_parameters(model)
+        ours.update()
+    expected = theirs.module.weight.detach()
+    torch.testing.assert_close(ours.full_state_dict()["weight"], expected, rtol=0, atol=1e-12)
+
+
+def test_after_copies_until_its_step_and_counts_anew() -> None:
+    schedule = after(10, EqualSchedule())
+    assert [schedule.momentum(step) for step in (0, 9, 10, 11, 12)] == [1, 1, 1, 1 / 2, 1 / 3]
+
+
+def test_every_forgets_as_much_as_the_updates_it_stands_for() -> None:
+    constant = every(10, ConstantSchedule(decay=0.9999))
+    assert constant.momentum(15) == 0.0 and constant.momentum(20) == pytest.approx(1 - 0.9999**10, rel=1e-12)
+    inner = HalfLifeSchedule(fraction=0.5)
+    kept = math.prod(1 - inner.momentum(step) for step in range(37, 41))
+    assert every(4, inner).momentum(40) == pytest.approx(1 - kept, rel=1e-12)
+    assert every(4, EqualSchedule()).momentum(0) == 1.0
+
+
+def test_a_scaled_batch_raises_the_decay_to_its_power() -> None:
+    schedule = scaled_batch(8, ConstantSchedule(decay=0.9995))
+    assert schedule.momentum(5) == pytest.approx(1 - 0.9995**8, rel=1e-12)
+    assert scaled_batch(2, EqualSchedule()).momentum(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConstantSchedule(half_life_steps=0),
+        lambda: ConstantSchedule(decay=0.5, half_life_steps=3),
+        lambda: AnnealedSchedule(gamma=0),
+        lambda: InverseGammaSchedule(power=-1),
+        lambda: InverseGammaSchedule(max_decay=1.0),
+        lambda: RampSchedule(min_decay=0.9, max_decay=0.5),
+        lambda: RampSchedule(update_after_step=1.5),
+        lambda: PowerSchedule(),
+        lambda: PowerSchedule(sigma_rel=0.1, gamma=3),
+        lambda: PowerSchedule(sigma_rel=0.3),
+        lambda: PowerSchedule(sigma_rel=0.0),
+        lambda: PowerSchedule(gamma=-0.5),
+        lambda: HalfLifeSchedule(fraction=0),
+        lambda: HalfLifeSchedule(max_half_life_steps=-1),
+        lambda: after(0, EqualSchedule()),
+        lambda: after(5, EqualSchedule),
+        lambda: every(2.5, EqualSchedule()),
+        lambda: scaled_batch(0, EqualSchedule()),
+        lambda: scaled_batch(2, 0.99),
+    ],
+)
+def test_values_out_of_range_of_the_further_schedules_are_refused(make) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+FURTHER = [
+    AnnealedSchedule(0.001, gamma=50),
+    ConstantSchedule(half_life_steps=1000),
+    EqualSchedule(),
+    HalfLifeSchedule(fraction=0.1, max_half_life_steps=500),
+    InverseGammaSchedule(inv_gamma=2.0, power=0.7, update_after_step=4),
+    PowerSchedule(sigma_rel=0.1),
+    RampSchedule(max_decay=0.99),
+    after(100, every(10, EqualSchedule())),
+    scaled_batch(4.0, CosineSchedule(0.1, total_steps=9)),
+]
+
+
+@pytest.mark.parametrize("schedule", FURTHER, ids=repr)
+def test_further_schedules_survive_json_and_repr_and_stay_within_0_and_1(schedule) -> None:
+    again = schedule_from_json(json.loads(json.dumps(schedule_to_json(schedule))))
+    assert again == schedule == eval(repr(schedule)) and hash(again) == hash(schedule)
+    assert all(0.0 <= schedule.momentum(step) <= 1.0 for step in (0, 1, 2, 3, 10, 99, 100, 101, 10**9))
+    assert [again.momentum(step) for step in range(200)] == [schedule.momentum(step) for step in range(200)]
+    with pytest.raises(AttributeError):
+        schedule.schedule = None
+
+
+def test_a_record_that_is_too_deep_or_incomplete_is_refused() -> None:
+    record: dict = {"type": "EqualSchedule"}
+    for _ in range(50):
+        record = {"type": "every", "num_steps": 2, "schedule": record}
+    for bad in (record, {"type": "every", "num_steps": 2}, {"type": ["every"]}, {"type": "PowerSchedule", "x": 1}):
+        with pytest.raises(ConfigError):
+            schedule_from_json(bad)

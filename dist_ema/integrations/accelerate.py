@@ -28,7 +28,7 @@ from dist_ema.commit import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.exchange import Exchange
-from dist_ema.schedules import Schedule
+from dist_ema.schedules.base import Schedule
 from dist_ema.topology.names import unwrapped
 from dist_ema.topology.planning import trained_parameters
 

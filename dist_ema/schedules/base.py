@@ -1,0 +1,86 @@
+"""What a schedule is, and the checks that all of ours share.
+
+*Momentum* is the weight of the new observation, `averaged <- (1 - m) * averaged + m * live`: it is
+`1 - decay`, and neither the optimizer's momentum nor BYOL's tau. Everything is float64 on the host.
+
+[Note: counting]
+Update number `step` counts from 0. Update number 0 copies the live weights whatever the schedule says, so the average
+then holds one observation; after update number k it holds k + 1. Tools that count observations, or steps from 1, are
+shifted accordingly; each schedule says how.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Protocol, runtime_checkable
+
+from dist_ema.checks import real_number
+from dist_ema.errors import ConfigError
+
+__all__ = ["Schedule", "checked_momentum", "fraction_between", "momentum_of_update", "warn_if_large"]
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Anything that tells the momentum of update number `step` (0 for the first call)."""
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`, in [0, 1]."""
+        ...
+
+
+def checked_momentum(name: str, value: object) -> float:
+    """`value` as a momentum strictly between 0 and 1.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    momentum = real_number(name, value)
+    if not 0.0 < momentum < 1.0:
+        raise ConfigError(
+            f"{name} is {momentum!r}, expected a number strictly between 0 and 1: it is the weight of the "
+            "new value, usually small (0.004 is a decay of 0.996)"
+        )
+    return momentum
+
+
+def warn_if_large(momentum: float, given: str, meant: str) -> None:
+    """The two ends of [0, 1] are easily confused: the weight of the new value is usually small."""
+    if momentum > 0.5:
+        warnings.warn(
+            f"{given} gives the new value a weight of {momentum:g}, which is usually small; did you mean {meant}?",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def fraction_between(name: str, value: object, low: float, high: float, *, closed: bool = False) -> float:
+    """`value` as a float between two bounds, which are themselves allowed if `closed`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    number = real_number(name, value)
+    if not (low <= number <= high if closed else low < number < high):
+        allowed = f"from {low:g} to {high:g}" if closed else f"between {low:g} and {high:g}"
+        raise ConfigError(f"{name} is {number!r}, expected a number {allowed}")
+    return number
+
+
+def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval_correction: bool) -> float:
+    """The momentum to use in update number `step`, checked.
+
+    With `interval_correction` it is `1 - (1 - m)^interval`: one update then forgets as much as `interval` updates
+    with m would.
+
+    Raises:
+        ConfigError: the schedule gave something else than a number from 0 to 1.
+    """
+    momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", schedule.momentum(step))
+    if not 0.0 <= momentum <= 1.0:
+        raise ConfigError(f"{schedule!r} gave momentum {momentum!r} at update {step}, expected a number from 0 to 1")
+    if interval_correction and momentum < 1.0:
+        # Without cancellation for small m.
+        return -math.expm1(interval * math.log1p(-momentum))
+    return momentum

@@ -1,0 +1,235 @@
+"""Schedules of teacher networks and of classic averaging: cosine, constant, annealed, ramped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from dist_ema.checks import positive_integer, real_number
+from dist_ema.errors import ConfigError
+from dist_ema.schedules.base import checked_momentum, fraction_between, warn_if_large
+
+__all__ = ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"]
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class CosineSchedule:
+    """Momentum that falls from `momentum` to `end_momentum` along half a cosine.
+
+    `m(k) = end + (start - end) * (cos(pi * k / K) + 1) / 2` for update number k in [0, K], K =
+    `total_steps` optimizer steps, so m(0) = start and m(K) = end. Beyond K it stays at `end`.
+
+    Source: `CosineEMA` of mmpretrain (BYOL, MoCo v3); its published documentation has the sign of the
+    difference reversed, its code has not. There momentum rises again beyond K; here k is clamped.
+    Off by one: update number 0 copies the live values, so m(0) itself is never applied.
+
+    Args:
+        momentum: weight of the new value at the start, strictly between 0 and 1.
+        end_momentum: weight of the new value at the end, from 0 to 1.
+        total_steps: number of optimizer steps of the whole run, at least 1.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    start_momentum: float
+    end_momentum: float
+    total_steps: int
+
+    def __init__(self, momentum: float = 0.004, end_momentum: float = 0.0, *, total_steps: int) -> None:
+        start = checked_momentum("momentum", momentum)
+        warn_if_large(start, f"momentum={start:g}", f"momentum={1.0 - start:g}")
+        end = real_number("end_momentum", end_momentum)
+        if not 0.0 <= end <= 1.0:
+            raise ConfigError(f"end_momentum is {end!r}, expected a number from 0 to 1")
+        object.__setattr__(self, "start_momentum", start)
+        object.__setattr__(self, "end_momentum", end)
+        object.__setattr__(self, "total_steps", positive_integer("total_steps", total_steps))
+
+    def __repr__(self) -> str:
+        return (
+            f"CosineSchedule(momentum={self.start_momentum!r}, end_momentum={self.end_momentum!r}, "
+            f"total_steps={self.total_steps})"
+        )
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        clamped_step = min(max(step, 0), self.total_steps)
+        fraction = (math.cos(math.pi * clamped_step / self.total_steps) + 1.0) / 2.0
+        return self.end_momentum + (self.start_momentum - self.end_momentum) * fraction
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {
+            "momentum": self.start_momentum,
+            "end_momentum": self.end_momentum,
+            "total_steps": self.total_steps,
+        }
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class ConstantSchedule:
+    """The same momentum at every update; give one of `decay`, `momentum = 1 - decay`, and `half_life_steps`.
+
+    Source: `ExponentialMovingAverage` of mmengine, `get_ema_multi_avg_fn(decay)` of torch; the half-life of Composer's
+    `EMA`: after h updates an observation has half its weight, decay = 2^(-1/h).
+
+    Args:
+        decay: weight of the old average, strictly between 0 and 1.
+        momentum: weight of the new value, strictly between 0 and 1.
+        half_life_steps: updates after which the weight of an observation has halved, above 0.
+
+    Raises:
+        ConfigError: several or none were given, or the value is out of its range.
+    """
+
+    constant: float
+
+    def __init__(
+        self, *, decay: float | None = None, momentum: float | None = None, half_life_steps: float | None = None
+    ) -> None:
+        if [decay, momentum, half_life_steps].count(None) != 2:
+            raise ConfigError(
+                f"ConstantSchedule was given decay={decay!r}, momentum={momentum!r} and half_life_steps="
+                f"{half_life_steps!r}, expected exactly one: decay=0.999 and momentum=0.001 mean the same"
+            )
+        if half_life_steps is not None:
+            value = -math.expm1(-math.log(2.0) / fraction_between("half_life_steps", half_life_steps, 0.0, math.inf))
+        elif decay is not None:
+            kept = real_number("decay", decay)
+            if not 0.0 < kept < 1.0:
+                raise ConfigError(f"decay is {kept!r}, expected a number strictly between 0 and 1")
+            value = 1.0 - kept
+            warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
+        else:
+            value = checked_momentum("momentum", momentum)
+            warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
+        object.__setattr__(self, "constant", value)
+
+    def __repr__(self) -> str:
+        return f"ConstantSchedule(momentum={self.constant!r})"
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        return self.constant
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {"momentum": self.constant}
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class AnnealedSchedule:
+    """Momentum that falls like `gamma / (gamma + k)` to a floor: `m(k) = max(momentum, gamma / (gamma + k))`.
+
+    Source: `MomentumAnnealingEMA` of mmengine (its defaults), which counts as we do ([Note: counting]).
+
+    Args:
+        momentum: the smallest weight of the new value, strictly between 0 and 1.
+        gamma: updates until the weight is one half, above 0.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    floor_momentum: float
+    gamma: float
+
+    def __init__(self, momentum: float = 0.0002, *, gamma: float = 100.0) -> None:
+        object.__setattr__(self, "floor_momentum", checked_momentum("momentum", momentum))
+        object.__setattr__(self, "gamma", fraction_between("gamma", gamma, 0.0, math.inf))
+
+    def __repr__(self) -> str:
+        return f"AnnealedSchedule(momentum={self.floor_momentum!r}, gamma={self.gamma!r})"
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        return max(self.floor_momentum, self.gamma / (self.gamma + step))
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {"momentum": self.floor_momentum, "gamma": self.gamma}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _WarmUp:
+    """A decay that grows with `t = k - update_after_step`, within bounds; the live weights are copied while t <= 0.
+
+    Source of the counting: `EMAModel.get_decay` of diffusers, which adds 1 to its step before and takes it off again.
+    """
+
+    max_decay: float = 0.9999
+    min_decay: float = 0.0
+    update_after_step: int = 0
+
+    def __post_init__(self) -> None:
+        fraction_between("max_decay", self.max_decay, 0.0, 1.0)
+        fraction_between("min_decay", self.min_decay, 0.0, self.max_decay, closed=True)
+        if type(self.update_after_step) is not int or self.update_after_step < 0:
+            raise ConfigError(f"update_after_step is {self.update_after_step!r}, expected an integer of at least 0")
+
+    def _decay(self, elapsed_steps: int) -> float:
+        raise NotImplementedError
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        elapsed_steps = step - self.update_after_step
+        if elapsed_steps <= 0:
+            return 1.0
+        return 1.0 - max(min(self._decay(elapsed_steps), self.max_decay), self.min_decay)
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InverseGammaSchedule(_WarmUp):
+    """Decay that grows as `1 - (1 + t / inv_gamma)^-power`, t = k - update_after_step, within bounds.
+
+    Source: `EMAModel(use_ema_warmup=True)` of diffusers, `ModelEmaV3(use_warmup=True)` of timm, after K. Crowson. With
+    inv_gamma 1 a power of 2/3 reaches 0.999 after 31.6 thousand steps and 0.9999 after a million; 3/4 after 10 and
+    215.4 thousand. The live weights are copied while t <= 0.
+
+    Args:
+        inv_gamma: steps of the warm-up's beginning, above 0.
+        power: how fast it grows, above 0.
+        max_decay: strictly between 0 and 1.
+        min_decay: from 0 to `max_decay`.
+        update_after_step: the average begins here.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    inv_gamma: float = 1.0
+    power: float = 2.0 / 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inv_gamma", "power"):
+            fraction_between(name, getattr(self, name), 0.0, math.inf)
+
+    def _decay(self, elapsed_steps: int) -> float:
+        return float(1.0 - (1.0 + elapsed_steps / self.inv_gamma) ** -self.power)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RampSchedule(_WarmUp):
+    """Decay that grows as `(1 + t) / (10 + t)`, t = k - update_after_step, within bounds.
+
+    Source: `EMAModel` of diffusers, which has it from `ExponentialMovingAverage(num_updates=...)` of TensorFlow. The
+    live weights are copied while t <= 0.
+
+    Args:
+        max_decay: strictly between 0 and 1.
+        min_decay: from 0 to `max_decay`.
+        update_after_step: the average begins here.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    def _decay(self, elapsed_steps: int) -> float:
+        return (1.0 + elapsed_steps) / (10.0 + elapsed_steps)

@@ -1,0 +1,144 @@
+"""Schedules whose averaging length grows with the run: power functions, fractions of it, equal weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from dist_ema.errors import ConfigError
+from dist_ema.schedules.base import fraction_between
+
+__all__ = ["EqualSchedule", "HalfLifeSchedule", "PowerSchedule", "gamma_of_sigma_rel", "sigma_rel_of_gamma"]
+
+# Relative width of the flattest profile, gamma = 0: equal weights.
+_WIDEST_SIGMA_REL = 12.0**-0.5
+
+
+def sigma_rel_of_gamma(gamma: float) -> float:
+    """Width of a power-function profile relative to the run, `sqrt((g + 1) / ((g + 2)^2 (g + 3)))` (EDM2, eq. 123)."""
+    return math.sqrt((gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)))
+
+
+def gamma_of_sigma_rel(sigma_rel: float) -> float:
+    """The exponent of that width: the positive root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2 = 0 (EDM2, eq. 126).
+
+    Raises:
+        ConfigError: `sigma_rel` is not above 0 and at most 12^-1/2.
+    """
+    sigma = fraction_between("sigma_rel", sigma_rel, 0.0, _WIDEST_SIGMA_REL * (1.0 + 1e-12))
+    inverse = sigma**-2
+    low, high = 0.0, inverse  # the width falls as gamma grows; at gamma = s^-2 it is below s
+    for _ in range(200):
+        middle = (low + high) / 2.0
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if sigma_rel_of_gamma(middle) > sigma else (low, middle)
+    gamma = (low + high) / 2.0
+    for _ in range(3):  # Newton's steps on the cubic, for the last digits
+        value = ((gamma + 7.0) * gamma + 16.0 - inverse) * gamma + 12.0 - inverse
+        slope = (3.0 * gamma + 14.0) * gamma + 16.0 - inverse
+        gamma -= value / slope
+    return max(gamma, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class PowerSchedule:
+    """The average of a power-function profile: an observation of time tau has a weight in proportion to tau^gamma.
+
+    `beta(t) = (1 - 1/t)^(gamma + 1)` for the t-th step, `m = 1 - beta` (EDM2: arXiv 2312.02696, eq. 127).
+    Update number k is step t = k + 1 ([Note: counting]); the first has beta 0, so the copy of update 0 is part of the
+    formula. Its length is a fixed share of the run so far, whenever that ends: `sigma_rel`, the width of the profile
+    over the length of the run, is 0.05 to 0.25 in the paper.
+
+    Args:
+        sigma_rel: relative width, above 0 and at most 0.2887 (equal weights).
+        gamma: the exponent, at least 0; instead of `sigma_rel`.
+
+    Raises:
+        ConfigError: both or none were given, or the value is out of its range.
+    """
+
+    gamma: float
+
+    def __init__(self, *, sigma_rel: float | None = None, gamma: float | None = None) -> None:
+        if (sigma_rel is None) == (gamma is None):
+            raise ConfigError(
+                f"PowerSchedule was given sigma_rel={sigma_rel!r} and gamma={gamma!r}, expected exactly one, such as "
+                "sigma_rel=0.1"
+            )
+        value = gamma_of_sigma_rel(sigma_rel) if sigma_rel is not None else gamma
+        object.__setattr__(self, "gamma", fraction_between("gamma", value, -1e-300, math.inf))
+
+    def __repr__(self) -> str:
+        return f"PowerSchedule(gamma={self.gamma!r})"
+
+    @property
+    def sigma_rel(self) -> float:
+        """Relative width of the profile."""
+        return sigma_rel_of_gamma(self.gamma)
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        if step == 0:
+            return 1.0
+        return -math.expm1((self.gamma + 1.0) * math.log1p(-1.0 / (step + 1)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {"gamma": self.gamma}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalfLifeSchedule:
+    """A half-life that is a fraction of the steps so far: `decay = 2^(-1 / (fraction * t))` for the t-th step.
+
+    Update number k is step t = k + 1 ([Note: counting]). Where `max_half_life_steps` is given the half-life grows to it
+    and stays: the ramp of EDM and StyleGAN3.
+
+    Source: `half_life_fraction` of torchtitan (arXiv 2602.03702: 0.05); `ema_rampup_ratio` of EDM (arXiv 2206.00364),
+    `beta = 0.5^(1 / min(max_half_life, fraction * t))`.
+
+    Args:
+        fraction: of the steps so far, above 0.
+        max_half_life_steps: in updates; None for no limit.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    fraction: float = 0.05
+    max_half_life_steps: float | None = None
+
+    def __post_init__(self) -> None:
+        fraction_between("fraction", self.fraction, 0.0, math.inf)
+        if self.max_half_life_steps is not None:
+            fraction_between("max_half_life_steps", self.max_half_life_steps, 0.0, math.inf)
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        half_life_steps = self.fraction * (step + 1)
+        if self.max_half_life_steps is not None:
+            half_life_steps = min(half_life_steps, self.max_half_life_steps)
+        return -math.expm1(-math.log(2.0) / half_life_steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualSchedule:
+    """Equal weights of all observations: `m(k) = 1 / (k + 1)`. Stochastic weight averaging (SWA).
+
+    Source: the default `avg_fn` of torch's `AveragedModel` (arXiv 1803.05407), which counts as we do. Usually from a
+    late step on, and not at every step: `after(90_000, every(500, EqualSchedule()))`.
+    """
+
+    def momentum(self, step: int) -> float:
+        """Weight of the live values in update number `step`."""
+        return 1.0 / (step + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {}
