@@ -18,7 +18,7 @@ from dist_ema.plan import Plan
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
-from dist_ema.update import Averages
+from dist_ema.update import Averages, Updater
 
 __all__ = ["AveragedState", "dtype_name"]
 
@@ -49,6 +49,7 @@ class AveragedState:
         self.schedules = dict(schedules)
         self.shards = plan.owned(averaged=True)
         self.averages: dict[str, Averages] = {}
+        self._updater = Updater((), ())
         self.swapped: str | None = None
         self._num_updates = 0
         self._last_skipped: LateFlag | None = None
@@ -59,6 +60,7 @@ class AveragedState:
         """Make room for the averaged values."""
         dtype, device = self.options.dtype, self.options.device
         self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
+        self._updater = Updater(self.shards, list(self.averages.values()))
 
     @property
     def num_updates(self) -> int:
@@ -82,14 +84,13 @@ class AveragedState:
                 averages.copy_live()
         elif step % options.interval == 0:
             # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
-            momenta = {
-                name: momentum_of_update(
+            momenta = [
+                momentum_of_update(
                     schedule, step, interval=options.interval, interval_correction=options.interval_correction
                 )
-                for name, schedule in self.schedules.items()
-            }
-            for name, momentum in momenta.items():
-                self.averages[name].lerp(momentum, unless=found_inf)
+                for schedule in self.schedules.values()
+            ]
+            self._updater.lerp(momenta, unless=found_inf)
         self._not_started = []
         self._num_updates = step + 1
         self._last_skipped = None if found_inf is None else LateFlag(found_inf)
