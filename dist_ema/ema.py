@@ -47,6 +47,8 @@ class ShardedEMA:
         include: glob pattern or patterns of names to average; None for all.
         exclude: glob pattern or patterns of names not to average; wins over `include`. What is not averaged is
             shown live, in the model as in the files.
+        skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
+            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -74,6 +76,7 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         self._exchange = Exchange()
         self._on_detach: list[Callable[[], None]] = []
@@ -87,6 +90,7 @@ class ShardedEMA:
                 device=checked_device(device),
                 include=name_patterns("include", include),
                 exclude=name_patterns("exclude", exclude),
+                skip_nonfinite=skip_nonfinite,
             )
 
         if dtype in (torch.bfloat16, torch.float16):
@@ -125,6 +129,10 @@ class ShardedEMA:
     def nbytes(self) -> int:
         """Bytes of averaged values on this rank, all tracks together."""
         return self._state.nbytes
+
+    def num_refused(self) -> int:
+        """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
+        return self._storage.num_refused()
 
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication, no host sync.

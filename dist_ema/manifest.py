@@ -54,6 +54,7 @@ class Manifest:
 
     Attributes:
         num_updates: calls of `update` so far.
+        num_refused: live values that `skip_nonfinite` has left out, over all ranks and updates.
         options: the options that shape the averaged values.
         tracks: track name -> its schedule, as JSON.
         tensors: fqn -> shape, dtype and kind.
@@ -69,6 +70,7 @@ class Manifest:
     tensors: Mapping[str, SavedTensor]
     aliases: Mapping[str, str]
     written_by: Mapping[str, Any]
+    num_refused: int = 0
     files: Mapping[str, SavedFile] = dataclasses.field(default_factory=dict)
     checksums: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
@@ -85,9 +87,9 @@ class Manifest:
             if saved.tracks[name] != schedule
         ]
         return told + [
-            f"it was saved with {key}={saved.options.get(key)!r}; this run goes on with {key}={value!r}"
+            f"it was saved with {key}={saved.options[key]!r}; this run goes on with {key}={value!r}"
             for key, value in self.options.items()
-            if saved.options.get(key) != value
+            if key in saved.options and saved.options[key] != value
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -157,6 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
             _check_record(record)
         manifest = Manifest(
             num_updates=_counter(record["num_updates"]),
+            num_refused=_counter(record.get("num_refused", 0)),
             options=_object(record["options"]),
             tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
             tensors={fqn: _tensor(saved) for fqn, saved in _filled(record["tensors"])},

@@ -30,6 +30,7 @@ class Options:
         device: where they are kept; None for the device of each live tensor.
         include: glob patterns of names to average; empty for all.
         exclude: glob patterns of names not to average; wins over `include`.
+        skip_nonfinite: leave out live values that are infinite or not a number.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -42,10 +43,11 @@ class Options:
     device: torch.device | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
-        for name in ("interval_correction", "update_buffers"):
+        for name in ("interval_correction", "update_buffers", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.dtype not in _AVERAGED_DTYPES:
@@ -80,6 +82,7 @@ class Options:
             "dtype": str(self.dtype).removeprefix("torch."),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "skip_nonfinite": self.skip_nonfinite,
         }
 
 

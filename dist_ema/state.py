@@ -53,6 +53,8 @@ class AveragedState:
         self.swapped: str | None = None
         self._num_updates = 0
         self._last_skipped: LateFlag | None = None
+        # Live values that were left out before a checkpoint was loaded; on one rank, for all.
+        self.num_refused_before = 0
         # Indices of shards whose average a checkpoint did not have: the live values at their next use.
         self._not_started: list[int] = []
 
@@ -60,7 +62,8 @@ class AveragedState:
         """Make room for the averaged values."""
         dtype, device = self.options.dtype, self.options.device
         self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
-        self._updater = Updater(self.shards, list(self.averages.values()))
+        tracks, skip = list(self.averages.values()), self.options.skip_nonfinite
+        self._updater = Updater(self.shards, tracks, skip_nonfinite=skip)
 
     @property
     def num_updates(self) -> int:
@@ -75,13 +78,17 @@ class AveragedState:
         """Bytes of averaged values on this rank."""
         return sum(averages.nbytes for averages in self.averages.values())
 
+    @property
+    def num_refused(self) -> int:
+        """Live values that were left out on this rank; waits for the device."""
+        return self.num_refused_before + self._updater.num_refused
+
     def update(self, found_inf: torch.Tensor | None) -> None:
         """One update of all tracks: see `ShardedEMA.update`."""
         step, options = self.num_updates, self.options
         self._start_from_live()
         if step == 0:
-            for averages in self.averages.values():
-                averages.copy_live()
+            self._updater.copy_live()
         elif step % options.interval == 0:
             # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
             momenta = [
@@ -127,14 +134,17 @@ class AveragedState:
         self.averages[track].replace(values)
         self._num_updates, self._last_skipped = num_updates, None
 
+    def forget_refused(self, *, before: int) -> None:
+        """Count anew the live values that are left out, from those `before`."""
+        self.num_refused_before = before - self._updater.num_refused
+
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first one does."""
         self._num_updates, self._last_skipped, self._not_started = 0, None, []
 
     def _start_from_live(self) -> None:
         if self._not_started:
-            for averages in self.averages.values():
-                averages.copy_live(self._not_started)
+            self._updater.copy_live(self._not_started)
 
     def track(self, name: str | None) -> str:
         """The track of that name, or the only one.
@@ -186,11 +196,12 @@ class AveragedState:
             return own
         return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
 
-    def manifest(self, world_size: int) -> Manifest:
+    def manifest(self, world_size: int, *, num_refused: int = 0) -> Manifest:
         """What a checkpoint written now says of itself."""
         dtypes = self.dtypes()
         return Manifest(
             num_updates=self.num_updates,
+            num_refused=num_refused,
             options=self.options.to_json(),
             tracks={name: schedule_to_json(schedule) for name, schedule in self.schedules.items()},
             tensors={

@@ -57,6 +57,8 @@ class Storage:
             return absolute(path), self._manifest(), {name: state.pieces(name) for name in state.schedules}, files
 
         target, manifest, tracks, files = self._together("save", prepare)
+        if self._state.options.skip_nonfinite:
+            manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
         same = {"call": "save", "path": str(target), "num_updates": manifest.num_updates}
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size), "background": background})
         warn_of_differing_replicas(self._exchange, self._state.plan)
@@ -74,6 +76,7 @@ class Storage:
         filled = self._exchange.agree("load", state.targets)
         saved, found = load_average(self._exchange, target, state.shards, now, escapes, filled, verify=verify)
         state.restore(filled, found, saved.num_updates)
+        state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
         for change in now.changes_since(saved) if self._exchange.rank == 0 else ():
             warnings.warn(f"{target}: {change}", UserWarning, stacklevel=3)
 
@@ -117,6 +120,15 @@ class Storage:
         name, values, count = self._together("load_sharded_state_dict", prepare)
         self._exchange.compare({"call": "load_sharded_state_dict", "track": name, "num_updates": count})
         state.take_over(name, values, count)
+
+    def num_refused(self) -> int:
+        """See `ShardedEMA.num_refused`."""
+        self._exchange.arrive("num_refused")
+        return self._sum_refused()
+
+    def _sum_refused(self) -> int:
+        (total,) = self._exchange.sum_integers([self._state.num_refused])
+        return total
 
     def _together(self, call: str, prepare: Callable[[], T]) -> T:
         """See that all ranks come, that no save is under way, and that the local work succeeds on all."""

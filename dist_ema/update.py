@@ -93,15 +93,39 @@ class Updater:
     Args:
         shards: those of the averages.
         tracks: the averages, all of one dtype and on the same devices.
+        skip_nonfinite: leave out live values that are infinite or not a number, element by element.
     """
 
-    def __init__(self, shards: Sequence[Shard], tracks: Sequence[Averages]) -> None:
+    def __init__(self, shards: Sequence[Shard], tracks: Sequence[Averages], *, skip_nonfinite: bool = False) -> None:
         self._shards = tuple(shards)
         self._tracks = tuple(tracks)
+        self._skip_nonfinite = skip_nonfinite
+        self._refused: dict[torch.device, torch.Tensor] = {}
         self._views: list[torch.Tensor] | None = None
         self._whole = _Group([], [])
         self._blocks: list[_Group] = []
         self._staged: list[_Group] = []
+
+    @property
+    def num_refused(self) -> int:
+        """Live values that were left out on this rank; waits for the device."""
+        return sum(int(count.item()) for count in self._refused.values())
+
+    @torch.no_grad()
+    def copy_live(self, indices: Sequence[int] | None = None) -> None:
+        """Set all averages, or those of these shards, to the live values; 0 for those left out. No communication."""
+        for track in self._tracks:
+            track.copy_live(indices)
+        if self._skip_nonfinite and self._tracks:
+            chosen = range(len(self._shards)) if indices is None else indices
+            for index in chosen:
+                self._count(~torch.isfinite(self._tracks[0].values[index]))
+                for track in self._tracks:
+                    track.values[index].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _count(self, refused: torch.Tensor) -> None:
+        count = self._refused.setdefault(refused.device, torch.zeros((), dtype=torch.int64, device=refused.device))
+        count += refused.sum()
 
     @torch.no_grad()
     def lerp(self, momenta: Sequence[float], *, unless: torch.Tensor | None = None) -> None:
@@ -122,8 +146,27 @@ class Updater:
         for group in self._staged:
             scratch = [torch.empty_like(averaged) for averaged in group.tracks[0]]
             torch._foreach_copy_(scratch, group.live)
+            if self._skip_nonfinite:
+                self._lerp_finite(group, scratch, active, unless)
+                continue
             for index, momentum in active:
                 _lerp(group.tracks[index], scratch, momentum, unless)
+
+    def _lerp_finite(
+        self,
+        group: _Group,
+        live: list[torch.Tensor],
+        active: Sequence[tuple[int, float]],
+        unless: torch.Tensor | None,
+    ) -> None:
+        finite = [torch.isfinite(value) for value in live]
+        for each in finite:
+            self._count(~each)
+        for index, momentum in active:
+            averaged = group.tracks[index]
+            # The averaged value stands for one that is left out: lerp(a, a, m) is a.
+            kept = [torch.where(*three) for three in zip(finite, live, averaged, strict=True)]
+            _lerp(averaged, kept, momentum, unless)
 
     def _follow_live(self) -> None:
         """Prepare the lists of an update, anew only if the memory behind some live tensor has been replaced.
@@ -138,7 +181,7 @@ class Updater:
         staged: list[tuple[int, torch.Tensor]] = []
         for index, shard in enumerate(self._shards):
             live, averaged = shard.live(), self._tracks[0].values[index]
-            alike = live.dtype == averaged.dtype and live.device == averaged.device
+            alike = live.dtype == averaged.dtype and live.device == averaged.device and not self._skip_nonfinite
             (direct if alike else staged).append((index, live))
         self._whole = _Group(
             [live for _, live in direct], [[track.values[index] for index, _ in direct] for track in self._tracks]
