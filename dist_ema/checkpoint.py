@@ -14,7 +14,7 @@ import dataclasses
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -121,18 +121,15 @@ class _Save:
     def run(self, tracks: Mapping[str, Pieces]) -> None:
         """Collective. All stages."""
         try:
-            token: str = self._exchange.broadcast_object(self._on_rank_0(self._create))
+            token = self._exchange.on_rank_0(self._action, self._create)
             writers = self._writers(token)
             checksums = {track: self._write(folder, tracks[track], writers) for folder, track in self._folders.items()}
-            self._on_rank_0(lambda: self._finish(token, checksums))
+            self._exchange.on_rank_0(self._action, lambda: self._finish(token, checksums))
         except BaseException:
             if self._exchange.rank == 0:
                 with suppress(OSError):  # the next save clears what stays
                     commit.discard(self._target)
             raise
-
-    def _on_rank_0(self, work: Callable[[], str]) -> str:
-        return self._exchange.agree(self._action, work if self._exchange.rank == 0 else str)
 
     def _create(self) -> str:
         """Make the staging folder and its files. Returns the name of a file by which the ranks recognise it."""
@@ -172,13 +169,12 @@ class _Save:
             return {}
         return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
 
-    def _finish(self, token: str, checksums: Mapping[str, Mapping[str, int]]) -> str:
+    def _finish(self, token: str, checksums: Mapping[str, Mapping[str, int]]) -> None:
         if self._manifest is not None:
             manifest = dataclasses.replace(self._manifest, files=self._saved_files(), checksums=checksums)
             write_whole(self._staging / MANIFEST_NAME, manifest.to_bytes())
         (self._staging / token).unlink()
         commit.publish(self._target)
-        return ""
 
     def _saved_files(self) -> dict[str, SavedFile]:
         files = {file.name: SavedFile(file.size_bytes, checksum(file.header)) for file in self._files.files}

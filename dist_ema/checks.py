@@ -70,6 +70,21 @@ def real_number(name: str, value: object) -> float:
     return number
 
 
+def positive_number(name: str, value: object) -> float:
+    """`value`, which may be text, as a finite float above 0.
+
+    Raises:
+        ConfigError: it is not such a number.
+    """
+    try:
+        number = real_number(name, float(value) if isinstance(value, str) else value)
+    except ValueError:
+        number = 0.0
+    if number <= 0.0:
+        raise ConfigError(f"{name} is {value!r}, expected a number above 0")
+    return number
+
+
 def absolute(path: object) -> Path:
     """A folder's path, absolute, links resolved, with `~` expanded.
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
-from dist_ema.saved import damage_told, damaged_tensors, read_saved
+from dist_ema.saved import check_files, damage_told, damaged_tensors, read_saved
 from dist_ema.schedules.records import schedule_from_json, schedule_text
 
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "verify"]
@@ -120,7 +120,9 @@ def _progress(total_bytes: int) -> tqdm[Any]:
 def inspect(chosen: argparse.Namespace) -> str:
     """Tell what a saved average is."""
     folder = find_saved(chosen.src)
-    facts = _facts(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    facts = _facts(folder, manifest)
     return json.dumps(facts, indent=1) if chosen.json else _told(facts)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "is_average",
     "is_export",
     "link",
+    "name_of",
     "publish",
     "resolve",
     "stage",
@@ -148,8 +149,13 @@ def averages_in(folder: Path) -> list[Path]:
     """The saved averages in a folder, by name; a former one stands for one whose commit was cut off."""
     found = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
     for path in folder.glob(".*.old"):
-        found.setdefault(path.name[1:-4], path)
+        found.setdefault(name_of(path), path)
     return [found[name] for name in sorted(found) if is_average(found[name])]
+
+
+def name_of(folder: Path) -> str:
+    """The name of a committed folder, also of a former one whose commit was cut off."""
+    return folder.name[1:-4] if folder.name.startswith(".") else folder.name
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dist_ema.checks import positive_number
 from dist_ema.errors import CheckpointError, CommunicationError, DistEMAError, RankMismatchError, error_class
 
 __all__ = ["Exchange", "broadcast_from"]
@@ -33,7 +34,7 @@ __all__ = ["Exchange", "broadcast_from"]
 T = TypeVar("T")
 
 # How long a rank waits for the others to make the same call, before it says that they did not.
-ARRIVAL_SECONDS = float(os.environ.get("DIST_EMA_ARRIVAL_SECONDS", "30"))
+ARRIVAL_SECONDS = positive_number("DIST_EMA_ARRIVAL_SECONDS", os.environ.get("DIST_EMA_ARRIVAL_SECONDS", "30"))
 # How long it waits within a call that all have made: a slow disk is no error.
 _STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -137,7 +138,7 @@ class Exchange:
                 f"{call}: rank {self.rank} waited {waited_seconds:.0f} s, and not all {self.world_size} ranks "
                 "came; perhaps one died, or did something else. Every rank must make the same call, at the same place "
                 "of the program: do not put it under `if is_main_process`. If ranks may be further apart in time, set "
-                f"DIST_EMA_ARRIVAL_SECONDS for all of them ({str(error).splitlines()[0]})"
+                "DIST_EMA_ARRIVAL_SECONDS in the environment of all of them"
             ) from error
 
     @contextmanager
@@ -171,6 +172,30 @@ class Exchange:
             failure = error
         self.settle(action, failure)
         return result  # type: ignore[return-value]
+
+    def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
+        """Collective: every rank must call it. Runs `work` on rank 0 and gives its result, or its error, to all ranks.
+
+        For what one rank decides for all; `work` must not communicate, and its result must survive a pickle.
+
+        Raises:
+            CommunicationError: other ranks are gone.
+            DistEMAError: what `work` raised, the same on every rank.
+        """
+        told: tuple[Any, tuple[str, str] | None] = (None, None)
+        cause: Exception | None = None
+        if self.rank == 0:
+            try:
+                told = (work(), None)
+            except Exception as error:
+                kind, message = _describe(error)
+                known = isinstance(error, DistEMAError)
+                told = (None, (kind, message if known else f"{action}: rank 0 failed: {message}"))
+                cause = None if known else error
+        result, failure = self.broadcast_object(told)
+        if failure is not None:
+            raise error_class(failure[0])(failure[1]) from cause
+        return result  # type: ignore[no-any-return]
 
     def settle(self, action: str, failure: Exception | None) -> None:
         """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.

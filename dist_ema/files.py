@@ -122,7 +122,7 @@ def plan_files(
             max_shard_size=max_shard_size,
         )
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or '5GB': {error}") from error
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'") from error
     files = tuple(
         _plan_file(name, [ordered[fqn] for fqn in fqns], metadata) for name, fqns in split.filename_to_tensors.items()
     )

@@ -113,6 +113,11 @@ def read_model_folder(folder: Path) -> StoredModel:
     """
     index_path = folder / INDEX_NAME
     if not os.path.lexists(index_path):
+        if not os.path.lexists(folder / ONE_FILE_NAME):
+            raise CheckpointCorruptError(
+                f"{folder} has neither {ONE_FILE_NAME} nor {INDEX_NAME}, expected a folder of safetensors: one of "
+                "them is missing, or it is another kind of folder"
+            )
         file = read_header(folder / ONE_FILE_NAME)
         return StoredModel({ONE_FILE_NAME: file}, file.tensors, None)
     content = read_small(index_path)

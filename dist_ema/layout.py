@@ -143,6 +143,9 @@ class Shard:
     held: Held
     box: Box
 
+    def __repr__(self) -> str:
+        return f"Shard(fqn={self.fqn!r}, offsets={self.offsets}, sizes={self.sizes}, global_shape={self.global_shape})"
+
     @property
     def fqn(self) -> str:
         """Canonical name of the tensor."""

@@ -83,8 +83,7 @@ def load_average(
         _check_tracks(saved, list(now.tracks))
         return saved, _common_tensors(saved, now.tensors, escapes)
 
-    found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
-    saved, common = exchange.broadcast_object(found)
+    saved, common = exchange.on_rank_0(action, find)
     blind = _blind_ranks(exchange, saved.folder, lambda: _sees_average(saved))
     for track in now.tracks:
         names = {shard.fqn: shard.fqn for shard in shards if shard.fqn in common}
@@ -122,13 +121,17 @@ def load_model(
     action = f"loading {source}"
 
     def find() -> tuple[StoredModel, dict[str, str]]:
-        model = read_model_folder(source)
+        if source.is_file():
+            file = read_header(source)
+            model = StoredModel({source.name: file}, file.tensors, None)
+        else:
+            model = read_model_folder(source)
         return model, _stored_names(source, model, plan, escapes)
 
-    found = exchange.agree(action, lambda: find() if exchange.rank == 0 else None)
-    model, names = exchange.broadcast_object(found)
-    blind = _blind_ranks(exchange, source, lambda: _sees_model(source, model))
-    _Loading(exchange, action, source, model, blind).run(shards, names, targets, {})
+    model, names = exchange.on_rank_0(action, find)
+    folder = source.parent if source.suffix == ".safetensors" else source
+    blind = _blind_ranks(exchange, folder, lambda: _sees_model(folder, model))
+    _Loading(exchange, action, folder, model, blind).run(shards, names, targets, {})
     return set(names)
 
 
@@ -228,6 +231,7 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
     """The averaged tensors of this run that the checkpoint has as this run expects them."""
     tensors = saved.manifest.tensors
     missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
+    different = []
     extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
     if missing or extra:
         raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
@@ -239,11 +243,13 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
         if found is not None and alike and (found.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
         elif found is not None and not _matches(fqn, escapes.new):
-            raise CheckpointMismatchError(
-                f"{saved.folder} has {fqn} as {_told(found)}, expected {_told(wanted)}: it is of another model, or was "
-                "saved with other options (dtype, update_buffers, include, exclude). To start from the live weights, "
-                f"load with new={fqn!r}"
-            )
+            different.append(f"{fqn} as {_told(found)}, expected {_told(wanted)}")
+    if different:
+        raise CheckpointMismatchError(
+            f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
+            "tensors differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
+            "exclude). To start the averages of such tensors from the live weights, name them: load(..., new='head.*')"
+        )
     return common
 
 

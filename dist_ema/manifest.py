@@ -121,11 +121,12 @@ def find_saved(source: Path) -> Path:
     if len(inside) == 1:
         return inside[0]
     if inside:
-        names = ", ".join(path.name for path in inside)
+        names = ", ".join(commit.name_of(path) for path in inside)
         raise CheckpointNotFoundError(f"{folder} holds several averages ({names}): give the folder of one of them")
     raise CheckpointNotFoundError(
         f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}. An export "
-        "(ShardedEMA.consolidate) has none: load its files with safetensors"
+        "(ShardedEMA.consolidate) has none: load its files with safetensors, or begin an average there with "
+        "ShardedEMA.start_from"
     )
 
 
@@ -176,7 +177,10 @@ def read_manifest(folder: Path) -> Manifest:
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointCorruptError(f"{path} lacks or misstates a field: {repr(error)[:300]}") from error
+        lacks = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointCorruptError(
+            f"{path} is not as it was written: {lacks[:300]}. Restore it from a copy, or use an older checkpoint"
+        ) from error
     return manifest
 
 

@@ -24,7 +24,7 @@ from dist_ema.headers import (
 )
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_manifest
 
-__all__ = ["SavedAverage", "damage_told", "damaged_tensors", "read_saved", "stored_bytes"]
+__all__ = ["SavedAverage", "check_files", "damage_told", "damaged_tensors", "read_saved", "stored_bytes"]
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -59,7 +59,9 @@ class SavedAverage:
         if name is None and len(tracks) == 1:
             return tracks[0]
         if name is None or name not in tracks:
-            raise CheckpointMismatchError(f"track is {name!r}, {self.folder} holds {tracks}: name one of these")
+            raise CheckpointMismatchError(
+                f"track is {name!r}, but {self.folder} has others: name one of these: {', '.join(tracks)}"
+            )
         return name
 
 
@@ -78,12 +80,30 @@ def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverag
     folder = find_saved(source)
     manifest = read_manifest(folder)
     models = {}
+    check_files(folder, manifest)
     for track in manifest.tracks if tracks is None else tracks:
         below = manifest.folder_of(track)
         models[track] = read_model_folder(folder / below)
         _check_tensors(folder / below, manifest, models[track])
         _check_files(folder, below, manifest, models[track])
     return SavedAverage(folder, manifest, checksum(read_small(folder / MANIFEST_NAME)), models)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """See that every file of the manifest is there, at its size; their content is not looked at.
+
+    Raises:
+        CheckpointCorruptError: one is missing, or has another size.
+    """
+    for name, file in manifest.files.items():
+        try:
+            size_bytes = (folder / name).stat().st_size
+        except OSError:
+            raise CheckpointCorruptError(f"{folder / name} is missing, though {MANIFEST_NAME} lists it") from None
+        if size_bytes != file.size_bytes:
+            raise CheckpointCorruptError(
+                f"{folder / name} is damaged: it has {size_bytes} bytes, {MANIFEST_NAME} says {file.size_bytes}"
+            )
 
 
 def _check_tensors(folder: Path, manifest: Manifest, model: StoredModel) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import sealed
 from oracle import NaiveAverage
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -431,8 +433,11 @@ def test_a_file_of_another_dtype_than_its_manifest_says_is_refused(tmp_path) -> 
     ema = ShardedEMA(nn.Linear(2, 2), HALF)
     ema.save(tmp_path / "ema")
     path = tmp_path / "ema" / "model.safetensors"
-    save_file({name: value.to(torch.int8) for name, value in load_file(path).items()}, path)
-    with pytest.raises(CheckpointCorruptError, match="int8"):
+    save_file({name: value.to(torch.int32) for name, value in load_file(path).items()}, path)
+    record = json.loads((tmp_path / "ema" / "manifest.json").read_text())
+    record["files"]["model.safetensors"]["size_bytes"] = path.stat().st_size
+    (tmp_path / "ema" / "manifest.json").write_text(sealed(record))
+    with pytest.raises(CheckpointCorruptError, match="int32"):
         ema.load(tmp_path / "ema")
 
 
