@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
+import traceback
 from collections.abc import Callable, Mapping
 
 import torch
@@ -35,7 +35,6 @@ class Background:
         """Collective at the first call: every rank must call it. The traffic of the thread."""
         if self._exchange is None:
             self._exchange = Exchange(separate=True)
-            atexit.register(_wait_at_exit, weakref.ref(self))
         return self._exchange
 
     @torch.no_grad()
@@ -61,8 +60,12 @@ class Background:
 
     def start(self, work: Callable[[], None]) -> None:
         """Have the thread do `work`. No communication here; `wait` must have been called."""
+        before = _under_way[-1]._thread if _under_way else None
 
         def run() -> None:
+            # All saves share one process group: one after the other, on every rank in the order of the calls.
+            if before is not None:
+                before.join()
             try:
                 work()
             except BaseException as error:
@@ -70,6 +73,7 @@ class Background:
 
         # Not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
+        _under_way.append(self)
         self._thread.start()
 
     def wait(self) -> None:
@@ -81,12 +85,20 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            _under_way.remove(self)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
 
-def _wait_at_exit(reference: weakref.ref[Background]) -> None:
-    background = reference()
-    if background is not None:
-        background.wait()
+# Those whose error nobody has seen yet, in the order of the calls. Kept alive until then.
+_under_way: list[Background] = []
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    while _under_way:
+        try:
+            _under_way[0].wait()
+        except Exception:
+            traceback.print_exc()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -150,13 +149,11 @@ class _Save:
         """The ranks that see the staging folder of rank 0, and not another one at the same path."""
         sees = self._exchange.gather_objects(_appears(self._staging / token))
         writers = [rank for rank, seen in enumerate(sees) if seen]
-        if len(writers) < len(sees) and self._exchange.rank == 0:
-            warnings.warn(
+        if len(writers) < len(sees):
+            self._exchange.warn(
                 f"{len(sees) - len(writers)} of {len(sees)} ranks do not see the folder that rank 0 makes for "
                 f"{self._target}: their slices are sent to the others and written there, which is slower. Save to a "
-                "file system that all nodes share",
-                UserWarning,
-                stacklevel=2,
+                "file system that all nodes share"
             )
         return writers
 
@@ -190,8 +187,10 @@ class _Save:
 def _appears(path: Path) -> bool:
     """Whether a file is there, or comes to be seen shortly."""
     deadline = time.monotonic() + _LOOKING_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() < deadline:
+        # A rank that may not look (root squashing) counts as one that does not see.
+        with suppress(OSError):
+            if path.exists():
+                return True
         time.sleep(0.05)
-    return True
+    return False

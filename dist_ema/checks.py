@@ -71,7 +71,7 @@ def real_number(name: str, value: object) -> float:
 
 
 def positive_number(name: str, value: object) -> float:
-    """`value`, which may be text, as a finite float above 0.
+    """`value`, which may be text, as a finite float of at least 1.
 
     Raises:
         ConfigError: it is not such a number.
@@ -80,8 +80,8 @@ def positive_number(name: str, value: object) -> float:
         number = real_number(name, float(value) if isinstance(value, str) else value)
     except ValueError:
         number = 0.0
-    if number <= 0.0:
-        raise ConfigError(f"{name} is {value!r}, expected a number above 0")
+    if number < 1.0:
+        raise ConfigError(f"{name} is {value!r}, expected a number of at least 1")
     return number
 
 
@@ -97,3 +97,5 @@ def absolute(path: object) -> Path:
         return Path(os.path.realpath(os.path.expanduser(os.fspath(path))))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         raise ConfigError(f"path is {path!r}, expected the name of a folder") from None
+    except FileNotFoundError:
+        raise ConfigError(f"path is {path!r}, but the working folder was removed: give an absolute path") from None

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dist_ema import commands
 from dist_ema._version import __version__
@@ -35,27 +35,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception) -> int:
-    print(_printable(f"dist-ema: {error}"), file=sys.stderr)
+    if sys.stderr is not None:
+        print(_printable(f"dist-ema: {error}", sys.stderr), file=sys.stderr)
     return 1
 
 
 def _print(told: str) -> int:
+    if sys.stdout is None:
+        return _complain(OSError("there is no standard output"))
     try:
-        print(_printable(told))
+        print(_printable(told, sys.stdout))
         sys.stdout.flush()
     except OSError as error:
         # Keep the interpreter from complaining at exit. The reader of a pipe that closed has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(error, BrokenPipeError) else 1
+        return 0 if isinstance(error, BrokenPipeError) else _complain(error)
     return 0
 
 
-def _printable(text: str) -> str:
-    """Names in a checkpoint are somebody's input: escape what a terminal would obey."""
-    return "".join(
+def _printable(text: str, stream: TextIO) -> str:
+    """Names in a checkpoint are somebody's input: escape what a terminal would obey, or the stream cannot encode."""
+    encoding = stream.encoding or "utf-8"
+    escaped = "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape", "surrogatepass").decode()
         for each in text
     )
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,21 +13,25 @@ Every function works on local files only and is called by one rank. No communica
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from dist_ema.headers import read_header
+from dist_ema.headers import read_header, read_small
 
 __all__ = [
     "MARK",
     "MARK_VALUE",
     "averages_in",
     "discard",
+    "has_manifest",
     "is_average",
     "is_export",
     "link",
@@ -48,15 +52,33 @@ _OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model
 MARK, MARK_VALUE = "written_by", "dist_ema"
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder looks like a saved average."""
+    return os.path.lexists(folder / "manifest.json")
+
+
 def is_average(folder: Path) -> bool:
-    """Whether the folder is a saved average."""
-    return (folder / "manifest.json").is_file()
+    """Whether the folder is a saved average of this package; a damaged manifest counts if the tensors are ours."""
+    if not has_manifest(folder):
+        return False
+    if _manifest(folder).get("format") == "dist_ema":
+        return True
+    return any(_is_marked(path) for pattern in ("*.safetensors", "*/*.safetensors") for path in folder.glob(pattern))
 
 
 def is_export(folder: Path) -> bool:
     """Whether the folder is an export: files of ours, no manifest."""
     files = list(folder.glob("*.safetensors"))
-    return bool(files) and not is_average(folder) and all(_is_marked(path) for path in files)
+    return bool(files) and not has_manifest(folder) and all(_is_marked(path) for path in files)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says, unchecked; nothing if it cannot be read."""
+    try:
+        record = json.loads(read_small(folder / "manifest.json"))
+    except (CheckpointCorruptError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _is_marked(path: Path) -> bool:
@@ -80,9 +102,11 @@ def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
     _make_parents(target)
     old = _old(target)
     if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
+        if _is_filled(target):
+            _remove(old)
         else:
+            if target.is_dir():
+                target.rmdir()
             old.rename(target)
     if target.exists():
         _check_replaceable(target, replaceable)
@@ -111,16 +135,38 @@ def publish(target: Path) -> None:
     old = _old(target)
     if target.exists():
         target.rename(old)
-    staging_of(target).rename(target)
+    try:
+        staging_of(target).rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
     _sync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
 
 
 def discard(target: Path) -> None:
     """Remove the staged folder of `target`, if there is one."""
-    if staging_of(target).exists():
-        shutil.rmtree(staging_of(target))
+    _remove(staging_of(target))
+    for trash in target.parent.glob(f".{glob.escape(target.name)}.trash-*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; one that cannot be removed now (NFS keeps files that somebody reads) goes out of the way."""
+    if not folder.exists():
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError:
+        if folder.exists():
+            base = folder.name.rpartition(".")[0]
+            folder.rename(folder.parent / f"{base}.trash-{secrets.token_hex(4)}")
+
+
+def _is_filled(folder: Path) -> bool:
+    """Whether something is there that is not an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def resolve(target: Path) -> Path:
@@ -130,8 +176,10 @@ def resolve(target: Path) -> Path:
         CheckpointNotFoundError: neither exists.
     """
     for folder in (target, _old(target)):
-        if folder.is_dir():
+        if folder.is_dir() and _is_filled(folder):
             return folder
+    if target.is_dir():
+        return target
     if target.exists():
         raise CheckpointNotFoundError(f"{target} is a file, expected the folder of a saved average")
     raise CheckpointNotFoundError(
@@ -149,8 +197,9 @@ def averages_in(folder: Path) -> list[Path]:
     """The saved averages in a folder, by name; a former one stands for one whose commit was cut off."""
     found = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
     for path in folder.glob(".*.old"):
-        found.setdefault(name_of(path), path)
-    return [found[name] for name in sorted(found) if is_average(found[name])]
+        if not _is_filled(found.get(name_of(path), folder / "-")):
+            found[name_of(path)] = path
+    return [found[name] for name in sorted(found) if has_manifest(found[name])]
 
 
 def name_of(folder: Path) -> str:
@@ -184,11 +233,13 @@ def _old(target: Path) -> Path:
 def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
-    if target == Path.cwd() or target in Path.cwd().parents:
+    working = _working_folder()
+    if working is not None and (target == working or target in working.parents):
         raise CheckpointError(f"{target} is the working folder, and saving replaces the whole folder: name one in it")
     if any(target.iterdir()) and not replaceable(target):
+        told = "a saved average" if is_average(target) else "no saved average of ours"
         raise CheckpointError(
-            f"{target} is {'a saved average' if is_average(target) else 'no saved average'}, and this call would "
+            f"{target} is {told}, and this call would "
             "replace it by something else: give the name of a new or empty folder"
         )
 
@@ -201,6 +252,8 @@ def _carry_over(source: Path, staging: Path) -> None:
         if path.name in tracks and path.is_dir() and not path.is_symlink():
             if added.is_dir():
                 _carry_over(path, added)
+        elif path.is_dir() and added.is_dir() and not path.is_symlink():
+            _carry_over(path, added)
         elif _OWN_FILE.fullmatch(path.name) or added.exists():
             continue
         elif path.is_dir() and not path.is_symlink():
@@ -220,8 +273,13 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def _track_folders(target: Path) -> set[str]:
+    tracks = _manifest(target).get("tracks")
+    return set(tracks) if isinstance(tracks, dict) and len(tracks) > 1 else set()
+
+
+def _working_folder() -> Path | None:
+    """The working folder; None if it has been removed."""
     try:
-        tracks = json.loads((target / "manifest.json").read_bytes())["tracks"]
-        return set(tracks) if len(tracks) > 1 else set()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        return Path.cwd()
+    except FileNotFoundError:
+        return None

@@ -52,7 +52,7 @@ def read_weights(source: Path, track: str | None) -> dict[str, tuple[Path, Store
     if source.is_file():
         return {name: (source.parent, stored) for name, stored in read_header(source).tensors.items()}
     folder = commit.resolve(source)
-    if commit.is_average(folder) or not any((folder / name).exists() for name in (INDEX_NAME, ONE_FILE_NAME)):
+    if commit.has_manifest(folder) or not any((folder / name).exists() for name in (INDEX_NAME, ONE_FILE_NAME)):
         try:
             saved = read_saved(source)
         except CheckpointNotFoundError:

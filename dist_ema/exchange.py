@@ -19,6 +19,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ class _Groups:
     world: dist.ProcessGroup
     control: dist.ProcessGroup
     arrival: dist.ProcessGroup
+    background: list[dist.ProcessGroup] = dataclasses.field(default_factory=list)  # made at its first use
 
 
 _groups_of_this_world: list[_Groups] = []
@@ -100,8 +102,8 @@ class Exchange:
     Construction is collective: every rank must make it.
 
     Args:
-        separate: use a group of its own, so that a thread may communicate beside the calls of the main one. All ranks
-            must be here already (`arrive`).
+        separate: use the group of background work, so that a thread may communicate beside the calls of the main
+            one. All ranks must be here already (`arrive`).
 
     Raises:
         CommunicationError: the group of its own could not be made; other ranks are gone.
@@ -115,8 +117,10 @@ class Exchange:
         self._arrival = None if groups is None else groups.arrival
         self._group = None if groups is None else groups.control
         if separate and groups is not None:
-            with self._together("preparing to save in the background"):
-                self._group = _soon(lambda: _gloo_group(_STAGE_TIMEOUT), ARRIVAL_SECONDS)
+            if not groups.background:
+                with self._together("preparing to save in the background"):
+                    groups.background.append(_soon(lambda: _gloo_group(_STAGE_TIMEOUT), ARRIVAL_SECONDS))
+            self._group = groups.background[0]
 
     def arrive(self, call: str) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.
@@ -146,10 +150,11 @@ class Exchange:
         """Tell what a broken connection or a timeout of the control group means here."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: the process group was destroyed
             raise CommunicationError(
                 f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
-                f"call; perhaps one died, or did something else ({str(error).splitlines()[0]})"
+                f"call; perhaps one died, or did something else, or the process group was destroyed before wait() "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
     def agree(self, action: str, work: Callable[[], T]) -> T:
@@ -196,6 +201,15 @@ class Exchange:
         if failure is not None:
             raise error_class(failure[0])(failure[1]) from cause
         return result  # type: ignore[no-any-return]
+
+    def warn(self, message: str) -> None:
+        """Collective: every rank must call it. Warns on rank 0; where warnings are errors, all ranks raise."""
+
+        def tell() -> None:
+            if self.rank == 0:
+                warnings.warn(message, UserWarning, stacklevel=6)
+
+        self.agree("warning", tell)
 
     def settle(self, action: str, failure: Exception | None) -> None:
         """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.

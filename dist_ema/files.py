@@ -107,7 +107,11 @@ def plan_files(
         ConfigError: `max_shard_size` cannot be read.
         UnsupportedModelError: a dtype has no name in the format.
     """
+    if isinstance(max_shard_size, bool) or (isinstance(max_shard_size, int | float) and not max_shard_size >= 1):
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
     for fqn, dtype, _ in tensors:
+        if fqn == "__metadata__":
+            raise UnsupportedModelError(f"a tensor is called {fqn!r}, which safetensors reserves: rename it")
         if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
     ordered = {
@@ -123,6 +127,8 @@ def plan_files(
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'") from error
+    if str(max_shard_size).strip().startswith("-"):
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
     files = tuple(
         _plan_file(name, [ordered[fqn] for fqn in fqns], metadata) for name, fqns in split.filename_to_tensors.items()
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -185,12 +184,10 @@ def _blind_ranks(exchange: Exchange, folder: Path, sees: Callable[[], bool]) -> 
     """The ranks that do not see what rank 0 sees at the folder."""
     seen = exchange.gather_objects(exchange.rank == 0 or sees())
     blind = [rank for rank, sight in enumerate(seen) if not sight]
-    if blind and exchange.rank == 0:
-        warnings.warn(
+    if blind:
+        exchange.warn(
             f"{len(blind)} of {len(seen)} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which is "
-            "slower. Load from a file system that all nodes share",
-            UserWarning,
-            stacklevel=2,
+            "slower. Load from a file system that all nodes share"
         )
     return blind
 

@@ -156,6 +156,7 @@ def read_manifest(folder: Path) -> Manifest:
             "dist_ema that wrote it, or a newer one"
         )
     try:
+        _check_depth(record)
         if version >= 2:
             _check_record(record)
         manifest = Manifest(
@@ -176,12 +177,20 @@ def read_manifest(folder: Path) -> Manifest:
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         lacks = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointCorruptError(
             f"{path} is not as it was written: {lacks[:300]}. Restore it from a copy, or use an older checkpoint"
         ) from error
     return manifest
+
+
+def _check_depth(value: object, depth: int = 0) -> None:
+    """Refuse a record that is nested beyond all that we write; it would exhaust the stack of whoever walks it."""
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(each, depth + 1)
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -228,6 +237,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 _LARGEST_SIZE = 2**62
+_DEEPEST = 32
 
 
 def _filled(value: object) -> list[tuple[Any, Any]]:

@@ -105,15 +105,16 @@ def _read(
 def _blocks(values: torch.Tensor, itemsize: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Rows of a 2-D tensor in blocks of bounded size, and the bytes of the file's dtype before each.
 
-    Whole rows; a single row is cut.
+    Whole rows; long rows one by one, in pieces.
     """
     count, numel = values.shape
-    if count == 1:
+    if count == 1 or numel * itemsize > _CHUNK_BYTES:
         step = max(1, _CHUNK_BYTES // itemsize)
-        for first in range(0, numel, step):
-            yield first * itemsize, values[:, first : first + step]
+        for row in range(count):
+            for first in range(0, numel, step):
+                yield (row * numel + first) * itemsize, values[row : row + 1, first : first + step]
         return
-    step = max(1, _CHUNK_BYTES // (numel * itemsize))
+    step = _CHUNK_BYTES // (numel * itemsize)
     for row in range(0, count, step):
         yield row * numel * itemsize, values[row : row + step]
 
@@ -124,11 +125,12 @@ class _Disk:
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self._folder = folder
         self._files = files
-        self._descriptors: dict[int, int] = {}
+        self._descriptors: dict[int, int] = {}  # at most one: tensors come file by file, nearly
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
         """Read the rows, each `stride_bytes` after the one before."""
         if file not in self._descriptors:
+            self.close()
             self._descriptors[file] = open_regular(self._folder / self._files[file])
         for number, row in enumerate(rows):
             read_exactly(self._descriptors[file], row, start + number * stride_bytes)

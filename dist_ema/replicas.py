@@ -7,7 +7,6 @@ A plain module in an initialised process group is taken for a replica on every r
 from __future__ import annotations
 
 import hashlib
-import warnings
 
 import torch
 
@@ -21,12 +20,10 @@ __all__ = ["first_differing_replica", "warn_of_differing_replicas"]
 def warn_of_differing_replicas(exchange: Exchange, plan: Plan) -> None:
     """Collective: every rank must call it. Warns on rank 0 if a tensor that all ranks hold is not alike on them."""
     differing = first_differing_replica(exchange, plan)
-    if differing is not None and exchange.rank == 0:
-        warnings.warn(
+    if differing is not None:
+        exchange.warn(
             f"{differing} is not the same on all ranks, though each holds it whole: the saved average is a mosaic of "
-            "different models. Wrap the model in DistributedDataParallel, or keep the ranks alike yourself",
-            UserWarning,
-            stacklevel=3,
+            "different models. Wrap the model in DistributedDataParallel, or keep the ranks alike yourself"
         )
 
 

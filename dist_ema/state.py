@@ -129,10 +129,10 @@ class AveragedState:
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
         """Take over the averages of one track; the others stay, or start from the live weights of this moment."""
         if self.num_updates == 0:
-            for averages in self.averages.values():
-                averages.copy_live()
+            self._updater.copy_live()
+        self._start_from_live()
         self.averages[track].replace(values)
-        self._num_updates, self._last_skipped = num_updates, None
+        self._num_updates, self._last_skipped, self._not_started = num_updates, None, []
 
     def forget_refused(self, *, before: int) -> None:
         """Count anew the live values that are left out, from those `before`."""

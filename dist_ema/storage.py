@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -75,10 +74,10 @@ class Storage:
         state, now = self._state, self._manifest()
         filled = self._exchange.agree("load", state.targets)
         saved, found = load_average(self._exchange, target, state.shards, now, escapes, filled, verify=verify)
+        for change in now.changes_since(saved):
+            self._exchange.warn(f"{target}: {change}")
         state.restore(filled, found, saved.num_updates)
         state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
-        for change in now.changes_since(saved) if self._exchange.rank == 0 else ():
-            warnings.warn(f"{target}: {change}", UserWarning, stacklevel=3)
 
     def start_from(self, path: PathLike, *, num_updates: int, new: Patterns, dropped: Patterns) -> None:
         """See `ShardedEMA.start_from`."""

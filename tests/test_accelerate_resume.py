@@ -391,6 +391,26 @@ def test_a_save_behind_training_holds_the_values_of_the_call(world, tmp_path, la
     world(2).run(saved_behind_training, layout, str(tmp_path))
 
 
+def ended_early(folder: str) -> None:
+    write_average = storage.write_average
+
+    def write_late(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write_average(*arguments)
+
+    # The real one also destroys the process group, which the tests after this one need.
+    ends = mock.patch.object(Accelerator, "end_training", lambda self: None)
+    with ends, mock.patch.object(storage, "write_average", write_late), new_run("ddp", background=True) as run:
+        run.train(1)
+        run.save(folder)
+        run.accelerator.end_training()
+        assert os.path.exists(os.path.join(folder, "slow", "manifest.json"))
+
+
+def test_the_end_of_training_waits_for_a_save_behind_it(world, tmp_path) -> None:
+    world(2).run(ended_early, str(tmp_path / "ckpt"))
+
+
 def test_a_save_behind_training_needs_more_than_one_checkpoint(tmp_path) -> None:
     configuration = ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True, total_limit=1)
     accelerator = Accelerator(cpu=True, project_config=configuration)

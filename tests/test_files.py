@@ -203,7 +203,11 @@ def bytes_of(strip: Strip) -> list[int]:
 
 def fill(target, text: str) -> None:
     staging = commit.stage(target, commit.is_average)
-    (staging / "manifest.json").write_text(text)
+    (staging / "manifest.json").write_text(f'{{"format": "dist_ema", "content": "{text}"}}')
+
+
+def content_of(folder) -> str:
+    return json.loads((folder / "manifest.json").read_text())["content"]
 
 
 def test_commit_replaces_the_former_folder_and_leaves_nothing_else(tmp_path) -> None:
@@ -211,7 +215,7 @@ def test_commit_replaces_the_former_folder_and_leaves_nothing_else(tmp_path) -> 
     for text in ("old", "new"):
         fill(target, text)
         commit.publish(target)
-    assert (target / "manifest.json").read_text() == "new"
+    assert content_of(target) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["ema"]
 
 
@@ -220,10 +224,10 @@ def test_a_save_cut_off_while_staging_leaves_the_former_one(tmp_path) -> None:
     fill(target, "old")
     commit.publish(target)
     fill(target, "half")
-    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    assert content_of(commit.resolve(target)) == "old"
     fill(target, "newer")
     commit.publish(target)
-    assert (target / "manifest.json").read_text() == "newer"
+    assert content_of(target) == "newer"
 
 
 def test_a_commit_cut_off_between_its_renames_leaves_the_whole_old_one(tmp_path) -> None:
@@ -232,11 +236,11 @@ def test_a_commit_cut_off_between_its_renames_leaves_the_whole_old_one(tmp_path)
     commit.publish(target)
     fill(target, "new")
     target.rename(tmp_path / ".ema.old")  # the first of the two renames
-    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    assert content_of(commit.resolve(target)) == "old"
     fill(target, "newest")  # the next save must not remove the only good one before its own commit
-    assert (commit.resolve(target) / "manifest.json").read_text() == "old"
+    assert content_of(commit.resolve(target)) == "old"
     commit.publish(target)
-    assert (target / "manifest.json").read_text() == "newest"
+    assert content_of(target) == "newest"
     assert [path.name for path in tmp_path.iterdir()] == ["ema"]
 
 

@@ -133,10 +133,24 @@ def attach(
             if accelerator.is_main_process:
                 _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
+    if background:
+        _wait_before_the_end(accelerator, ema)
     ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
+
+
+def _wait_before_the_end(accelerator: Accelerator, ema: ShardedEMA) -> None:
+    """Have `accelerator.end_training()`, which destroys the process group, wait for a save that is under way."""
+    end_training = accelerator.end_training
+
+    def wait_and_end() -> None:
+        ema.wait()
+        end_training()
+
+    accelerator.end_training = wait_and_end
+    ema.on_detach(lambda: setattr(accelerator, "end_training", end_training))
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

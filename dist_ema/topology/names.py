@@ -161,7 +161,9 @@ def check_tensor(named: Named) -> None:
             f"{named.fqns[0]} is on the meta device and has no values: materialise the model first (to_empty, then its "
             "initialisation or a load)"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(_strides(tensor), tensor.shape, strict=True)):
+    if tensor.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(_strides(tensor), tensor.shape, strict=True)
+    ):
         raise UnsupportedModelError(
             f"{named.fqns[0]} is expanded: several of its elements share memory. Make it contiguous()"
         )
