@@ -16,23 +16,26 @@ from dist_ema.cli import main
 CASES = {**ONE_FILE, **SEVERAL_FILES}
 
 
-def averaging(seed: int) -> ShardedEMA:
+def averaging(seed: int) -> tuple[nn.Module, ShardedEMA]:
     torch.manual_seed(seed)
     # 16 elements, so that the last 64 bytes of the file are the weight: it comes after the bias.
     model = nn.Module()
     model.bias, model.weight = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4, 4))
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
-    for _ in range(2):
+    for step in range(2):
+        with torch.no_grad():
+            model.weight.add_(step)  # live and averaged differ
         ema.update()
-    return ema
+    return model, ema
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> dict[bool, Path]:
     """Whether in several files -> folder."""
     folder = tmp_path_factory.mktemp("sound")
-    averaging(0).save(folder / "one")
-    averaging(0).save(folder / "several", max_shard_size=70)
+    _, ema = averaging(0)
+    ema.save(folder / "one")
+    ema.save(folder / "several", max_shard_size=70)
     return {False: folder / "one", True: folder / "several"}
 
 
@@ -44,12 +47,14 @@ def test_damaged_and_hostile_checkpoints_are_refused_everywhere(sound, tmp_path,
     damage(folder)
     content = contents(tmp_path)
 
-    ema = averaging(1)
+    model, ema = averaging(1)
+    live = {name: value.clone() for name, value in model.state_dict().items()}
     before = {name: value.clone() for name, value in ema.full_state_dict().items()}
     with pytest.raises(DistEMAError) as caught:
         ema.load(folder)
     assert type(caught.value) is error, caught.value
     assert ema.num_updates == 2 and all(torch.equal(before[k], v) for k, v in ema.full_state_dict().items())
+    assert all(torch.equal(live[name], value) for name, value in model.state_dict().items())
 
     with pytest.raises(DistEMAError) as caught:
         consolidate_checkpoint(folder, tmp_path / "out")
@@ -68,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_corpus_starts_from_sound_averages(sound, tmp_path, capsys) -> None:
     for several, folder in sound.items():
-        ema = averaging(1)
+        _, ema = averaging(1)
         ema.load(folder)
         consolidate_checkpoint(folder, tmp_path / str(several))
         assert main(["verify", str(folder)]) == 0
@@ -85,7 +90,7 @@ def test_an_average_of_another_model_is_refused(sound) -> None:
 
 def test_every_flipped_bit_is_refused(sound, tmp_path) -> None:
     """One bit of each byte of each file: nothing in a checkpoint is unguarded."""
-    ema = averaging(1)
+    _, ema = averaging(1)
     folder = tmp_path / "ema"
     shutil.copytree(sound[True], folder)
     accepted = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts_zoo import build_layout, set_whole
+from layouts_zoo import build_layout, read_whole, set_whole
 from test_rank_averages import assert_same_bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -221,7 +221,7 @@ def one_fails(folder: str, stage: str) -> str:
     ema.save(folder)
     set_whole(model, 1)
     ema.update()
-    before = ema.full_state_dict()
+    before, live = ema.full_state_dict(), read_whole(model)
     real = os.fsync, writing.host_bytes, commit.publish, commit.stage
 
     def fail(*arguments, **options):
@@ -247,6 +247,7 @@ def one_fails(folder: str, stage: str) -> str:
     if dist.get_rank() == 0:
         assert_same_bits(before, after)
         assert sorted(os.listdir(os.path.dirname(folder))) == ["ema"], "nothing half-written stays"
+    assert_same_bits(read_whole(model), live)
     ema.restart()
     ema.load(folder)
     assert ema.num_updates == 1
