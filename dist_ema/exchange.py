@@ -6,7 +6,7 @@ by default). So work that can fail is done locally first, inside `Exchange.agree
 integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
 It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
 
-Control messages go over a gloo group of their own, so they need no GPU and never mix with the traffic of
+Control messages go over gloo groups of their own, so they need no GPU and never mix with the traffic of
 training.
 """
 

@@ -119,16 +119,15 @@ def load_model(
     """
     action = f"loading {source}"
 
-    def find() -> tuple[StoredModel, dict[str, str]]:
+    def find() -> tuple[Path, StoredModel, dict[str, str]]:
         if source.is_file():
-            file = read_header(source)
+            folder, file = source.parent, read_header(source)
             model = StoredModel({source.name: file}, file.tensors, None)
         else:
-            model = read_model_folder(source)
-        return model, _stored_names(source, model, plan, escapes)
+            folder, model = source, read_model_folder(source)
+        return folder, model, _stored_names(source, model, plan, escapes)
 
-    model, names = exchange.on_rank_0(action, find)
-    folder = source.parent if source.suffix == ".safetensors" else source
+    folder, model, names = exchange.on_rank_0(action, find)
     blind = _blind_ranks(exchange, folder, lambda: _sees_model(folder, model))
     _Loading(exchange, action, folder, model, blind).run(shards, names, targets, {})
     return set(names)

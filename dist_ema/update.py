@@ -28,8 +28,8 @@ __all__ = ["Averages", "Updater"]
 # million elements).
 _SCRATCH_NUMEL = 512 * 1024
 
-# Elements of a block of several tracks: 1 MiB of fp32 on a CPU; on a GPU it must outlast its launch and fit the cache.
-_BLOCK_NUMEL = {"cpu": 524288, "cuda": 4 * 2**20}
+# Elements of a block of several tracks: 2 MiB of fp32 on a CPU; on a GPU it must outlast its launch and fit the cache.
+_BLOCK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 2**20}
 
 
 class Averages:

@@ -90,6 +90,13 @@ def test_averages_start_from_somebody_elses_weights(tmp_path) -> None:
     ema.update()
     assert ema.full_state_dict("fast")["head.weight"].unique().item() == 5.0
     assert ema.full_state_dict("slow")["head.weight"].unique().item() == 4.0
+    values["body.bias"] += 1.0
+    (tmp_path / "folder.safetensors").mkdir()  # what it is decides, not what it is called
+    save_file(values, tmp_path / "folder.safetensors" / "model.safetensors")
+    save_file(values, tmp_path / "weights")
+    for source in ("folder.safetensors", "weights"):
+        ema.start_from(tmp_path / source)
+        assert ema.full_state_dict("fast")["body.bias"].unique().item() == 4.0
     ema.start_from(tmp_path)
     assert ema.num_updates == 1 and ema.full_state_dict("fast")["body.bias"].unique().item() == 3.0
     with pytest.raises(ConfigError, match="num_updates"):
