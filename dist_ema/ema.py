@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from dist_ema.layout import Shard
 from dist_ema.options import Options, checked_device, name_patterns
 from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
-from dist_ema.storage import Storage
+from dist_ema.storage import Stored
 from dist_ema.swap import LiveBackup, put_average
 
 __all__ = ["ShardedEMA"]
@@ -26,7 +25,7 @@ __all__ = ["ShardedEMA"]
 T = TypeVar("T")
 
 
-class ShardedEMA:
+class ShardedEMA(Stored):
     """An exponential moving average of a model's weights, each element kept by exactly one rank.
 
     Collective: every rank of the default process group must construct it. Works on a plain, DDP, FSDP1, FSDP2,
@@ -78,7 +77,7 @@ class ShardedEMA:
         exclude: str | Iterable[str] | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        self._exchange = Exchange()
+        exchange = Exchange()
         self._on_detach: list[Callable[[], None]] = []
 
         def options() -> Options:
@@ -100,8 +99,7 @@ class ShardedEMA:
                 UserWarning,
                 stacklevel=2,
             )
-        self._state = build_state(self._exchange, model, schedule, options)
-        self._storage = Storage(self._exchange, self._state)
+        super().__init__(exchange, build_state(exchange, model, schedule, options))
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -129,10 +127,6 @@ class ShardedEMA:
     def nbytes(self) -> int:
         """Bytes of averaged values on this rank, all tracks together."""
         return self._state.nbytes
-
-    def num_refused(self) -> int:
-        """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
-        return self._storage.num_refused()
 
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication, no host sync.
@@ -245,110 +239,6 @@ class ShardedEMA:
         values = self._prepare_swap("sharded_state_dict", track, prepare)
         return sharded_tensors(self._state.plan, values, self._state.options.dtype)
 
-    def load_sharded_state_dict(
-        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
-    ) -> None:
-        """Collective: every rank must call it. Take over what `dcp.load` put into a `sharded_state_dict`.
-
-        Args:
-            state_dict: of the layout that `sharded_state_dict` gives now.
-            track: which average; may be left out if there is one.
-            num_updates: the counter, which the state dict does not hold: save `ema.num_updates` beside it. If left out,
-                the present one stays, or becomes 1.
-
-        Raises:
-            SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or layouts are not the model's.
-        """
-        self._storage.load_sharded(state_dict, track=track, num_updates=num_updates)
-
-    def save(
-        self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", background: bool = False
-    ) -> None:
-        """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
-
-        The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
-        for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
-        rename; what was there stays until then. See docs/checkpoint_format.md.
-
-        Args:
-            path: the folder; one that an average was saved in before is replaced.
-            max_shard_size: bytes (or "5GB") of a file before the next one begins.
-            background: return as soon as this rank's values are copied to host memory (which is kept for the next such
-                save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
-                joins it and raises its error.
-
-        Raises:
-            SwapError: the averaged weights are in the model.
-            RankMismatchError: the ranks made different calls, or different numbers of updates.
-            CheckpointError: some rank could not write; the same error on all ranks.
-            CommunicationError: some rank did not make the call.
-        """
-        self._storage.save(path, max_shard_size=max_shard_size, background=bool(background))
-
-    def wait(self) -> None:
-        """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
-
-        Raises:
-            CheckpointError: that save failed; the same on all ranks.
-        """
-        self._storage.wait()
-
-    def load(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        new: str | Iterable[str] | None = None,
-        dropped: str | Iterable[str] | None = None,
-        verify: bool = True,
-    ) -> None:
-        """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
-
-        Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
-        anything fails on any rank, nothing has changed on any rank.
-
-        Args:
-            path: what `save` wrote, or the checkpoint that holds it.
-            new: glob patterns of tensors that the checkpoint need not have, or not in this shape: their average
-                starts from the live weights at its next use.
-            dropped: glob patterns of tensors in the checkpoint that this model need not have.
-            verify: compare the checksums of what is read.
-
-        Raises:
-            SwapError: the averaged weights are in the model.
-            CheckpointNotFoundError: there is nothing at `path`.
-            CheckpointMismatchError: it is of another model, other tracks or other options.
-            CheckpointCorruptError: it is damaged.
-            CommunicationError: some rank did not make the call.
-        """
-        self._storage.load(path, new=new, dropped=dropped, verify=bool(verify))
-
-    def start_from(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        num_updates: int = 1,
-        new: str | Iterable[str] | None = None,
-        dropped: str | Iterable[str] | None = None,
-    ) -> None:
-        """Collective: every rank must call it. Begin every track at somebody else's weights.
-
-        Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names.
-                Floating-point values of any dtype; there is no checksum to compare.
-            num_updates: the number of updates that the average counts as having had, which is where its schedules go
-                on; at least 1, as the first update would copy the live weights.
-            new: as in `load`.
-            dropped: as in `load`.
-
-        Raises:
-            SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or shapes differ from the model's.
-            CheckpointCorruptError: a file is missing or damaged.
-            CommunicationError: some rank did not make the call.
-        """
-        self._storage.start_from(path, num_updates=num_updates, new=new, dropped=dropped)
-
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.
 
@@ -357,29 +247,6 @@ class ShardedEMA:
         """
         self._state.refuse_while_swapped("restart")
         self._state.restart()
-
-    def consolidate(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        track: str | None = None,
-        dtype: torch.dtype | None = None,
-        max_shard_size: int | str = "5GB",
-    ) -> None:
-        """Collective: every rank must call it. Write one average as a plain model folder to ship.
-
-        Args:
-            path: the folder; a former export is replaced.
-            track: which average; may be left out if there is one.
-            dtype: floating-point tensors are converted to it, piece by piece; None keeps the averaged dtype.
-            max_shard_size: bytes (or "5GB") of a file before the next one begins.
-
-        Raises:
-            SwapError: the averaged weights are in the model.
-            ConfigError: there is no such track, or `dtype` is not a floating-point one.
-            CheckpointError: some rank could not write; the same error on all ranks.
-        """
-        self._storage.consolidate(path, track=track, dtype=dtype, max_shard_size=max_shard_size)
 
     def detach(self) -> None:
         """Remove every hook that `attach` registered; the average stays usable by hand. No communication."""

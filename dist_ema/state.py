@@ -196,13 +196,13 @@ class AveragedState:
             return own
         return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
 
-    def manifest(self, world_size: int, *, num_refused: int = 0) -> Manifest:
-        """What a checkpoint written now says of itself."""
-        dtypes = self.dtypes()
+    def manifest(self, world_size: int, floating: torch.dtype | None = None) -> Manifest:
+        """What a checkpoint written now says of itself; `floating` as in `dtypes`."""
+        dtypes = self.dtypes(floating)
+        stored = {} if floating is None else {"dtype": dtype_name(floating)}
         return Manifest(
             num_updates=self.num_updates,
-            num_refused=num_refused,
-            options=self.options.to_json(),
+            options={**self.options.to_json(), **stored},
             tracks={name: schedule_to_json(schedule) for name, schedule in self.schedules.items()},
             tensors={
                 spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged)

@@ -1,7 +1,4 @@
-"""The calls that save and load: what all ranks check together before they write or read.
-
-Behind the methods of `ShardedEMA` of the same names, where their arguments and errors are described.
-"""
+"""The calls of `ShardedEMA` that save and load: what all ranks check together before they write or read."""
 
 from __future__ import annotations
 
@@ -26,15 +23,15 @@ from dist_ema.sharded import take_sharded
 from dist_ema.state import AveragedState
 from dist_ema.writing import Pieces
 
-__all__ = ["Storage"]
+__all__ = ["Stored"]
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str] | None
 
 
-class Storage:
-    """The folders of one `ShardedEMA`. Every method but `wait` is collective: every rank must call it."""
+class Stored:
+    """The half of `ShardedEMA` that knows folders."""
 
     def __init__(self, exchange: Exchange, state: AveragedState) -> None:
         self._exchange = exchange
@@ -42,36 +39,125 @@ class Storage:
         self._background = Background()
 
     def wait(self) -> None:
-        """See `ShardedEMA.wait`."""
+        """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
+
+        Raises:
+            CheckpointError: that save failed; the same on all ranks.
+        """
         self._background.wait()
 
-    def save(self, path: PathLike, *, max_shard_size: int | str, background: bool) -> None:
-        """See `ShardedEMA.save`."""
+    def save(self, path: PathLike, *, max_shard_size: int | str = "5GB", background: bool = False) -> None:
+        """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
+        The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
+        for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
+        rename; what was there stays until then. See docs/checkpoint_format.md.
+
+        Args:
+            path: the folder; one that an average was saved in before is replaced.
+            max_shard_size: bytes (or "5GB") of a file before the next one begins.
+            background: return as soon as this rank's values are copied to host memory (which is kept for the next such
+                save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
+                joins it and raises its error.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            CheckpointError: some rank could not write; the same error on all ranks.
+            CommunicationError: some rank did not make the call.
+        """
+        self._save("save", lambda state: absolute(path), None, max_shard_size, bool(background))
+
+    def snapshot(
+        self,
+        path: PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        background: bool = False,
+    ) -> None:
+        """Collective: every rank must call it. Keep the averages of this moment, for `synthesize`.
+
+        Writes `path/updates-<num_updates>`, a folder as `save` writes it, besides those that are there.
+
+        Args:
+            path: the folder of all snapshots of a run.
+            dtype: floating-point tensors are stored in it, torch.bfloat16 say; None keeps the averaged dtype, and only
+                then `load` can go on from the snapshot.
+            max_shard_size: as in `save`.
+            background: as in `save`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: `dtype` is not a floating-point one.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            CheckpointError: some rank could not write; the same error on all ranks.
+            CommunicationError: some rank did not make the call.
+        """
+
+        def place(state: AveragedState) -> Path:
+            return absolute(path) / f"updates-{state.num_updates:09d}"
+
+        self._save("snapshot", place, dtype, max_shard_size, bool(background))
+
+    def _save(
+        self,
+        call: str,
+        place: Callable[[AveragedState], Path],
+        dtype: torch.dtype | None,
+        max_shard_size: int | str,
+        background: bool,
+    ) -> None:
         def prepare() -> tuple[Path, Manifest, dict[str, Pieces], ModelFiles]:
-            state = self._state
-            state.refuse_while_swapped("save")
-            texts = state.texts(state.options.dtype)
-            files = model_files(state.plan, state.dtypes(), max_shard_size, texts)
-            return absolute(path), self._manifest(), {name: state.pieces(name) for name in state.schedules}, files
+            state, stored = self._state, floating_dtype("dtype", dtype)
+            state.refuse_while_swapped(call)
+            texts = state.texts(stored or state.options.dtype)
+            files = model_files(state.plan, state.dtypes(stored), max_shard_size, texts)
+            tracks: dict[str, Pieces] = {name: state.pieces(name) for name in state.schedules}
+            return place(state), state.manifest(self._exchange.world_size, stored), tracks, files
 
-        target, manifest, tracks, files = self._together("save", prepare)
+        target, manifest, tracks, files = self._together(call, prepare)
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
-        same = {"call": "save", "path": str(target), "num_updates": manifest.num_updates}
+        same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size), "background": background})
         warn_of_differing_replicas(self._exchange, self._state.plan)
         if not background:
             write_average(self._exchange, target, files, tracks, manifest)
             return
         exchange = self._background.exchange()
-        copies = self._exchange.agree("save", lambda: self._background.copied(tracks))
+        copies = self._exchange.agree(call, lambda: self._background.copied(tracks))
         self._background.start(lambda: write_average(exchange, target, files, copies, manifest))
 
-    def load(self, path: PathLike, *, new: Patterns, dropped: Patterns, verify: bool) -> None:
-        """See `ShardedEMA.load`."""
+    def load(
+        self,
+        path: PathLike,
+        *,
+        new: Patterns = None,
+        dropped: Patterns = None,
+        verify: bool = True,
+    ) -> None:
+        """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
+
+        Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
+        anything fails on any rank, nothing has changed on any rank.
+
+        Args:
+            path: what `save` wrote, or the checkpoint that holds it.
+            new: glob patterns of tensors that the checkpoint need not have, or not in this shape: their average
+                starts from the live weights at its next use.
+            dropped: glob patterns of tensors in the checkpoint that this model need not have.
+            verify: compare the checksums of what is read.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointNotFoundError: there is nothing at `path`.
+            CheckpointMismatchError: it is of another model, other tracks or other options.
+            CheckpointCorruptError: it is damaged.
+            CommunicationError: some rank did not make the call.
+        """
         target, escapes = self._prepare_load("load", path, new, dropped, verify=verify)
-        state, now = self._state, self._manifest()
+        state, now = self._state, self._state.manifest(self._exchange.world_size)
         filled = self._exchange.agree("load", state.targets)
         saved, found = load_average(self._exchange, target, state.shards, now, escapes, filled, verify=verify)
         for change in now.changes_since(saved):
@@ -79,8 +165,30 @@ class Storage:
         state.restore(filled, found, saved.num_updates)
         state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
 
-    def start_from(self, path: PathLike, *, num_updates: int, new: Patterns, dropped: Patterns) -> None:
-        """See `ShardedEMA.start_from`."""
+    def start_from(
+        self,
+        path: PathLike,
+        *,
+        num_updates: int = 1,
+        new: Patterns = None,
+        dropped: Patterns = None,
+    ) -> None:
+        """Collective: every rank must call it. Begin every track at somebody else's weights.
+
+        Args:
+            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names.
+                Floating-point values of any dtype; there is no checksum to compare.
+            num_updates: the number of updates that the average counts as having had, which is where its schedules go
+                on; at least 1, as the first update would copy the live weights.
+            new: as in `load`.
+            dropped: as in `load`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or shapes differ from the model's.
+            CheckpointCorruptError: a file is missing or damaged.
+            CommunicationError: some rank did not make the call.
+        """
         source, escapes = self._prepare_load("start_from", path, new, dropped, num_updates=num_updates)
         start = positive_integer("num_updates", num_updates)  # alike on all ranks by now
         state = self._state
@@ -90,9 +198,26 @@ class Storage:
         state.restore(dict.fromkeys(filled, first), found, start)
 
     def consolidate(
-        self, path: PathLike, *, track: str | None, dtype: torch.dtype | None, max_shard_size: int | str
+        self,
+        path: PathLike,
+        *,
+        track: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
     ) -> None:
-        """See `ShardedEMA.consolidate`."""
+        """Collective: every rank must call it. Write one average as a plain model folder to ship.
+
+        Args:
+            path: the folder; a former export is replaced.
+            track: which average; may be left out if there is one.
+            dtype: floating-point tensors are converted to it, piece by piece; None keeps the averaged dtype.
+            max_shard_size: bytes (or "5GB") of a file before the next one begins.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, or `dtype` is not a floating-point one.
+            CheckpointError: some rank could not write; the same error on all ranks.
+        """
 
         def prepare() -> tuple[Path, Pieces, ModelFiles]:
             state = self._state
@@ -105,10 +230,21 @@ class Storage:
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
         write_export(self._exchange, target, files, pieces)
 
-    def load_sharded(
-        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None, num_updates: int | None
+    def load_sharded_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
     ) -> None:
-        """See `ShardedEMA.load_sharded_state_dict`."""
+        """Collective: every rank must call it. Take over what `dcp.load` put into a `sharded_state_dict`.
+
+        Args:
+            state_dict: of the layout that `sharded_state_dict` gives now.
+            track: which average; may be left out if there is one.
+            num_updates: the counter, which the state dict does not hold: save `ema.num_updates` beside it. If left out,
+                the present one stays, or becomes 1.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or layouts are not the model's.
+        """
         state = self._state
 
         def prepare() -> tuple[str, list[torch.Tensor], int]:
@@ -121,7 +257,7 @@ class Storage:
         state.take_over(name, values, count)
 
     def num_refused(self) -> int:
-        """See `ShardedEMA.num_refused`."""
+        """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
         self._exchange.arrive("num_refused")
         return self._sum_refused()
 
@@ -149,6 +285,3 @@ class Storage:
         told = {name: str(value) for name, value in same.items()}
         self._exchange.compare({"call": call, "path": str(target), **dataclasses.asdict(escapes), **told})
         return target, escapes
-
-    def _manifest(self) -> Manifest:
-        return self._state.manifest(self._exchange.world_size)
