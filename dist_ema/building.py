@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from dist_ema.checkpoint import model_files
+from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
 from dist_ema.schedules.base import Schedule
 from dist_ema.state import AveragedState, dtype_name
+from dist_ema.teacher import Teacher
 from dist_ema.topology.planning import plan_model
 
 __all__ = ["build_state"]
@@ -23,6 +25,7 @@ def build_state(
     model: nn.Module,
     schedule: Schedule | Mapping[str, Schedule],
     options: Callable[[], Options],
+    into: nn.Module | None,
 ) -> AveragedState:
     """Collective: every rank must call it. The averages of `model`, allocated.
 
@@ -31,6 +34,7 @@ def build_state(
         model: the prepared model.
         schedule: a schedule, or one for each track.
         options: makes the options, or raises.
+        into: the teacher that is to hold the averages, or None.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -40,23 +44,44 @@ def build_state(
 
     def prepare() -> AveragedState:
         chosen, schedules = options(), checked_schedules(schedule)
-        plan = plan_model(
-            model,
+        plan_one = functools.partial(
+            plan_model,
             averages=chosen.averages,
             update_buffers=chosen.update_buffers,
             rank=exchange.rank,
             world_size=exchange.world_size,
         )
+        plan = plan_one(model)
         chosen.check_patterns(plan.names)
         plan.check_not_empty()
         model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
-        return AveragedState(plan, chosen, schedules, functools.partial(config_files, model))
+        teacher = None
+        if into is not None:
+            _check_teacher(into, chosen, schedules)
+            teacher = Teacher(plan, plan_one(into), chosen.dtype)
+        return AveragedState(plan, chosen, schedules, functools.partial(config_files, model), teacher)
 
     action = "building the average"
     state = exchange.agree(action, prepare)
     # The boxes of the ranks fit together only if all planned the same model with the same options.
     live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
-    exchange.compare({**state.manifest(exchange.world_size).to_json(), "live_dtypes": live_dtypes})
+    told = {"live_dtypes": live_dtypes, "into": into is not None}
+    exchange.compare({**state.manifest(exchange.world_size).to_json(), **told})
     state.plan.check_covered(exchange.sum_integers(state.plan.owned_numels()))
     exchange.agree(action, state.allocate)
     return state
+
+
+def _check_teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) -> None:
+    if not isinstance(into, nn.Module):
+        raise ConfigError(f"into is a {type(into).__name__}, expected a torch.nn.Module to hold the average")
+    if len(schedules) > 1:
+        raise ConfigError(f"into holds one average, but there are {len(schedules)} tracks: {list(schedules)}")
+    if options.device is not None:
+        raise ConfigError(f"device is {options.device} and into is given, expected one: a teacher lies where it lies")
+    trained = [name for name, parameter in into.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ConfigError(
+            f"{len(trained)} parameters of into require a gradient ({trained[0]}, ...): only the average moves a "
+            "teacher. Call teacher.requires_grad_(False) before it is wrapped"
+        )

@@ -48,6 +48,9 @@ class ShardedEMA(Stored):
             shown live, in the model as in the files.
         skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
             first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch.
+        into: a teacher: keep the average in this module's parameters, so that it can run forward at every step. It has
+            the model's names, shapes and layout (what is excluded it need not have), the averaged dtype, and takes no
+            gradient. It begins as a copy of the model; every rank averages all that it holds of it.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -76,6 +79,7 @@ class ShardedEMA(Stored):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         skip_nonfinite: bool = False,
+        into: nn.Module | None = None,
     ) -> None:
         exchange = Exchange()
         self._on_detach: list[Callable[[], None]] = []
@@ -99,7 +103,7 @@ class ShardedEMA(Stored):
                 UserWarning,
                 stacklevel=2,
             )
-        super().__init__(exchange, build_state(exchange, model, schedule, options))
+        super().__init__(exchange, build_state(exchange, model, schedule, options, into))
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())

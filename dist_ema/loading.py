@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ def load_average(
     exchange: Exchange,
     target: Path,
     shards: Sequence[Shard],
+    fqns: Collection[str],
     now: Manifest,
     escapes: Escapes,
     targets: Mapping[str, Targets],
@@ -60,7 +61,8 @@ def load_average(
     Args:
         exchange: the control traffic of all ranks.
         target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
-        shards: the averaged shards this rank owns.
+        shards: of this rank.
+        fqns: of the shards of all ranks, which together have every element of these tensors.
         now: what this run would write; tracks and tensors must be the same in the checkpoint.
         escapes: the differences that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
@@ -84,9 +86,11 @@ def load_average(
 
     saved, common = exchange.on_rank_0(action, find)
     blind = _blind_ranks(exchange, saved.folder, lambda: _sees_average(saved))
+    wanted = common.intersection(fqns)
     for track in now.tracks:
-        names = {shard.fqn: shard.fqn for shard in shards if shard.fqn in common}
-        expected = _checksums(saved, track, common, now.tensors) if verify else {}
+        names = {fqn: fqn for fqn in wanted}
+        checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
+        expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
         loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
         loading.run(shards, names, targets[track], expected)
     return saved.manifest, common
@@ -171,14 +175,6 @@ class _Loading:
                 raise CheckpointCorruptError(damage_told(self._folder, damaged))
 
 
-def _checksums(
-    saved: SavedAverage, track: str, common: set[str], expected: Mapping[str, SavedTensor]
-) -> dict[str, int]:
-    """The checksums of the tensors that the ranks read; a checkpoint of format version 1 has none."""
-    checksums = saved.manifest.checksums.get(track, {})
-    return {fqn: value for fqn, value in checksums.items() if fqn in common and expected[fqn].averaged}
-
-
 def _blind_ranks(exchange: Exchange, folder: Path, sees: Callable[[], bool]) -> list[int]:
     """The ranks that do not see what rank 0 sees at the folder."""
     seen = exchange.gather_objects(exchange.rank == 0 or sees())
@@ -234,7 +230,7 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
     common = set()
     for fqn, wanted in expected.items():
         found = tensors.get(fqn)
-        # What is shown live is not read, so its dtype does not matter: FSDP1 casts buffers at its first forward.
+        # What is shown live may have another dtype: FSDP1 casts buffers at its first forward.
         alike = found is not None and (found.shape, found.averaged) == (wanted.shape, wanted.averaged)
         if found is not None and alike and (found.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)

@@ -11,13 +11,14 @@ import torch
 
 from dist_ema._version import __version__
 from dist_ema.errors import ConfigError, SwapError
-from dist_ema.layout import Box
+from dist_ema.layout import Box, Shard
 from dist_ema.manifest import Manifest, SavedTensor
 from dist_ema.options import Options
 from dist_ema.plan import Plan
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
+from dist_ema.teacher import Teacher, TeacherAverages
 from dist_ema.update import Averages, Updater
 
 __all__ = ["AveragedState", "dtype_name"]
@@ -28,6 +29,7 @@ class AveragedState:
 
     Attributes:
         plan: the model as boxes.
+        teacher: the module that holds the averages, if they are to run forward.
         texts: dtype of the weights in a folder -> small files that the model wants beside them.
         options: what the user chose.
         schedules: track name -> schedule.
@@ -42,28 +44,35 @@ class AveragedState:
         options: Options,
         schedules: Mapping[str, Schedule],
         texts: Callable[[torch.dtype], Mapping[str, bytes]] = lambda dtype: {},
+        teacher: Teacher | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan = plan if teacher is None else teacher.plan
+        self.teacher = teacher
         self.texts = texts
         self.options = options
         self.schedules = dict(schedules)
         self.shards = plan.owned(averaged=True)
-        self.averages: dict[str, Averages] = {}
+        self.averages: Mapping[str, Averages] = {}
         self._updater = Updater((), ())
         self.swapped: str | None = None
         self._num_updates = 0
         self._last_skipped: LateFlag | None = None
         # Live values that were left out before a checkpoint was loaded; on one rank, for all.
         self.num_refused_before = 0
-        # Indices of shards whose average a checkpoint did not have: the live values at their next use.
-        self._not_started: list[int] = []
+        # Fqns of tensors whose average a checkpoint did not have: the live values at their next use.
+        self._not_started: set[str] = set()
 
     def allocate(self) -> None:
         """Make room for the averaged values."""
-        dtype, device = self.options.dtype, self.options.device
-        self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
-        tracks, skip = list(self.averages.values()), self.options.skip_nonfinite
-        self._updater = Updater(self.shards, tracks, skip_nonfinite=skip)
+        dtype, device, skip = self.options.dtype, self.options.device, self.options.skip_nonfinite
+        if self.teacher is None:
+            self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
+            self._updater = Updater(self.shards, list(self.averages.values()), skip_nonfinite=skip)
+            return
+        self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}
+        everything = TeacherAverages(self.teacher.held, self.teacher)
+        self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip)
+        self._copy_live()
 
     @property
     def num_updates(self) -> int:
@@ -76,7 +85,7 @@ class AveragedState:
     @property
     def nbytes(self) -> int:
         """Bytes of averaged values on this rank."""
-        return sum(averages.nbytes for averages in self.averages.values())
+        return self._updater.nbytes
 
     @property
     def num_refused(self) -> int:
@@ -86,6 +95,9 @@ class AveragedState:
     def update(self, found_inf: torch.Tensor | None) -> None:
         """One update of all tracks: see `ShardedEMA.update`."""
         step, options = self.num_updates, self.options
+        if self.teacher is not None:
+            self.teacher.settle()
+            self.teacher.show_live()
         self._start_from_live()
         if step == 0:
             self._updater.copy_live()
@@ -98,41 +110,61 @@ class AveragedState:
                 for schedule in self.schedules.values()
             ]
             self._updater.lerp(momenta, unless=found_inf)
-        self._not_started = []
+        self._not_started = set()
         self._num_updates = step + 1
         self._last_skipped = None if found_inf is None else LateFlag(found_inf)
 
+    @property
+    def loaded(self) -> tuple[Shard, ...]:
+        """The shards to read from a checkpoint: the averaged ones, then what else a teacher shows."""
+        return self.shards + (() if self.teacher is None else self.teacher.shown.owned(averaged=False))
+
+    @property
+    def loaded_fqns(self) -> set[str]:
+        """Names of the tensors that `loaded` has, on some rank."""
+        shown = () if self.teacher is None else self.teacher.shown.specs
+        return {spec.fqn for spec in self.plan.specs if spec.averaged} | {spec.fqn for spec in shown}
+
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
-        """Where a checkpoint may be read to, per track and shard, before it is known to be good.
+        """Where a checkpoint may be read to, per track and shard of `loaded`, before it is known to be good.
 
         Before the first update the averages hold nothing that counts (`values` shows the live weights), so they are
-        filled in place and a resume needs no memory. Later it takes a second copy, on the host, until `restore`.
+        filled in place and a resume needs no memory. Later, and for a teacher, which counts from the beginning, it
+        takes a second copy, on the host, until `restore`.
         """
-        if self.num_updates == 0:
+        if self.num_updates == 0 and self.teacher is None:
             return {name: averages.values for name, averages in self.averages.items()}
-        dtype = self.options.dtype
-        return {name: [torch.empty(shard.sizes, dtype=dtype) for shard in self.shards] for name in self.averages}
+        averaged = [torch.empty(shard.sizes, dtype=self.options.dtype) for shard in self.shards]
+        shown = [shard.live().to("cpu", copy=True) for shard in self.loaded[len(self.shards) :]]
+        return {name: averaged + shown for name in self.averages}
 
     def restore(self, filled: Mapping[str, Sequence[torch.Tensor]], found: set[str], num_updates: int) -> None:
-        """Take over averages and a counter.
+        """Take over averages and a counter. Collective along replicas for a teacher, which all of them hold.
 
         Args:
-            filled: what `targets` gave, now with the values of a checkpoint.
+            filled: what `targets` gave, now with the values of a checkpoint or, past the averaged shards, live ones.
             found: fqns that the checkpoint had; the others start from the live weights.
             num_updates: its counter.
         """
-        self._not_started = [index for index, shard in enumerate(self.shards) if shard.fqn not in found]
+        self._not_started = {spec.fqn for spec in self.plan.specs if spec.averaged} - found
         for name, averages in self.averages.items():
-            averages.replace(filled[name])
+            averages.replace(filled[name][: len(self.shards)])
+            if self.teacher is not None:
+                self.teacher.take_over(averages.values, filled[name][len(self.shards) :])
         self._num_updates, self._last_skipped = num_updates, None
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
-        """Take over the averages of one track; the others stay, or start from the live weights of this moment."""
+        """Take over the averages of one track; the others stay, or start from the live weights of this moment.
+
+        Collective along replicas for a teacher, as `restore`.
+        """
         if self.num_updates == 0:
-            self._updater.copy_live()
+            self._copy_live()
         self._start_from_live()
         self.averages[track].replace(values)
-        self._num_updates, self._last_skipped, self._not_started = num_updates, None, []
+        if self.teacher is not None:
+            self.teacher.take_over(self.averages[track].values, None)
+        self._num_updates, self._last_skipped, self._not_started = num_updates, None, set()
 
     def forget_refused(self, *, before: int) -> None:
         """Count anew the live values that are left out, from those `before`."""
@@ -140,11 +172,19 @@ class AveragedState:
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first one does."""
-        self._num_updates, self._last_skipped, self._not_started = 0, None, []
+        self._num_updates, self._last_skipped, self._not_started = 0, None, set()
+
+    def _copy_live(self) -> None:
+        self._updater.copy_live()
+        if self.teacher is not None:
+            self.teacher.settle()
+            self.teacher.show_live()
 
     def _start_from_live(self) -> None:
         if self._not_started:
             self._updater.copy_live(self._not_started)
+            if self.teacher is not None:
+                self.teacher.settle()
 
     def track(self, name: str | None) -> str:
         """The track of that name, or the only one.
@@ -161,7 +201,11 @@ class AveragedState:
     def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
         """The averaged values of `shards`; before the first update these are the live ones of this moment."""
         averages = self.averages[self.track(track)]
-        if self.num_updates == 0:
+        if self.teacher is not None:  # all that hold a replica of it, not its owners alone
+            if self.num_updates == 0:
+                self._copy_live()
+            self._start_from_live()
+        elif self.num_updates == 0:
             averages.copy_live()
         elif self._not_started:
             averages.copy_live(self._not_started)

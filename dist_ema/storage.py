@@ -159,7 +159,9 @@ class Stored:
         target, escapes = self._prepare_load("load", path, new, dropped, verify=verify)
         state, now = self._state, self._state.manifest(self._exchange.world_size)
         filled = self._exchange.agree("load", state.targets)
-        saved, found = load_average(self._exchange, target, state.shards, now, escapes, filled, verify=verify)
+        saved, found = load_average(
+            self._exchange, target, state.loaded, state.loaded_fqns, now, escapes, filled, verify=verify
+        )
         for change in now.changes_since(saved):
             self._exchange.warn(f"{target}: {change}")
         state.restore(filled, found, saved.num_updates)
@@ -194,7 +196,8 @@ class Stored:
         state = self._state
         filled = self._exchange.agree("start_from", state.targets)
         first = next(iter(filled.values()))
-        found = load_model(self._exchange, source, state.plan, state.shards, escapes, first)
+        averaged = first[: len(state.shards)]
+        found = load_model(self._exchange, source, state.plan, state.shards, escapes, averaged)
         state.restore(dict.fromkeys(filled, first), found, start)
 
     def consolidate(

@@ -55,18 +55,21 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def spread(plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor]) -> None:
+def spread(
+    plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.
-        values: averaged values of `plan.owned(averaged=True)`, converted on the way.
+        values: values of `plan.owned(averaged=averaged)`, converted on the way.
         place: where the values of a shard are to be, on its owner and on all other ranks that hold it.
+        averaged: the averaged tensors, or those that are always shown live.
     """
-    for shard, value in zip(plan.owned(averaged=True), values, strict=True):
+    for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
         place(shard).copy_(value)
     for division in plan.divisions:
-        if not division.averaged or len(division.ranks) == 1:
+        if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
             for bucket in _buckets([place(shard) for shard in division.run(position)]):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from dist_ema.layout import Shard
 from dist_ema.skipped import weight_unless
 
-__all__ = ["Averages", "Updater"]
+__all__ = ["Averages", "Updater", "copy_each"]
 
 # 2 MiB of fp32 scratch: stays in the cache between the copy and the lerp that reads it (measured best: 0.5 to 1
 # million elements).
@@ -33,21 +33,17 @@ _BLOCK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 2**20}
 
 
 class Averages:
-    """Averaged values of one track for the shards that this rank owns.
-
-    Attributes:
-        values: one tensor per shard, of the shard's sizes, in the order of the shards.
-    """
+    """Averaged values of one track, for the shards that this rank owns, in memory of their own."""
 
     def __init__(self, shards: Sequence[Shard], *, dtype: torch.dtype, device: torch.device | None) -> None:
-        self._shards = tuple(shards)
+        self._shards: tuple[Shard, ...] = tuple(shards)
         devices = [shard.live().device if device is None else device for shard in self._shards]
         self._flat: dict[torch.device, torch.Tensor] = {}
         for wanted in dict.fromkeys(devices):
             numel = sum(shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted)
             with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
                 self._flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
-        self.values = self._cut(self._flat, devices)
+        self._values = self._cut(self._flat, devices)
 
     def _cut(self, flat: dict[torch.device, torch.Tensor], devices: Sequence[torch.device]) -> tuple[torch.Tensor, ...]:
         filled = dict.fromkeys(flat, 0)
@@ -59,18 +55,28 @@ class Averages:
         return tuple(views)
 
     @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """One tensor per shard, of the shard's sizes, in the order of the shards."""
+        return self._values
+
+    @property
     def nbytes(self) -> int:
         """Bytes of averaged values on this rank."""
         return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
 
+    def views(self) -> Sequence[torch.Tensor]:
+        """Other objects than before if the memory behind `values` was replaced, which does not happen to ours."""
+        return ()
+
     @torch.no_grad()
-    def copy_live(self, indices: Sequence[int] | None = None) -> None:
-        """Set the averaged values to the live ones: of all shards, or of those of these indices. No communication."""
-        chosen = range(len(self.values)) if indices is None else indices
-        if chosen:
-            torch._foreach_copy_(
-                [self.values[index] for index in chosen], [self._shards[index].live() for index in chosen]
-            )
+    def copy_live(self, fqns: Collection[str] | None = None) -> None:
+        """Set the averaged values to the live ones: of all tensors, or of those of these names. No communication."""
+        pairs = [
+            (value, shard.live())
+            for value, shard in zip(self.values, self._shards, strict=True)
+            if fqns is None or shard.fqn in fqns
+        ]
+        copy_each([value for value, _ in pairs], [live for _, live in pairs])
 
     @torch.no_grad()
     def replace(self, values: Sequence[torch.Tensor]) -> None:
@@ -78,6 +84,12 @@ class Averages:
         for averaged, value in zip(self.values, values, strict=True):
             if value is not averaged:
                 averaged.copy_(value)
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors pairwise, converted on the way."""
+    if targets:  # an empty list raises
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 class _Group(NamedTuple):
@@ -107,21 +119,26 @@ class Updater:
         self._staged: list[_Group] = []
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all averages on this rank."""
+        return sum(track.nbytes for track in self._tracks)
+
+    @property
     def num_refused(self) -> int:
         """Live values that were left out on this rank; waits for the device."""
         return sum(int(count.item()) for count in self._refused.values())
 
     @torch.no_grad()
-    def copy_live(self, indices: Sequence[int] | None = None) -> None:
-        """Set all averages, or those of these shards, to the live values; 0 for those left out. No communication."""
+    def copy_live(self, fqns: Collection[str] | None = None) -> None:
+        """Set all averages, or those of these names, to the live values; 0 for those left out. No communication."""
         for track in self._tracks:
-            track.copy_live(indices)
+            track.copy_live(fqns)
         if self._skip_nonfinite and self._tracks:
-            chosen = range(len(self._shards)) if indices is None else indices
-            for index in chosen:
-                self._count(~torch.isfinite(self._tracks[0].values[index]))
-                for track in self._tracks:
-                    track.values[index].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            for shard, *values in zip(self._shards, *(track.values for track in self._tracks), strict=True):
+                if fqns is None or shard.fqn in fqns:
+                    self._count(~torch.isfinite(values[0]))
+                    for value in values:
+                        value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _count(self, refused: torch.Tensor) -> None:
         count = self._refused.setdefault(refused.device, torch.zeros((), dtype=torch.int64, device=refused.device))
@@ -174,27 +191,30 @@ class Updater:
         A view that still stands for the same memory returns the same object (see `dist_ema.layout.Held.view`).
         """
         views = [shard.held.view() for shard in self._shards]
+        for track in self._tracks:
+            views += track.views()
         if self._views is not None and all(map(operator.is_, views, self._views)):
             return
         self._views = views
+        values = [track.values for track in self._tracks]
         direct: list[tuple[int, torch.Tensor]] = []
         staged: list[tuple[int, torch.Tensor]] = []
         for index, shard in enumerate(self._shards):
-            live, averaged = shard.live(), self._tracks[0].values[index]
+            live, averaged = shard.live(), values[0][index]
             alike = live.dtype == averaged.dtype and live.device == averaged.device and not self._skip_nonfinite
             (direct if alike else staged).append((index, live))
         self._whole = _Group(
-            [live for _, live in direct], [[track.values[index] for index, _ in direct] for track in self._tracks]
+            [live for _, live in direct], [[of_track[index] for index, _ in direct] for of_track in values]
         )
         block_numel = _BLOCK_NUMEL.get(direct[0][1].device.type, _SCRATCH_NUMEL) if direct else _SCRATCH_NUMEL
-        self._blocks = self._grouped(direct, block_numel) if len(self._tracks) > 1 else []
-        self._staged = self._grouped(staged, _SCRATCH_NUMEL)
+        self._blocks = self._grouped(direct, values, block_numel) if len(self._tracks) > 1 else []
+        self._staged = self._grouped(staged, values, _SCRATCH_NUMEL)
 
-    def _grouped(self, chosen: Sequence[tuple[int, torch.Tensor]], numel: int) -> list[_Group]:
+    def _grouped(
+        self, chosen: Sequence[tuple[int, torch.Tensor]], values: Sequence[Sequence[torch.Tensor]], numel: int
+    ) -> list[_Group]:
         """Groups of at most `numel` elements. All tracks are cut alike, since their tensors lie alike."""
-        by_track = [
-            list(_groups([(track.values[index], live) for index, live in chosen], numel)) for track in self._tracks
-        ]
+        by_track = [list(_groups([(of_track[index], live) for index, live in chosen], numel)) for of_track in values]
         return [_Group(same[0][1], [averaged for averaged, _ in same]) for same in zip(*by_track, strict=True)]
 
 

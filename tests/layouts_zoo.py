@@ -58,10 +58,13 @@ def runs_forward(layout: str) -> bool:
     return not layout.endswith("_uneven")
 
 
-def build_layout(layout: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The nasty model, alike on every rank before it is laid out."""
+def build_layout(layout: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, frozen: bool = False) -> nn.Module:
+    """The nasty model, alike on every rank before it is laid out. A frozen one needs no DDP, which refuses it."""
     torch.manual_seed(seed)
     model = bare(layout).to(dtype)
+    if frozen:
+        model.requires_grad_(False)
+        layout = "plain" if layout == "ddp" else layout
     layout = layout.removesuffix("_uneven")
     size = dist.get_world_size()
     if layout == "ddp":

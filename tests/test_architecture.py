@@ -19,7 +19,7 @@ LAYERS = [
     ["ema"],
     ["building", "storage"],
     ["offline", "comparison", "plots", "background", "checkpoint", "loading", "state"],
-    ["sharded", "gather", "replicas", "reading", "writing"],
+    ["sharded", "gather", "replicas", "reading", "writing", "teacher"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["topology.names"],

@@ -1,0 +1,188 @@
+"""A teacher: an average kept in another module's tensors, so that it can run forward at every step.
+
+Each rank averages what it holds of the student into what it holds of the teacher, so nothing is sent:
+
+    FSDP2    student  [ shard of rank 0 ] [ shard of rank 1 ]        DDP    student  [ whole ]   [ whole ]
+                             v                   v                              v           v
+             teacher  [ shard of rank 0 ] [ shard of rank 1 ]               teacher  [ whole ]   [ whole ]
+
+Files are written by the owners of the student's boxes, as for any average; after a load the owners send theirs to the
+ranks that hold them alike. What is not averaged (buffers, excluded tensors) is copied from the student at each update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from dist_ema.errors import ConfigError, UnsupportedModelError
+from dist_ema.layout import Box, Held, Shard
+from dist_ema.plan import Plan
+from dist_ema.swap import spread
+from dist_ema.update import Averages, copy_each
+
+__all__ = ["Teacher", "TeacherAverages"]
+
+
+class Teacher:
+    """A module that is laid out like the student, tensor by tensor. No communication.
+
+    Attributes:
+        plan: the student's plan, which also settles and verifies the teacher.
+        held: all that this rank holds of the averaged tensors, also what others hold alike.
+        shown: the plan of the teacher's tensors that are not averaged.
+
+    Args:
+        student: the plan of the student.
+        teacher: the plan of the teacher.
+        dtype: of the averages.
+
+    Raises:
+        UnsupportedModelError: names, shapes or layouts differ.
+        ConfigError: the teacher is of another dtype, or shares memory with the student.
+    """
+
+    def __init__(self, student: Plan, teacher: Plan, dtype: torch.dtype) -> None:
+        _check_names(student, teacher)
+        self._held = _matched(student, teacher)
+        self._settle = teacher.settle
+
+        def settle() -> None:
+            student.settle()
+            teacher.settle()
+
+        def verify() -> None:
+            student.verify()
+            teacher.verify()
+
+        self.plan = dataclasses.replace(student, settle=settle, verify=verify)
+        self.held = tuple(Shard(held, held.box) for each in student.divisions if each.averaged for held in each.held)
+        own_name = {names: fqn for fqn, names in _names(student).items()}
+        self.shown = _part(self.plan, {own_name[names] for names in _names(teacher).values()})
+        for shard in self.held:
+            _check_pair(shard.held, self._held[shard.held.box], dtype)
+
+    def place(self, shard: Shard) -> torch.Tensor:
+        """The teacher's values of a shard of the student, sharing memory with the teacher."""
+        return shard.within(self.counterpart(shard).values())
+
+    def counterpart(self, shard: Shard) -> Held:
+        """The teacher's piece that stands for the student's in which the shard lies."""
+        return self._held[shard.held.box]
+
+    def settle(self) -> None:
+        """Have the teacher's next forward see what is averaged into it: drop gathered copies."""
+        self._settle()
+
+    def take_over(self, averaged: Sequence[torch.Tensor], shown: Sequence[torch.Tensor] | None) -> None:
+        """Collective along replicas only. Have all ranks that hold the teacher show what its owners were given.
+
+        Args:
+            averaged: values of the student's `plan.owned(averaged=True)`.
+            shown: values of `shown.owned(averaged=False)`; None for the live ones.
+        """
+        self.settle()
+        spread(self.plan, averaged, self.place)
+        if shown is None:
+            self.show_live()
+        else:
+            spread(self.shown, shown, self.place, averaged=False)
+
+    @torch.no_grad()
+    def show_live(self) -> None:
+        """Copy what is not averaged from the student."""
+        pairs = [(self._held[held.box], held) for each in self.shown.divisions for held in each.held]
+        copy_each([mine.values() for mine, _ in pairs], [live.values() for _, live in pairs])
+
+
+class TeacherAverages(Averages):
+    """Averaged values that lie in the tensors of a teacher."""
+
+    def __init__(self, shards: Sequence[Shard], teacher: Teacher) -> None:
+        self._shards = tuple(shards)
+        self._teacher = teacher
+
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """One tensor per shard, taken anew: somebody may have replaced the memory behind it."""
+        return tuple(self._teacher.place(shard) for shard in self._shards)
+
+    def views(self) -> Sequence[torch.Tensor]:
+        """Other objects than before if the memory behind `values` was replaced."""
+        return [self._teacher.counterpart(shard).view() for shard in self._shards]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of averaged values on this rank."""
+        return sum(value.nbytes for value in self.values)
+
+
+def _part(plan: Plan, names: Collection[str]) -> Plan:
+    """The tensors of these names that are not averaged."""
+    return dataclasses.replace(
+        plan,
+        specs=tuple(spec for spec in plan.specs if spec.fqn in names and not spec.averaged),
+        divisions=tuple(
+            dataclasses.replace(each, held=tuple(held for held in each.held if held.spec.fqn in names))
+            for each in plan.divisions
+            if not each.averaged
+        ),
+    )
+
+
+def _names(plan: Plan) -> dict[str, frozenset[str]]:
+    """Fqn -> all names of that tensor."""
+    names = {spec.fqn: {spec.fqn} for spec in plan.specs}
+    for alias, fqn in plan.aliases.items():
+        names[fqn].add(alias)
+    return {fqn: frozenset(of_tensor) for fqn, of_tensor in names.items()}
+
+
+def _check_names(student: Plan, teacher: Plan) -> None:
+    ours, theirs = set(_names(student).values()), set(_names(teacher).values())
+    averaged = {names for fqn, names in _names(student).items() if _is_averaged(student)[fqn]}
+    missing, extra = sorted(map(sorted, averaged - theirs)), sorted(map(sorted, theirs - ours))
+    if missing or extra:
+        raise UnsupportedModelError(
+            f"into lacks {len(missing)} averaged tensors of the model {missing[:3]} and has {len(extra)} that it has "
+            f"not {extra[:3]}, expected a module with the same names, tied alike: exclude= what a teacher need not have"
+        )
+
+
+def _is_averaged(plan: Plan) -> dict[str, bool]:
+    return {spec.fqn: spec.averaged for spec in plan.specs}
+
+
+def _matched(student: Plan, teacher: Plan) -> Mapping[Box, Held]:
+    """Box that this rank holds of the student -> the same piece of the teacher."""
+    own_name = {names: fqn for fqn, names in _names(student).items()}
+    names = _names(teacher)
+    pieces = {
+        dataclasses.replace(held.box, fqn=own_name[names[held.spec.fqn]]): held
+        for each in teacher.divisions
+        for held in each.held
+    }
+    known = {box.fqn for box in pieces} | {own_name[each] for each in names.values()}
+    for each in student.divisions:
+        for held in each.held:
+            if held.spec.fqn in known and held.box not in pieces:
+                raise UnsupportedModelError(
+                    f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
+                    f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
+                    "(fully_shard both, or keep both whole)"
+                )
+    return pieces
+
+
+def _check_pair(student: Held, teacher: Held, dtype: torch.dtype) -> None:
+    fqn = student.spec.fqn
+    if teacher.spec.dtype != dtype:
+        raise ConfigError(
+            f"{fqn} of into is {teacher.spec.dtype}, expected the averaged dtype {dtype}: convert the teacher "
+            f"(teacher.to({dtype})), or give dtype={teacher.spec.dtype}"
+        )
+    live, averaged = student.values(), teacher.values()
+    if live.numel() and live.data_ptr() == averaged.data_ptr():
+        raise ConfigError(f"{fqn} of into is the model's own tensor, expected another one: copy.deepcopy it first")
