@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
-
-
-def cosine_momentum(step: int, *, start: float, end: float, total_steps: int) -> float:
-    step = min(step, total_steps)
-    return end + (start - end) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 class NaiveAverage:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import cosine_momentum
 from torch import nn
 
 from dist_ema import (
@@ -26,16 +25,37 @@ from dist_ema import (
 )
 from dist_ema.schedules.records import schedule_from_json, schedule_to_json
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "cosine_ema.json").read_text())
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((GOLDEN_FOLDER / "cosine_ema.json").read_text())
+GOLDEN_MOMENTA = json.loads((GOLDEN_FOLDER / "schedules.json").read_text())  # written by make_schedules.py beside it
+NAMES = {
+    each.__name__: each
+    for each in (
+        AnnealedSchedule,
+        ConstantSchedule,
+        CosineSchedule,
+        EqualSchedule,
+        InverseGammaSchedule,
+        PowerSchedule,
+        RampSchedule,
+        after,
+        every,
+    )
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN_MOMENTA, ids=lambda case: f"{case['tool']}-{case['float']}-{case['ours']}")
+def test_momentum_is_that_of_the_tool_the_schedule_is_from(case) -> None:
+    schedule = eval(case["ours"], {"__builtins__": {}}, NAMES)
+    ours = [schedule.momentum(step) for step in case["steps"]]
+    tolerance = {"float64": 1e-12, "float32": 1e-7}[case["float"]]
+    assert ours == pytest.approx(case["momentum"], rel=0, abs=tolerance)
 
 
 def test_cosine_begins_at_momentum_and_ends_at_end_momentum() -> None:
     schedule = CosineSchedule(0.3, 0.02, total_steps=11)
     assert schedule.momentum(0) == pytest.approx(0.3, abs=1e-15)
     assert schedule.momentum(11) == pytest.approx(0.02, abs=1e-15)
-    for step in range(12):
-        expected = cosine_momentum(step, start=0.3, end=0.02, total_steps=11)
-        assert schedule.momentum(step) == pytest.approx(expected, abs=1e-15)
 
 
 def test_cosine_does_not_rise_again_beyond_total_steps() -> None:
@@ -135,39 +155,12 @@ def test_golden_trajectories_of_the_reference(case) -> None:
         assert state["count"].item() == live["count"]
 
 
-def diffusers_decay(step: int, *, warmup: bool, inv_gamma=1.0, power=2 / 3, decay=0.9999, min_decay=0.0, after=0):
-    """`EMAModel.get_decay` of diffusers, written anew from its description; its step is one ahead of ours."""
-    elapsed = max(0, step - after - 1)
-    if elapsed <= 0:
-        return 0.0
-    value = 1 - (1 + elapsed / inv_gamma) ** -power if warmup else (1 + elapsed) / (10 + elapsed)
-    return max(min(value, decay), min_decay)
-
-
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 100, 31_622, 10**6, 10**8])
-def test_warm_ups_are_those_of_diffusers(step) -> None:
-    for options in ({}, {"update_after_step": 5}, {"max_decay": 0.99, "min_decay": 0.3}):
-        theirs = {"after": options.get("update_after_step", 0), "decay": options.get("max_decay", 0.9999)}
-        theirs["min_decay"] = options.get("min_decay", 0.0)
-        expected = 1 - diffusers_decay(step + 1, warmup=False, **theirs)
-        assert RampSchedule(**options).momentum(step) == pytest.approx(expected, abs=1e-15)
-        expected = 1 - diffusers_decay(step + 1, warmup=True, inv_gamma=2.0, power=0.75, **theirs)
-        ours = InverseGammaSchedule(inv_gamma=2.0, power=0.75, **options)
-        assert ours.momentum(step) == pytest.approx(expected, abs=1e-15)
-
-
 def test_published_values_of_warm_ups() -> None:
     """From the documentation of diffusers and timm: what a power reaches after how many steps."""
     told = [(2 / 3, 31_600, 0.999), (2 / 3, 10**6, 0.9999), (3 / 4, 10_000, 0.999), (3 / 4, 215_400, 0.9999)]
     for power, step, decay in told:
         schedule = InverseGammaSchedule(power=power, max_decay=0.999999)
         assert 1 - schedule.momentum(step) == pytest.approx(decay, rel=2e-6)
-
-
-def test_annealing_is_that_of_mmengine() -> None:
-    schedule = AnnealedSchedule(0.0002, gamma=100)
-    assert schedule.momentum(1) == 100 / 101 and schedule.momentum(900) == 0.1
-    assert schedule.momentum(10**6) == 0.0002
 
 
 # Computed from the cubic with 50 digits; 0.05 and 0.10 are the profiles that the paper tracks.
@@ -182,8 +175,6 @@ def test_power_functions_have_the_width_they_are_given(sigma_rel) -> None:
     gamma = schedule.gamma
     assert gamma**3 + 7 * gamma**2 + (16 - sigma_rel**-2) * gamma + 12 - sigma_rel**-2 == pytest.approx(0, abs=1e-9)
     assert schedule.momentum(0) == 1.0 and schedule.momentum(1) == pytest.approx(1 - 0.5 ** (gamma + 1), rel=1e-12)
-    for step in (3, 1000, 10**7):
-        assert schedule.momentum(step) == pytest.approx(1 - (1 - 1 / (step + 1)) ** (gamma + 1), rel=1e-8)
 
 
 def weights_after(schedule, num_steps: int) -> list[float]:
@@ -209,7 +200,7 @@ def test_profiles_are_what_they_promise() -> None:
     assert half_life[79] / half_life[99] == pytest.approx(0.5, rel=1e-12)
 
 
-def test_half_life_of_a_fraction_is_that_of_torchtitan_and_the_ramp_of_edm() -> None:
+def test_half_life_of_a_fraction_is_that_of_torchtitan_and_the_ramp_of_edm2() -> None:
     schedule = HalfLifeSchedule(fraction=0.05)
     assert schedule.momentum(999) == pytest.approx(1 - 2 ** (-1 / 50), rel=1e-12)
     ramp = HalfLifeSchedule(fraction=0.09, max_half_life_steps=30)

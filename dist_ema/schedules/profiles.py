@@ -97,7 +97,7 @@ class HalfLifeSchedule:
     and stays: the ramp of EDM and StyleGAN3.
 
     Source: `half_life_fraction` of torchtitan (arXiv 2602.03702: 0.05); `ema_rampup_ratio` of EDM (arXiv 2206.00364),
-    `beta = 0.5^(1 / min(max_half_life, fraction * t))`.
+    `beta = 0.5^(1 / min(max_half_life, fraction * t))`. EDM2 counts as we do; in EDM t = k, one update behind.
 
     Args:
         fraction: of the steps so far, above 0.
