@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import fraction_between
 
@@ -127,18 +128,31 @@ class HalfLifeSchedule:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EqualSchedule:
-    """Equal weights of all observations: `m(k) = 1 / (k + 1)`. Stochastic weight averaging (SWA).
+    """Equal weights of every n-th observation: `m(k) = 1 / (k / n + 1)` where n divides k, else 0. SWA.
 
-    Source: the default `avg_fn` of torch's `AveragedModel` (arXiv 1803.05407), which counts as we do. Usually from a
-    late step on, and not at every step: `after(90_000, every(500, EqualSchedule()))`.
+    Source: the default `avg_fn` of torch's `AveragedModel` (arXiv 1803.05407) and `StochasticWeightAverage` of mmengine
+    with its `interval`, both of which count as we do. Usually from a late step on: `after(90_000,
+    EqualSchedule(every_steps=500))`. (`every(500, EqualSchedule())` would average over all observations, sampled; its
+    first one, the copy, then weighs like one of them and not like one of the samples.)
+
+    Args:
+        every_steps: n, at least 1.
+
+    Raises:
+        ConfigError: it is something else.
     """
+
+    every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        positive_integer("every_steps", self.every_steps)
 
     def momentum(self, step: int) -> float:
         """Weight of the live values in update number `step`."""
-        return 1.0 / (step + 1)
+        return 0.0 if step % self.every_steps else 1.0 / (step // self.every_steps + 1)
 
     def to_json(self) -> dict[str, Any]:
         """The arguments that rebuild this schedule."""
-        return {}
+        return dataclasses.asdict(self)

@@ -182,6 +182,8 @@ def main() -> None:
     entry("mmengine", what, "AnnealedSchedule(0.01, gamma=7.0)", mmengine_momentum, options)
     what = "StochasticWeightAverage.update_parameters, counted as ours"
     entry("mmengine", what, "EqualSchedule()", mmengine_momentum, {"kind": StochasticWeightAverage})
+    options = {"kind": StochasticWeightAverage, "interval": 10}
+    entry("mmengine", what, "EqualSchedule(every_steps=10)", mmengine_momentum, options)
     what = "ExponentialMovingAverage.update_parameters, counted as ours"
     options = {"kind": ExponentialMovingAverage, "momentum": 0.0002}
     entry("mmengine", what, "ConstantSchedule(momentum=0.0002)", mmengine_momentum, options, steps=STEPS[1:])
