@@ -13,6 +13,7 @@ from dist_ema.exchange import Exchange
 from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.state import AveragedState, dtype_name
 from dist_ema.teacher import Teacher
 from dist_ema.topology.planning import plan_model
@@ -69,6 +70,12 @@ def build_state(
     exchange.compare({**state.manifest(exchange.world_size).to_json(), **told})
     state.plan.check_covered(exchange.sum_integers(state.plan.owned_numels()))
     exchange.agree(action, state.allocate)
+    own = [schedule_text(schedule_to_json(each)) for each in state.schedules.values() if not is_known(each)]
+    if own:
+        exchange.warn(
+            f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume notices a "
+            "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
+        )
     return state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_ema.building import build_state
+from dist_ema.distance import Groups, checked_groups, distances, metrics_of
 from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
 from dist_ema.layout import Shard
@@ -197,6 +198,59 @@ class ShardedEMA(Stored):
             return state.values(track)
 
         put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
+
+    def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
+        """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
+
+        Reads both sides once, in pieces, in float64; waits for the device; sends two numbers for each group.
+
+        Args:
+            track: which average; may be left out if there is one.
+            groups: group -> glob pattern or patterns of names, such as `{"norms": "*norm*"}`; None for the model's
+                children.
+
+        Returns:
+            `||live - averaged|| / ||live||` of all averaged tensors as "all", and of each group; the same on every
+            rank. Not a number if a live value is none.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, or a group matches nothing.
+        """
+        return self._distances("distance", [track], groups)[0]
+
+    def metrics(self, *, prefix: str = "ema", groups: Groups | None = None) -> dict[str, float]:
+        """Collective: every rank must call it. For a tracker: `accelerator.log(ema.metrics(), step=step)`.
+
+        Args:
+            prefix: of the names.
+            groups: as in `distance`.
+
+        Returns:
+            "ema/num_updates"; "ema/momentum" of the latest update, "ema/distance" and "ema/distance/<group>"; for
+            several tracks "ema/<track>/momentum" and so on.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: a group matches nothing.
+        """
+        found = zip(self.tracks, self._distances("metrics", self.tracks, groups), strict=True)
+        told = {f"{prefix}/num_updates": float(self.num_updates)}
+        for track, distances_of_track in found:
+            told.update(metrics_of(self._state, track, prefix, distances_of_track))
+        return told
+
+    def _distances(self, call: str, tracks: Sequence[str | None], groups: Groups | None) -> list[dict[str, float]]:
+        def prepare() -> tuple[list[str], dict[str, set[str]]]:
+            self._state.refuse_while_swapped(call)
+            self._state.plan.verify()
+            return [self._state.track(track) for track in tracks], checked_groups(self._state.plan, groups)
+
+        self._exchange.arrive(call)
+        names, members = self._exchange.agree(call, prepare)
+        told = {group: sorted(fqns) for group, fqns in members.items()}
+        self._exchange.compare({"call": call, "tracks": names, "groups": told})
+        return [distances(self._exchange, self._state, name, members) for name in names]
 
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.

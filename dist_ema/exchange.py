@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 import warnings
@@ -207,7 +208,7 @@ class Exchange:
 
         def tell() -> None:
             if self.rank == 0:
-                warnings.warn(message, UserWarning, stacklevel=6)
+                warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
 
         self.agree("warning", tell)
 
@@ -276,11 +277,18 @@ class Exchange:
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The sums over the ranks, on every rank."""
-        summed = torch.tensor(values, dtype=torch.int64)
+        return [int(value) for value in self._sum(torch.tensor(values, dtype=torch.int64))]
+
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        """Collective: every rank must call it. The sums over the ranks in float64, the same on every rank."""
+        return [float(value) for value in self._sum(torch.tensor(values, dtype=torch.float64))]
+
+    def _sum(self, values: torch.Tensor) -> list[Any]:
         if self._group is not None:
-            with self._together("comparing the shards"):
-                dist.all_reduce(summed, group=self._group)
-        return [int(value) for value in summed.tolist()]
+            with self._together("adding up over the ranks"):
+                dist.all_reduce(values, group=self._group)
+        summed: list[Any] = values.tolist()
+        return summed
 
     def xor_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The exclusive-or over the ranks, on every rank."""
@@ -344,6 +352,14 @@ def broadcast_from(
         if mine[axis + 1 :] == owners[axis + 1 :]:
             carrier = (*mine[:axis], owners[axis], *mine[axis + 1 :])
             _broadcast(values, int(grid[carrier]), group)
+
+
+def _level_of_caller() -> int:
+    """The stack level, seen from the caller of this function, of the code that called this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("dist_ema."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _place_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["Options", "checked_device", "checked_schedules", "floating_dtype", "name_patterns"]
+__all__ = ["Options", "checked_device", "checked_schedules", "floating_dtype", "matches_any", "name_patterns"]
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +55,8 @@ class Options:
 
     def averages(self, fqns: Sequence[str]) -> bool:
         """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
-        included = not self.include or _any_matches(fqns, self.include)
-        return included and not _any_matches(fqns, self.exclude)
+        included = not self.include or matches_any(fqns, self.include)
+        return included and not matches_any(fqns, self.exclude)
 
     def check_patterns(self, fqns: Iterable[str]) -> None:
         """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
@@ -67,7 +67,7 @@ class Options:
         names = list(fqns)
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
-                if not _any_matches(names, [pattern]):
+                if not matches_any(names, [pattern]):
                     raise ConfigError(
                         f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
                         f"({', '.join(names[:3])}, ...)"
@@ -86,7 +86,8 @@ class Options:
         }
 
 
-def _any_matches(fqns: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches_any(fqns: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether some name matches some glob pattern."""
     return any(fnmatch.fnmatchcase(fqn, pattern) for fqn in fqns for pattern in patterns)
 
 

@@ -103,12 +103,7 @@ class AveragedState:
             self._updater.copy_live()
         elif step % options.interval == 0:
             # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
-            momenta = [
-                momentum_of_update(
-                    schedule, step, interval=options.interval, interval_correction=options.interval_correction
-                )
-                for schedule in self.schedules.values()
-            ]
+            momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
             self._updater.lerp(momenta, unless=found_inf)
         self._not_started = set()
         self._num_updates = step + 1
@@ -173,6 +168,18 @@ class AveragedState:
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first one does."""
         self._num_updates, self._last_skipped, self._not_started = 0, None, set()
+
+    def momentum(self, track: str) -> float:
+        """The momentum of the latest update that averaged: 1 for the copy of update number 0."""
+        latest = max(self.num_updates - 1, 0)
+        latest -= latest % self.options.interval
+        return 1.0 if latest == 0 else self._momentum(self.schedules[track], latest)
+
+    def _momentum(self, schedule: Schedule, step: int) -> float:
+        options = self.options
+        return momentum_of_update(
+            schedule, step, interval=options.interval, interval_correction=options.interval_correction
+        )
 
     def _copy_live(self) -> None:
         self._updater.copy_live()

@@ -22,7 +22,7 @@ import torch
 from dist_ema.layout import Shard
 from dist_ema.skipped import weight_unless
 
-__all__ = ["Averages", "Updater", "copy_each"]
+__all__ = ["Averages", "Updater", "copy_each", "cut_alike"]
 
 # 2 MiB of fp32 scratch: stays in the cache between the copy and the lerp that reads it (measured best: 0.5 to 1
 # million elements).
@@ -237,7 +237,7 @@ def _groups(
     live_group: list[torch.Tensor] = []
     room = numel
     for whole_averaged, whole_live in pairs:
-        for averaged, live in _cut(whole_averaged, whole_live, numel):
+        for averaged, live in cut_alike(whole_averaged, whole_live, numel):
             if averaged.numel() > room and averaged_group:
                 yield averaged_group, live_group
                 averaged_group, live_group, room = [], [], numel
@@ -248,7 +248,7 @@ def _groups(
         yield averaged_group, live_group
 
 
-def _cut(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def cut_alike(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cut a pair of equal shape into pieces of at most `numel` elements, along dims in turn."""
     if averaged.numel() <= numel:
         yield averaged, live
@@ -259,4 +259,4 @@ def _cut(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tup
     dim = next(dim for dim, size in enumerate(averaged.shape) if size > 1)
     rows = max(1, numel // math.prod(averaged.shape[dim + 1 :]))
     for averaged_rows, live_rows in zip(averaged.split(rows, dim), live.split(rows, dim), strict=True):
-        yield from _cut(averaged_rows, live_rows, numel)
+        yield from cut_alike(averaged_rows, live_rows, numel)

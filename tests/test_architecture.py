@@ -17,7 +17,7 @@ LAYERS = [
     ["commands"],
     ["integrations.accelerate"],
     ["ema"],
-    ["building", "storage"],
+    ["building", "storage", "distance"],
     ["offline", "comparison", "plots", "background", "checkpoint", "loading", "state"],
     ["sharded", "gather", "replicas", "reading", "writing", "teacher"],
     ["swap"],

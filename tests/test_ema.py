@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import math
@@ -27,6 +28,7 @@ from dist_ema import (
     ModelChangedError,
     ShardedEMA,
     UnsupportedModelError,
+    after,
 )
 from dist_ema.update import _SCRATCH_NUMEL
 
@@ -263,13 +265,39 @@ class _Broken:
 
 
 def test_a_schedule_of_ones_own_that_gives_nonsense_is_refused_before_anything_changes() -> None:
-    ema = ShardedEMA(nn.Linear(2, 2), _Broken())
+    with pytest.warns(UserWarning, match=r"only your code can rebuild the schedule .*_Broken"):
+        ema = ShardedEMA(nn.Linear(2, 2), _Broken())
     ema.update()
     before = ema.full_state_dict()
     with pytest.raises(ConfigError, match="finite"):
         ema.update()
     assert all(torch.equal(value, before[name]) for name, value in ema.full_state_dict().items())
     assert ema.num_updates == 1
+
+
+def test_a_schedule_of_ones_own_is_saved_by_its_repr_and_warned_about(tmp_path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        share: float
+
+        def momentum(self, step: int) -> float:
+            return self.share
+
+    def averaging(schedule: object) -> ShardedEMA:
+        with pytest.warns(UserWarning, match=r"Own.*share=") as caught:
+            ema = ShardedEMA(nn.Linear(2, 2), schedule)
+        assert caught[0].filename == __file__
+        return ema
+
+    ema = averaging(Own(0.5))
+    ema.save(tmp_path / "average")
+    assert "share=0.5" in json.loads((tmp_path / "average" / "manifest.json").read_text())["tracks"]["ema"]["repr"]
+    ema.load(tmp_path / "average")
+    other = averaging(Own(0.25))
+    with pytest.warns(UserWarning, match=r"saved with .*share=0.5.*goes on with .*share=0.25") as caught:
+        other.load(tmp_path / "average")
+    assert caught[0].filename == __file__
+    averaging(after(3, Own(0.5)))
 
 
 def test_a_low_precision_average_is_warned_about() -> None:
