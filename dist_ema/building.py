@@ -73,7 +73,7 @@ def build_state(
     own = [schedule_text(schedule_to_json(each)) for each in state.schedules.values() if not is_known(each)]
     if own:
         exchange.warn(
-            f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume notices a "
+            f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
     return state
