@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from dist_ema.blocks import cut_alike
 from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.options import matches_any, name_patterns
 from dist_ema.plan import Plan
 from dist_ema.state import AveragedState
-from dist_ema.update import cut_alike
 
 __all__ = ["Groups", "checked_groups", "distances", "metrics_of"]
 

@@ -20,8 +20,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "Box",
     "Form",
     "Held",
+    "Place",
     "Shard",
     "TensorSpec",
     "boxes_of_run",
@@ -98,6 +99,13 @@ class Form(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where the model keeps a tensor: `table[key]`."""
+
+    table: Mapping[str, Any]
+    key: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Held:
     """The piece of a named tensor that the live model of this rank holds, and how to reach it.
@@ -109,12 +117,15 @@ class Held:
             anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
             again only while that still stands for the same memory, dtype and strides.
         form: how a state dict shows it; None where a piece cannot stand in one (the flat parameters of FSDP1).
+        place: where the model keeps the tensor that `view` shows whole; None where `view` alone can tell if its memory
+            was replaced.
     """
 
     spec: TensorSpec
     box: Box
     view: Callable[[], torch.Tensor]
     form: Form | None = None
+    place: Place | None = dataclasses.field(default=None, compare=False)
 
     def values(self) -> torch.Tensor:
         """The live values of the box, sharing memory with the model, their shape checked.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from dist_ema._version import __version__
+from dist_ema.averages import Averages
 from dist_ema.errors import ConfigError, SwapError
 from dist_ema.layout import Box, Shard
 from dist_ema.manifest import Manifest, SavedTensor
@@ -19,7 +20,7 @@ from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
 from dist_ema.teacher import Teacher, TeacherAverages
-from dist_ema.update import Averages, Updater
+from dist_ema.update import Updater
 
 __all__ = ["AveragedState", "dtype_name"]
 

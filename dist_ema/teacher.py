@@ -17,11 +17,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from dist_ema.averages import Averages, copy_each
 from dist_ema.errors import ConfigError, UnsupportedModelError
 from dist_ema.layout import Box, Held, Shard
 from dist_ema.plan import Plan
 from dist_ema.swap import spread
-from dist_ema.update import Averages, copy_each
 
 __all__ = ["Teacher", "TeacherAverages"]
 
@@ -109,9 +109,9 @@ class TeacherAverages(Averages):
         """One tensor per shard, taken anew: somebody may have replaced the memory behind it."""
         return tuple(self._teacher.place(shard) for shard in self._shards)
 
-    def views(self) -> Sequence[torch.Tensor]:
-        """Other objects than before if the memory behind `values` was replaced."""
-        return [self._teacher.counterpart(shard).view() for shard in self._shards]
+    def held(self) -> Sequence[Held]:
+        """The teacher's tensors that `values` lie in."""
+        return [self._teacher.counterpart(shard) for shard in self._shards]
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,8 @@ LAYERS = [
     ["sharded", "gather", "replicas", "reading", "writing", "teacher"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
+    ["blocks", "guard", "workers"],
+    ["averages"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
     ["topology.placed"],
@@ -91,7 +93,7 @@ def test_private_torch_is_confined() -> None:
     """The few private names, each in one place; every other leading underscore of torch is refused."""
     allowed = {
         "_foreach_lerp_": {"update"},
-        "_foreach_copy_": {"update"},
+        "_foreach_copy_": {"averages"},
         "__create_chunk_list__": {"topology.dtensor"},
     }
     for name, tree in modules().items():

@@ -30,7 +30,7 @@ from dist_ema import (
     UnsupportedModelError,
     after,
 )
-from dist_ema.update import _SCRATCH_NUMEL
+from dist_ema.blocks import SCRATCH_NUMEL
 
 HALF = ConstantSchedule(momentum=0.5)
 
@@ -49,7 +49,7 @@ def test_first_call_copies_and_the_next_ones_lerp() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_large_tensors_of_any_dtype_and_strides_equal_the_naive_average(dtype, layout) -> None:
     torch.manual_seed(0)
-    shape = (3, _SCRATCH_NUMEL // 2 + 17)
+    shape = (3, SCRATCH_NUMEL // 2 + 17)
     model = nn.Module()
     model.w = nn.Parameter(
         torch.empty(shape[::-1]).t().to(dtype) if layout == "transposed" else torch.empty(shape, dtype=dtype)

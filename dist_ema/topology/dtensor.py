@@ -132,6 +132,8 @@ class _LocalValues:
         self._owner = named.owner
         self._attribute = named.attribute
         self._sharded: DTensor = named.source
+        self._place: tuple[int, tuple[int, ...]] = (0, ())
+        self._view = torch.empty(0)
 
     def is_sharded(self) -> bool:
         """Whether the name resolves to the sharded tensor, or to one that replaced it."""
@@ -150,7 +152,10 @@ class _LocalValues:
         if current is not self._sharded and isinstance(current, DTensor) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():
-            return self._sharded.to_local()
+            local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
+        if (local.data_ptr(), local.stride()) != self._place or local.shape != self._view.shape:
+            self._place, self._view = (local.data_ptr(), local.stride()), local
+        return self._view
 
 
 class _DTensorForm:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_ema.layout import Box, Form
+from dist_ema.layout import Box, Form, Place
 
 __all__ = ["Holders", "Named", "Piece"]
 
@@ -54,8 +54,9 @@ class Holders:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A box that this rank holds, a way to its live values, and its form: see `dist_ema.layout.Held`."""
+    """A box that this rank holds, the way to its live values, its form and its place: see `dist_ema.layout.Held`."""
 
     box: Box
     view: Callable[[], torch.Tensor]
     form: Form | None = None
+    place: Place | None = None

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box
+from dist_ema.layout import Box, Place
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["holders_of_plain", "place_plain"]
@@ -39,7 +39,9 @@ def place_plain(named: Named) -> Piece:
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
-    return Piece(box, _PlainValues(named), _PlainForm())
+    # nn.Module has no public name for its tables; looking a name up in them is ten times faster than getattr.
+    table = vars(named.owner)["_buffers" if named.is_buffer else "_parameters"]
+    return Piece(box, _PlainValues(named), _PlainForm(), Place(table, named.attribute))
 
 
 class _PlainForm:

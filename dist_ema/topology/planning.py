@@ -61,7 +61,9 @@ def plan_model(
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
         pieces, held_by = _place(named, plain, world_size)
         key = (held_by.ranks, spec.averaged, spec.is_buffer)
-        members.setdefault(key, []).extend(Held(spec, piece.box, piece.view, piece.form) for piece in pieces)
+        members.setdefault(key, []).extend(
+            Held(spec, piece.box, piece.view, piece.form, piece.place) for piece in pieces
+        )
         holders.setdefault(key, held_by)
     views = [held.view for group in members.values() for held in group]
 

@@ -1,0 +1,171 @@
+"""What an update is made of: blocks of live tensors, with the averaged tensors of each track. No communication."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dist_ema.averages import copy_each
+
+__all__ = ["SCRATCH_NUMEL", "Block", "cut_alike", "make_blocks"]
+
+# Elements of a block: 2 MiB of fp32 stay in a CPU's cache between the copy and the lerp that reads them, or from one
+# track to the next (measured best: 0.5 to 1 million). On a GPU a block must outlast its launch and fit the cache.
+SCRATCH_NUMEL = 512 * 1024
+_BLOCK_NUMEL = {"cuda": 4 * 2**20}
+
+# A tensor of fewer elements is cheaper packed than averaged by itself (measured: 0.1 and 0.45 us of host time each).
+_TINY_NUMEL = 2048
+_FEWEST_PACKED = 4
+
+
+class Block:
+    """Live tensors that are averaged together.
+
+    Attributes:
+        tracks: of each track, averaged tensors shaped like what `values` gives.
+        scratch_numel: elements of scratch that `values` wants.
+    """
+
+    scratch_numel = 0
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        self._live = live
+        self.tracks = tracks
+
+    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+        """The live values, in the averages' dtype and on their device."""
+        return self._live
+
+
+class _Staged(Block):
+    """Live tensors that are converted, or brought from another device."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        super().__init__(live, tracks)
+        self._sizes = [value.numel() for value in live]
+        self.scratch_numel = sum(self._sizes)
+
+    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+        parts = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
+        shaped = [part.view(value.shape) for part, value in zip(parts, self._live, strict=True)]
+        copy_each(shaped, self._live)
+        return shaped
+
+
+class _Packed(Block):
+    """Tiny live tensors, whose averaged ones lie end to end: one flat tensor of each track."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        self.scratch_numel = sum(value.numel() for value in live)
+        flat = [[averaged[0].as_strided((self.scratch_numel,), (1,))] for averaged in tracks]
+        super().__init__([value.view(-1) for value in live], flat)
+
+    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+        packed = scratch[: self.scratch_numel]
+        if self._live[0].dtype == packed.dtype:
+            return [torch.cat(self._live, out=packed)]
+        return [packed.copy_(torch.cat(self._live))]
+
+
+def make_blocks(
+    live: Sequence[torch.Tensor],
+    tracks: Sequence[Sequence[torch.Tensor]],
+    *,
+    whole: bool = False,
+    piece_numel: int | None = None,
+) -> list[Block]:
+    """Blocks that cover these tensors.
+
+    Args:
+        live: not empty, nor any of them.
+        tracks: of each track, averaged tensors of the same shapes; of one dtype, and lying alike.
+        whole: average all tensors that need no scratch as one block.
+        piece_numel: cut tensors in pieces of at most as many elements.
+    """
+    packs, rest = _packs(live, tracks)
+    blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
+    direct = [index for index in rest if _alike(live[index], tracks[0][index])]
+    staged = [index for index in rest if not _alike(live[index], tracks[0][index])]
+    if direct and whole and piece_numel is None:
+        blocks.append(Block(*_chosen(direct, live, tracks)))
+    elif direct:
+        numel = _BLOCK_NUMEL.get(live[direct[0]].device.type, SCRATCH_NUMEL)
+        blocks += [Block(*group) for group in _groups(*_chosen(direct, live, tracks), numel, piece_numel)]
+    if staged:
+        blocks += [_Staged(*group) for group in _groups(*_chosen(staged, live, tracks), SCRATCH_NUMEL, piece_numel)]
+    return blocks
+
+
+def _chosen(
+    indices: Sequence[int], live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    return [live[index] for index in indices], [[averaged[index] for index in indices] for averaged in tracks]
+
+
+def _alike(live: torch.Tensor, averaged: torch.Tensor) -> bool:
+    return live.dtype == averaged.dtype and live.device == averaged.device
+
+
+def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:
+    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and all others."""
+    runs: list[list[int]] = []
+    rest: list[int] = []
+    stop = numel = 0
+    for index, (value, *averaged) in enumerate(zip(live, *tracks, strict=True)):
+        on_cpu = value.device.type == averaged[0].device.type == "cpu"
+        if not on_cpu or value.numel() > _TINY_NUMEL or not all(map(torch.Tensor.is_contiguous, (value, *averaged))):
+            rest.append(index)
+            continue
+        follows = runs and index == runs[-1][-1] + 1 and averaged[0].data_ptr() == stop
+        if follows and live[index - 1].dtype == value.dtype and numel + value.numel() <= SCRATCH_NUMEL:
+            runs[-1].append(index)
+            numel += value.numel()
+        else:
+            runs.append([index])
+            numel = value.numel()
+        stop = averaged[0].data_ptr() + averaged[0].nbytes
+    packs = [run for run in runs if len(run) >= _FEWEST_PACKED]
+    rest += [index for run in runs if len(run) < _FEWEST_PACKED for index in run]
+    return packs, sorted(rest)
+
+
+def _groups(
+    live: Sequence[torch.Tensor],
+    tracks: Sequence[Sequence[torch.Tensor]],
+    numel: int,
+    piece_numel: int | None,
+) -> Iterator[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
+    """The tensors cut and grouped so that a group is at most `numel` elements, all tracks alike."""
+    live_group: list[torch.Tensor] = []
+    track_groups: list[list[torch.Tensor]] = [[] for _ in tracks]
+    room = numel
+    for whole, *averaged in zip(live, *tracks, strict=True):
+        cuts = [list(cut_alike(each, whole, piece_numel or numel)) for each in averaged]
+        for pieces in zip(*cuts, strict=True):
+            piece = pieces[0][1]
+            if piece.numel() > room and live_group:
+                yield live_group, track_groups
+                live_group, track_groups, room = [], [[] for _ in tracks], numel
+            live_group.append(piece)
+            for group, (own, _) in zip(track_groups, pieces, strict=True):
+                group.append(own)
+            room -= piece.numel()
+    if live_group:
+        yield live_group, track_groups
+
+
+def cut_alike(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a pair of equal shape into pieces of at most `numel` elements, along dims in turn."""
+    if averaged.numel() <= numel:
+        yield averaged, live
+        return
+    if averaged.is_contiguous() and live.is_contiguous():
+        yield from zip(averaged.view(-1).split(numel), live.view(-1).split(numel), strict=True)
+        return
+    dim = next(dim for dim, size in enumerate(averaged.shape) if size > 1)
+    rows = max(1, numel // math.prod(averaged.shape[dim + 1 :]))
+    for averaged_rows, live_rows in zip(averaged.split(rows, dim), live.split(rows, dim), strict=True):
+        yield from cut_alike(averaged_rows, live_rows, numel)
