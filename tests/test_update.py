@@ -1,0 +1,125 @@
+"""How an update does its work: packed, in blocks, on several threads, prepared once. The bits are always the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from layouts_zoo import build_layout, set_whole
+from oracle import NaiveAverage
+from torch import nn
+
+from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema.update import Updater
+from dist_ema.workers import share_out
+
+SCHEDULES = {"fast": ConstantSchedule(momentum=0.5), "slow": ConstantSchedule(momentum=0.003)}
+
+
+class Mixed(nn.Module):
+    """Runs of tiny tensors between large ones, some of them not contiguous, empty, or of another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        shapes = [*[(7,)] * 6, (700, 900), (3, 5), (2, 2), (1200, 1100), *[(64,)] * 9, (0, 4), *[(5, 3)] * 5]
+        for index, shape in enumerate(shapes):
+            self.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape).to(dtype)))
+        self.turned = nn.Parameter(torch.randn(40, 30).to(dtype).t())
+        self.wide = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+
+
+def expected_after(
+    model: nn.Module, ema: ShardedEMA, schedule: ConstantSchedule, steps: int
+) -> dict[str, torch.Tensor]:
+    naive = NaiveAverage(schedule.momentum)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        naive.update(dict(model.named_parameters()))
+        ema.update()
+    return naive.values
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tracks", [1, 2])
+def test_packed_and_blocked_updates_have_the_bits_of_the_naive_one(dtype, tracks) -> None:
+    model = Mixed(dtype)
+    schedules = dict(list(SCHEDULES.items())[:tracks])
+    ema = ShardedEMA(model, schedules)
+    values = expected_after(model, ema, SCHEDULES["fast"], 4)
+    for name, value in ema.full_state_dict("fast").items():
+        assert torch.equal(value, values[name]), name
+    if tracks == 2:
+        model = Mixed(dtype)
+        ema = ShardedEMA(model, SCHEDULES)
+        values = expected_after(model, ema, SCHEDULES["slow"], 4)
+        assert all(torch.equal(value, values[name]) for name, value in ema.full_state_dict("slow").items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_several_threads_give_the_same_bits(threads, dtype) -> None:
+    model = Mixed(dtype)
+    ema = ShardedEMA(model, SCHEDULES)
+    values = expected_after(model, ema, SCHEDULES["slow"], 4)
+    assert ema._state._updater._workers == 3
+    assert all(torch.equal(value, values[name]) for name, value in ema.full_state_dict("slow").items())
+
+
+def test_threads_are_made_anew_in_a_forked_process(threads) -> None:
+    done: list[int] = []
+    share_out(lambda item, worker: done.append(item), list(range(20)), 3)
+    child = os.fork()
+    if child == 0:  # without threads of its own it would wait for ever
+        found: list[int] = []
+        share_out(lambda item, worker: found.append(item), list(range(20)), 3)
+        os._exit(0 if sorted(found) == list(range(20)) else 1)
+    assert sorted(done) == list(range(20))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_in_any_thread_is_raised_after_all_have_stopped() -> None:
+    def work(item: int, worker: int) -> None:
+        if item == 7:
+            raise ValueError("seven")
+
+    with pytest.raises(ValueError, match="seven"):
+        share_out(work, list(range(20)), 3)
+    share_out(work, list(range(7)), 3)
+
+
+def prepared(layout: str) -> list[int]:
+    """How often the lists of an update are made: in four updates, after a replaced memory, in another one."""
+    calls: list[int] = []
+    prepare = Updater._prepare
+    try:
+        Updater._prepare = lambda self: (calls.append(1), prepare(self))[1]  # type: ignore[method-assign]
+        model = build_layout(layout)
+        ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+        counts = []
+        for step in range(5):
+            set_whole(model, step)
+            ema.update()
+        counts.append(len(calls))
+        bare = model.module if layout == "ddp" else model
+        bare.load_state_dict({name: value.clone() for name, value in bare.state_dict().items()}, assign=True)
+        bare.head.weight = bare.embed.weight
+        ema.update()
+        ema.update()
+        return [*counts, len(calls)]
+    finally:
+        Updater._prepare = prepare  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("layout", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2)])
+def test_an_update_is_prepared_once_and_again_only_when_memory_was_replaced(world, layout, size) -> None:
+    assert world(size).run(prepared, layout) == [[1, 2]] * size
