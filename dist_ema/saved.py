@@ -24,7 +24,7 @@ from dist_ema.headers import (
 )
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_manifest
 
-__all__ = ["SavedAverage", "check_files", "damage_told", "damaged_tensors", "read_saved", "stored_bytes"]
+__all__ = ["SavedAverage", "check_files", "damage_told", "damaged_tensors", "read_piece", "read_saved", "stored_bytes"]
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -157,12 +157,8 @@ def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUN
     Raises:
         CheckpointCorruptError: the file is missing or too short.
     """
-    path = folder / stored.file
     buffer = memoryview(bytearray(min(chunk_bytes, stored.nbytes)))
-    try:
-        descriptor = open_regular(path)
-    except OSError as error:
-        raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
+    descriptor = _open(folder / stored.file)
     try:
         for done in range(0, stored.nbytes, chunk_bytes):
             piece = buffer[: min(chunk_bytes, stored.nbytes - done)]
@@ -170,6 +166,26 @@ def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUN
             yield piece
     finally:
         os.close(descriptor)
+
+
+def read_piece(folder: Path, stored: StoredTensor, offset_bytes: int, buffer: memoryview) -> None:
+    """Fill `buffer` from that offset of a tensor; the file is open for that long only.
+
+    Raises:
+        CheckpointCorruptError: the file is missing or too short.
+    """
+    descriptor = _open(folder / stored.file)
+    try:
+        read_exactly(descriptor, buffer, stored.start + offset_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def damage_told(place: Path, names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ LAYERS = [
     ["ema"],
     ["building", "storage", "distance"],
     ["offline", "comparison", "plots", "background", "checkpoint", "loading", "state"],
-    ["sharded", "gather", "replicas", "reading", "writing", "teacher"],
+    ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["blocks", "guard", "workers"],
