@@ -27,7 +27,7 @@ LAYERS = [
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
     ["topology.placed"],
-    ["plan"],
+    ["plan", "posthoc"],
     ["saved", "strips", "options", "skipped"],
     ["manifest", "layout"],
     ["commit", "schedules.records"],

@@ -77,7 +77,9 @@ def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval
     Raises:
         ConfigError: the schedule gave something else than a number from 0 to 1.
     """
-    momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", schedule.momentum(step))
+    momentum = schedule.momentum(step)
+    if type(momentum) is not float:  # the name is made for those only: making it takes longer than all the rest
+        momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", momentum)
     if not 0.0 <= momentum <= 1.0:
         raise ConfigError(f"{schedule!r} gave momentum {momentum!r} at update {step}, expected a number from 0 to 1")
     if interval_correction and momentum < 1.0:

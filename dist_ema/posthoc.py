@@ -1,0 +1,196 @@
+"""Post-hoc averages: which weights of saved averages make the average that nobody tracked. No files.
+
+After t updates an average holds the observation of update number k with the weight
+
+    p(k) = m_k (1 - m_{k+1}) ... (1 - m_{t-1}),    m_0 = 1,    p(0) + ... + p(t-1) = 1
+
+its *profile*, whatever was observed. So a sum of averages is an average whose profile is the sum of theirs, and the
+nearest to a wanted profile p* solves A x = b with A_ij = <p_i, p_j> and b_i = <p_i, p*> (EDM2: arXiv 2312.02696,
+section 3.2). The paper has the products of power functions in closed form (eq. 151) in continuous time; here they are
+summed over the updates that took place, which is exact for every schedule, interval and run, however short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dist_ema.errors import ConfigError
+from dist_ema.schedules.base import Schedule, momentum_of_update
+
+__all__ = ["Fit", "Profile", "fit", "inner_products", "masses"]
+
+# Updates whose momenta are in memory at a time: half a MiB for each schedule.
+_STRETCH = 2**16
+
+# Of the unit diagonal. Below it the rounding of A itself would decide; see `fit`.
+_LEAST_RIDGE = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The profile of `schedule` after `num_updates` updates (at least 1), of which one in `interval` averaged."""
+
+    schedule: Schedule
+    num_updates: int
+    interval: int = 1
+    interval_correction: bool = False
+
+    def momenta(self, start: int, stop: int) -> torch.Tensor:
+        """The momenta of updates number `start` to `stop - 1`, as `AveragedState.update` uses them."""
+        found = torch.zeros(stop - start, dtype=torch.float64)
+        steps = range(-(-max(start, 1) // self.interval) * self.interval, stop, self.interval)
+        given = [
+            momentum_of_update(
+                self.schedule, step, interval=self.interval, interval_correction=self.interval_correction
+            )
+            for step in steps
+        ]
+        if given:
+            found[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64)
+        if start == 0:
+            found[0] = 1.0
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The answer of `fit`.
+
+    Attributes:
+        weights: of each profile; their sum is 1.
+        error: how far the sum is from the wanted profile, `||sum_i x_i p_i - p*|| / ||p*||`.
+        amplification: `sum_i |x_i|`. So much larger the rounding of stored averages may show in the sum.
+    """
+
+    weights: tuple[float, ...]
+    error: float
+    amplification: float
+
+
+def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float]) -> Fit:
+    """The weights whose sum of `profiles` is nearest to `target` in L2, divided by their sum (EDM2 does the same).
+
+    Of several equal profiles the least rounded is taken, the others get the weight 0; so does all else where the target
+    itself is there.
+
+    Many profiles are nearly alike, and A nearly singular: without more ado huge weights of both signs would fight for
+    the last digits of the profile, and amplify the rounding of what is stored. So A is scaled to a unit diagonal and
+    each entry of the diagonal raised by `rounding^2`: what is minimised is the squared error of the profile plus that
+    of the rounding, if each stored average is off by so much in a direction of its own.
+
+    Args:
+        profiles: what there is.
+        target: what is wanted.
+        rounding: relative rounding error of each stored average: 2^-9 for bfloat16.
+
+    Raises:
+        ConfigError: the profiles have nothing in common with the target.
+    """
+    kinds = _kinds([*profiles, target])
+    keys = [(kind, profile.num_updates) for kind, profile in zip(kinds, [*profiles, target], strict=True)]
+    least_rounded_last = sorted(range(len(profiles)), key=lambda index: -rounding[index])
+    distinct = {keys[index]: index for index in least_rounded_last}
+    if keys[-1] in distinct:
+        return Fit(tuple(float(index == distinct[keys[-1]]) for index in range(len(profiles))), 0.0, 1.0)
+    chosen = sorted(distinct.values())
+    products = inner_products([*(profiles[index] for index in chosen), target])
+    gram, shared, own = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
+    scale = gram.diagonal().rsqrt()
+    gram.mul_(scale).mul_(scale[:, None])
+    ridge = torch.tensor([max(_LEAST_RIDGE, rounding[index] ** 2) for index in chosen], dtype=torch.float64)
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)
+    gram.diagonal().fill_(1.0)
+    solved = torch.cholesky_solve((scale * shared)[:, None], factor)[:, 0]
+    total = float((scale * solved).sum())
+    if not total > 0.0:
+        raise ConfigError(
+            f"none of {len(chosen)} profiles has anything of {target.schedule!r} after {target.num_updates} updates: "
+            "the averages must hold observations that the wanted one holds"
+        )
+    solved /= total
+    squared = float(solved @ (gram @ solved) - 2.0 * (solved @ (scale * shared))) + own
+    weights = [0.0] * len(profiles)
+    for index, weight in zip(chosen, (scale * solved).tolist(), strict=True):
+        weights[index] = weight
+    error = (max(squared, 0.0) / own) ** 0.5  # below 1e-8 it is the rounding of this difference
+    return Fit(tuple(weights), error, sum(abs(weight) for weight in weights))
+
+
+def inner_products(profiles: Sequence[Profile]) -> torch.Tensor:
+    """All `<p_i, p_j> = sum_k p_i(k) p_j(k)`: float64, symmetric.
+
+    Goes through the run once, as training did. An update shrinks what a schedule's average held by one factor, whatever
+    that was, so it is enough to carry the products with the profile that each schedule has *now*. The time is that of
+    asking for the momenta; memory does not grow with the run.
+    """
+    kinds = _kinds(profiles)
+    num_kinds = max(kinds) + 1
+    found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64)
+    # Of each schedule's present profile: with those of the other schedules, and with the profiles that have ended.
+    present = torch.zeros(num_kinds, num_kinds, dtype=torch.float64)
+    ended = torch.zeros(num_kinds, len(profiles), dtype=torch.float64)
+    for _, stop, weights, kept in _stretches(profiles, ()):
+        present = kept[:, None] * present * kept + weights @ weights.T
+        ended *= kept[:, None]
+        ending = [index for index, profile in enumerate(profiles) if profile.num_updates == stop]
+        for index in ending:
+            ended[:, index] = present[:, kinds[index]]
+        for index in ending:
+            found[index] = found[:, index] = ended[kinds[index]]
+    return found
+
+
+def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
+    """The sum of each profile's weights from one edge (an update number) to before the next: a row for each profile.
+
+    Args:
+        profiles: of any length.
+        edges: strictly ascending, from 0 to the end of the longest profile or beyond.
+    """
+    kinds = _kinds(profiles)
+    found = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64)
+    present = torch.zeros(max(kinds) + 1, len(edges) - 1, dtype=torch.float64)
+    between = 0  # edges[between] and edges[between + 1]
+    for start, stop, weights, kept in _stretches(profiles, edges):
+        between += start >= edges[between + 1]
+        present *= kept[:, None]
+        present[:, between] += weights.sum(dim=1)
+        for index, profile in enumerate(profiles):
+            if profile.num_updates == stop:
+                found[index] = present[kinds[index]]
+    return found
+
+
+def _kinds(profiles: Sequence[Profile]) -> list[int]:
+    """For each profile the number of its schedule; equal ones share one. Schedules need not be hashable."""
+    known: list[Profile] = []
+    for profile in profiles:
+        kind = dataclasses.replace(profile, num_updates=0)
+        known += [] if kind in known else [kind]
+    return [known.index(dataclasses.replace(profile, num_updates=0)) for profile in profiles]
+
+
+def _stretches(
+    profiles: Sequence[Profile], cuts: Sequence[int]
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """The run in stretches of bounded length, none across the end of a profile or a cut.
+
+    Yields its first update and the one after its last; the weights of its updates in the profile that each schedule has
+    at its end, a row for each; and the share of all before that each has kept until then.
+    """
+    first_of_kind = {kind: profile for kind, profile in reversed(list(zip(_kinds(profiles), profiles, strict=True)))}
+    ends = sorted({0, *cuts, *(profile.num_updates for profile in profiles)})
+    for begin, end in itertools.pairwise(ends):
+        for start in range(begin, end, _STRETCH):
+            stop = min(start + _STRETCH, end)
+            rows = [first_of_kind[kind].momenta(start, stop) for kind in sorted(first_of_kind)]
+            momenta = torch.stack(rows)
+            # Products of 1 - m over an update and all after it; a momentum of 1 makes all before it 0.
+            kept = (1.0 - momenta).flip(1).cumprod(1).flip(1)
+            after = torch.cat([kept[:, 1:], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+            yield start, stop, momenta * after, kept[:, 0]
