@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from dist_ema.schedules.combinators import after, every, scaled_batch
     from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule
+    from dist_ema.synthesis import synthesize
 
 __all__ = [
     "AnnealedSchedule",
@@ -67,12 +68,14 @@ __all__ = [
     "consolidate_checkpoint",
     "every",
     "scaled_batch",
+    "synthesize",
 ]
 
 _HOME = {
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
     "consolidate_checkpoint": "dist_ema.offline",
+    "synthesize": "dist_ema.synthesis",
     **dict.fromkeys(
         ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"],
         "dist_ema.schedules.classic",

@@ -18,8 +18,8 @@ LAYERS = [
     ["integrations.accelerate"],
     ["ema"],
     ["building", "storage", "distance"],
-    ["offline", "comparison", "plots", "background", "checkpoint", "loading", "state"],
-    ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting"],
+    ["offline", "synthesis", "comparison", "plots", "background", "checkpoint", "loading", "state"],
+    ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["blocks", "guard", "workers"],
@@ -137,6 +137,7 @@ def test_public_names() -> None:
         "consolidate_checkpoint",
         "every",
         "scaled_batch",
+        "synthesize",
     }
     for name in dist_ema.__all__:
         assert getattr(dist_ema, name) is not None
