@@ -107,12 +107,18 @@ def _parser() -> argparse.ArgumentParser:
         known,
         "plot",
         commands.plot,
-        "draw the momentum of a saved average's schedules",
-        "Draw the momentum of each update and the mean age of the average, for each track, to PNG or SVG.",
-        "dist-ema plot checkpoint-400 --out schedule.svg",
+        "draw schedules, or what snapshots can express",
+        "Draw the momentum of each update and the mean age of the average, to PNG or SVG: for each track of a saved\n"
+        "average, and for other schedules. With --sigma-rel: the weights of the observations in such an average, and\n"
+        "in the sum of snapshots that comes nearest.",
+        "dist-ema plot checkpoint-400 --schedule 'PowerSchedule(sigma_rel=0.1)' --out schedule.svg",
+        optional=True,
     )
     plot.add_argument("--out", type=Path, default=Path("schedule.png"), help="the picture (default: schedule.png)")
     plot.add_argument("--steps", type=int, help="updates along the axis (default: as long as the schedules tell)")
+    plot.add_argument("--schedule", action="append", default=[], metavar="TEXT", help=f"a schedule, {_TOLD_SCHEDULE}")
+    plot.add_argument("--sigma-rel", type=float, metavar="X", help="SRC is a folder of snapshots: draw this profile")
+    plot.set_defaults(refuse=plot.error)
     consolidate = _command(
         known,
         "consolidate",
@@ -123,18 +129,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     consolidate.add_argument("dst", metavar="DST", type=Path, help="folder to write; a former export is replaced")
     consolidate.add_argument("--track", help="which average, where there are several")
-    consolidate.add_argument(
+    _add_export_options(consolidate, "keep")
+    synthesize = _command(
+        known,
+        "synthesize",
+        commands.synthesize,
+        "make an average that nobody tracked from the snapshots of a run",
+        "Write the average that another schedule would have made, as a plain model folder: the sum of snapshots whose\n"
+        "weights of all observations come nearest. The profile error tells how near (relative L2).",
+        "dist-ema synthesize --sigma-rel 0.15 run/snapshots model",
+        source="snapshots",
+        told="folder of the saved averages of a run, or of checkpoints that hold them",
+    )
+    synthesize.add_argument("out", metavar="OUT", type=Path, help="folder to write; a former export is replaced")
+    wanted = synthesize.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--sigma-rel", type=float, metavar="X", help="width of a power-function profile, such as 0.15")
+    wanted.add_argument("--schedule", metavar="TEXT", help=f"any other schedule, {_TOLD_SCHEDULE}")
+    synthesize.add_argument(
+        "--num-updates", type=int, metavar="N", help="of the average (default: the latest snapshot's)"
+    )
+    _add_export_options(synthesize, "averages in float32, the rest as it is")
+    synthesize.add_argument("--json", action="store_true", help="print one JSON object, with all weights")
+    return parser
+
+
+_TOLD_SCHEDULE = "such as 'after(100, EqualSchedule())'"
+
+
+def _add_export_options(command: argparse.ArgumentParser, kept: str) -> None:
+    command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "float64"],
-        help="convert floating-point tensors (default: keep)",
+        help=f"convert floating-point tensors (default: {kept})",
     )
-    consolidate.add_argument(
+    command.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
         help="size of a file, such as 2GB (default: 5GB)",
     )
-    return parser
 
 
 def _command(
@@ -145,6 +178,8 @@ def _command(
     description: str,
     example: str,
     source: str = "src",
+    told: str = "folder of an average, or the checkpoint that holds it",
+    optional: bool = False,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = known.add_parser(
         name,
@@ -153,8 +188,7 @@ def _command(
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    told = "folder of an average, or the checkpoint that holds it"
-    command.add_argument(source, metavar=source.upper(), type=Path, help=told)
+    command.add_argument(source, metavar=source.upper(), type=Path, nargs="?" if optional else None, help=told)
     command.set_defaults(run=run)
     return command
 

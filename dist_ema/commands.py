@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from dist_ema.checks import absolute
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
 from dist_ema.saved import check_files, damage_told, damaged_tensors, read_saved
-from dist_ema.schedules.records import schedule_from_json, schedule_text
+from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.profiles import PowerSchedule
+from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
 
-__all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "verify"]
+__all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
 def verify(chosen: argparse.Namespace) -> str:
@@ -87,21 +91,103 @@ def diff(chosen: argparse.Namespace) -> str:
     return told
 
 
+def synthesize(chosen: argparse.Namespace) -> str:
+    """Make an average that nobody tracked."""
+    import torch  # not needed by most commands
+
+    from dist_ema.synthesis import weigh, write
+
+    wanted = (
+        schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
+    )
+    weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
+    with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
+        warnings.simplefilter("always")
+        made = write(
+            weighed,
+            absolute(chosen.out),
+            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+            max_shard_size=chosen.max_shard_size,
+            progress=bar.update,
+        )
+    facts = {
+        "folder": str(made.folder),
+        "schedule": repr(made.schedule),
+        "num_updates": made.num_updates,
+        "num_snapshots": len({each.folder for each in made.weights if each.weight}),
+        "profile_error": made.profile_error,
+        "amplification": made.amplification,
+        "weights": [
+            {"folder": str(each.folder), "track": each.track, "num_updates": each.num_updates, "weight": each.weight}
+            for each in made.weights
+        ],
+        "warnings": [str(each.message) for each in warned],
+    }
+    if chosen.json:
+        return json.dumps(facts, indent=1)
+    lines = [
+        f"{made.folder}: {made.schedule!r} after {made.num_updates:,} updates",
+        f"  from {facts['num_snapshots']} snapshots, profile error {made.profile_error:.2e}, sum of absolute weights "
+        f"{made.amplification:.2f}",
+        *(f"  warning: {each.message}" for each in warned),
+    ]
+    return "\n".join(lines)
+
+
 def plot(chosen: argparse.Namespace) -> str:
-    """Draw a saved average's schedules."""
+    """Draw schedules, or the profile that snapshots can express."""
+    if chosen.sigma_rel is not None:
+        if chosen.src is None or chosen.schedule or chosen.steps is not None:
+            chosen.refuse("--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps")
+        return _plot_profiles(chosen)
+    if chosen.src is None and not chosen.schedule:
+        chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.plots import draw_schedules
 
-    manifest = read_manifest(find_saved(chosen.src))
+    manifest = None if chosen.src is None else read_manifest(find_saved(chosen.src))
+    tracks = {} if manifest is None else manifest.tracks
     try:
-        schedules = {
-            f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in manifest.tracks.items()
-        }
+        schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
     except ConfigError as error:
         raise CheckpointMismatchError(f"{chosen.src} has a schedule that only its author can draw: {error}") from None
-    ends = [saved["total_steps"] for saved in manifest.tracks.values() if "total_steps" in saved]
-    steps = max([2 * manifest.num_updates, 1000, *ends]) if chosen.steps is None else chosen.steps
-    draw_schedules(schedules, steps, chosen.out, now=manifest.num_updates)
-    return f"{chosen.out}: {len(schedules)} schedules over {steps:,} updates, now at {manifest.num_updates:,}"
+    schedules |= {text: schedule_from_text(text) for text in chosen.schedule}
+    now = None if manifest is None else manifest.num_updates
+    steps = (
+        max([2 * (now or 0), 1000, *map(_total_steps, schedules.values())]) if chosen.steps is None else chosen.steps
+    )
+    draw_schedules(schedules, steps, chosen.out, now=now)
+    told = f"{chosen.out}: {len(schedules)} schedules over {steps:,} updates"
+    return told if now is None else f"{told}, now at {now:,}"
+
+
+def _total_steps(schedule: Schedule) -> int:
+    """The end of a schedule that has one, also within another; else 0."""
+    inner = getattr(schedule, "schedule", None)
+    return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
+
+
+def _plot_profiles(chosen: argparse.Namespace) -> str:
+    from dist_ema.plots import MOST_POINTS, draw_profiles
+    from dist_ema.posthoc import masses  # loads torch
+    from dist_ema.synthesis import weigh
+
+    wanted = PowerSchedule(sigma_rel=chosen.sigma_rel)
+    weighed = weigh(chosen.src, wanted)
+    snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
+    edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
+    *each, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
+    achieved = sum(weight * profile for weight, profile in zip(weighed.fit.weights, each, strict=True))
+    draw_profiles(
+        edges,
+        (f"wanted: sigma_rel {chosen.sigma_rel:g}", target.tolist()),
+        (f"sum of snapshots, profile error {weighed.fit.error:.2e}", achieved.tolist()),
+        [profile.tolist() for profile in each],
+        chosen.out,
+    )
+    return (
+        f"{chosen.out}: sigma_rel {chosen.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved averages, "
+        f"profile error {weighed.fit.error:.2e}"
+    )
 
 
 class BadAnswer(DistEMAError):

@@ -1,17 +1,25 @@
-"""Pictures of schedules: the momentum of each update, and how far back the average looks. No communication."""
+"""Pictures: the momentum of each update, how far back an average looks, the weights of a sum. No communication.
+
+A picture is small, and the same bytes for the same data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["draw_schedules", "mean_ages"]
+__all__ = ["MOST_POINTS", "draw_profiles", "draw_schedules", "mean_ages"]
+
+# Of a curve.
+MOST_POINTS = 500
 
 _MOST_STEPS = 5_000_000
+_MOST_SNAPSHOTS = 24
 
 
 def mean_ages(schedule: Schedule, num_steps: int) -> tuple[list[float], list[float]]:
@@ -45,30 +53,90 @@ def draw_schedules(schedules: Mapping[str, Schedule], num_steps: int, path: Path
     """
     if not 2 <= num_steps <= _MOST_STEPS:
         raise ConfigError(f"steps is {num_steps}, expected 2 to {_MOST_STEPS:,}")
-    try:
-        from matplotlib.figure import Figure  # an optional dependency
-    except ImportError:
-        raise ConfigError("plotting needs matplotlib, which is not installed: pip install 'dist-ema[plot]'") from None
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    figure = _figure()
     above, below = figure.subplots(2, 1, sharex=True)
-    stride = max(1, num_steps // 2000)
+    stride = -(-num_steps // MOST_POINTS)
     for label, schedule in schedules.items():
         momenta, ages = mean_ages(schedule, num_steps)
         steps = list(range(1, num_steps, stride))
         above.plot(steps, [momenta[step] for step in steps], label=label)
         below.plot(steps, [ages[step] for step in steps], label=label)
-    above.set_ylabel("momentum (weight of the new value)")
-    below.set_ylabel("mean age of the average (updates)")
+    above.set_ylabel("momentum")
+    below.set_ylabel("mean age (updates)")
     below.set_xlabel("update")
     for axes in (above, below):
         axes.set_ylim(bottom=0)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        _dress(axes)
         if now is not None:
             axes.axvline(now, color="#666666", linewidth=0.8, linestyle="--")
     above.legend(frameon=False)
-    options: dict[str, Any] = {"dpi": 150}
+    _save(figure, path)
+
+
+def draw_profiles(
+    edges: Sequence[int],
+    target: tuple[str, Sequence[float]],
+    achieved: tuple[str, Sequence[float]],
+    snapshots: Sequence[Sequence[float]],
+    path: Path,
+) -> None:
+    """Draw which updates' observations an average holds: a wanted one, and the sum of snapshots that comes nearest.
+
+    Args:
+        edges: update numbers, ascending.
+        target: label, and the weight of all observations from each edge to the next.
+        achieved: the same of the sum.
+        snapshots: the weights of each snapshot; some of them are drawn, faintly.
+        path: of the picture, PNG or SVG by its name.
+
+    Raises:
+        ConfigError: matplotlib is missing, or it does not know the picture's format.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    middles = [(start + stop - 1) / 2 for start, stop in itertools.pairwise(edges)]
+    widths = [stop - start for start, stop in itertools.pairwise(edges)]
+
+    def plot(weights: Sequence[float], **style: Any) -> list[float]:
+        heights = [weight / width for weight, width in zip(weights, widths, strict=True)]
+        while heights and heights[-1] == 0.0:  # it ends here
+            heights.pop()
+        axes.plot(middles[: len(heights)], heights, **style)
+        return heights
+
+    for index in sorted({each * len(snapshots) // _MOST_SNAPSHOTS for each in range(_MOST_SNAPSHOTS)}):
+        plot(snapshots[index], color="#bbbbbb", linewidth=0.5)
+    wanted = plot(target[1], color="#1f5fa8", linewidth=4.0, alpha=0.35, label=target[0])
+    found = plot(achieved[1], color="#b0622f", linewidth=1.2, label=achieved[0])
+    # The profiles of early snapshots are high and narrow, and would hide the others.
+    axes.set_ylim(min(1.1 * min(found), 0.0), 1.5 * max(wanted))
+    axes.set_xlabel("update")
+    axes.set_ylabel("weight of its observation")
+    _dress(axes)
+    axes.legend(loc="upper left", edgecolor="none", framealpha=1.0)
+    _save(figure, path)
+
+
+def _figure() -> Any:
     try:
-        figure.savefig(path, **options)
+        from matplotlib.figure import Figure  # an optional dependency
+    except ImportError:
+        raise ConfigError("plotting needs matplotlib, which is not installed: pip install 'dist-ema[plot]'") from None
+    return Figure(figsize=(7.5, 5.5), layout="constrained")
+
+
+def _dress(axes: Any) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import rc_context  # there is a figure, so there is matplotlib
+
+    # An SVG would otherwise hold the date, and names drawn by chance.
+    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
+    try:
+        with rc_context({"svg.hashsalt": "dist-ema"}):
+            figure.savefig(path, dpi=150, **options)
     except ValueError as error:
         raise ConfigError(f"the picture {path} cannot be written: {error}") from None

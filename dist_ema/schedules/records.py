@@ -1,7 +1,8 @@
-"""Schedules as JSON, and back."""
+"""Schedules as JSON and as text, and back."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,10 @@ from dist_ema.schedules.classic import (
     InverseGammaSchedule,
     RampSchedule,
 )
-from dist_ema.schedules.combinators import After, Every, ScaledBatch
+from dist_ema.schedules.combinators import After, Every, ScaledBatch, after, every, scaled_batch
 from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule
 
-__all__ = ["is_known", "schedule_from_json", "schedule_text", "schedule_to_json"]
+__all__ = ["is_known", "schedule_from_json", "schedule_from_text", "schedule_text", "schedule_to_json"]
 
 _SIMPLE: dict[str, Any] = {
     each.__name__: each
@@ -34,6 +35,9 @@ _SIMPLE: dict[str, Any] = {
 }
 _COMBINED: dict[str, Any] = {"after": After, "every": Every, "scaled_batch": ScaledBatch}
 _DEEPEST = 20
+_CALLS: dict[str, Any] = {**_SIMPLE, "after": after, "every": every, "scaled_batch": scaled_batch}
+_LONGEST_TEXT = 1000  # characters
+_LARGEST_NUMBER = 2.0**53
 
 
 def is_known(schedule: Schedule) -> bool:
@@ -56,14 +60,17 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 
 
 def schedule_text(saved: Mapping[str, Any]) -> str:
-    """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)"."""
-    return f"{saved.get('type')}({', '.join(_argument_text(*each) for each in saved.items() if each[0] != 'type')})"
+    """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
+    kind = saved.get("type")
+    told = {name: _value_text(value) for name, value in saved.items() if name != "type"}
+    parts = told.values() if kind in _COMBINED else (f"{name}={value}" for name, value in told.items())
+    return f"{kind}({', '.join(parts)})"
 
 
-def _argument_text(name: str, value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, dict):
-        return f"{name}={schedule_text(value)}"
-    return f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
+        return schedule_text(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def schedule_from_json(saved: Mapping[str, Any], *, _depth: int = 0) -> Schedule:
@@ -87,3 +94,53 @@ def schedule_from_json(saved: Mapping[str, Any], *, _depth: int = 0) -> Schedule
             raise
         raise ConfigError(f"{kind} cannot be rebuilt from {arguments!r}: {error!r}") from error
     raise ConfigError(f"schedule type {kind!r} cannot be rebuilt, expected one of {sorted((*_SIMPLE, *_COMBINED))}")
+
+
+def schedule_from_text(text: str) -> Schedule:
+    """The schedule that a Python expression tells: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
+
+    Understands calls of this package's schedules with numbers and None, and every repr of theirs. Nothing is evaluated.
+
+    Raises:
+        ConfigError: it is anything else, or an argument is wrong.
+    """
+    if len(text) > _LONGEST_TEXT:
+        raise ConfigError(f"the schedule has {len(text)} characters, expected at most {_LONGEST_TEXT}")
+    try:
+        text = text.strip()
+        expression = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"the schedule {text[:200]!r} is no expression: {error}") from None
+    return _schedule_of(expression, text, 0)
+
+
+def _schedule_of(node: ast.expr, text: str, depth: int) -> Schedule:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _CALLS:
+        raise _refusal(node, text, f"a call of one of {', '.join(sorted(_CALLS))}")
+    names = {each.arg for each in node.keywords}
+    if depth > _DEEPEST or None in names or len(names) < len(node.keywords):
+        raise _refusal(node, text, f"each argument once, no '**', at most {_DEEPEST} schedules within each other")
+    arguments = [_argument_of(each, text, depth) for each in node.args]
+    named = {str(each.arg): _argument_of(each.value, text, depth) for each in node.keywords}
+    try:
+        found: Schedule = _CALLS[node.func.id](*arguments, **named)
+    except TypeError as error:
+        raise ConfigError(f"the schedule {text[:200]!r} has wrong arguments: {error}") from None
+    return found
+
+
+def _argument_of(node: ast.expr, text: str, depth: int) -> object:
+    if isinstance(node, ast.Call):
+        return _schedule_of(node, text, depth + 1)
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        value = ...
+    if value is None or (type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER):
+        return value
+    raise _refusal(node, text, "a number of at most 2^53, None, or a schedule")
+
+
+def _refusal(node: ast.expr, text: str, expected: str) -> ConfigError:
+    found = ast.get_source_segment(text, node) or text
+    return ConfigError(f"the schedule {text[:200]!r} has {found[:80]!r}, expected {expected}")
