@@ -105,7 +105,7 @@ def draw_profiles(
         return heights
 
     for index in sorted({each * len(snapshots) // _MOST_SNAPSHOTS for each in range(_MOST_SNAPSHOTS)}):
-        plot(snapshots[index], color="#bbbbbb", linewidth=0.5)
+        plot(snapshots[index], color="#bbbbbb", linewidth=0.5, label=None if index else "snapshots")
     wanted = plot(target[1], color="#1f5fa8", linewidth=4.0, alpha=0.35, label=target[0])
     found = plot(achieved[1], color="#b0622f", linewidth=1.2, label=achieved[0])
     # The profiles of early snapshots are high and narrow, and would hide the others.

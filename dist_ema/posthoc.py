@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -90,7 +90,7 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
     Raises:
         ConfigError: the profiles have nothing in common with the target.
     """
-    kinds = _kinds([*profiles, target])
+    _, kinds = _kinds([*profiles, target])
     keys = [(kind, profile.num_updates) for kind, profile in zip(kinds, [*profiles, target], strict=True)]
     least_rounded_last = sorted(range(len(profiles)), key=lambda index: -rounding[index])
     distinct = {keys[index]: index for index in least_rounded_last}
@@ -128,13 +128,12 @@ def inner_products(profiles: Sequence[Profile]) -> torch.Tensor:
     that was, so it is enough to carry the products with the profile that each schedule has *now*. The time is that of
     asking for the momenta; memory does not grow with the run.
     """
-    kinds = _kinds(profiles)
-    num_kinds = max(kinds) + 1
+    known, kinds = _kinds(profiles)
     found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64)
     # Of each schedule's present profile: with those of the other schedules, and with the profiles that have ended.
-    present = torch.zeros(num_kinds, num_kinds, dtype=torch.float64)
-    ended = torch.zeros(num_kinds, len(profiles), dtype=torch.float64)
-    for _, stop, weights, kept in _stretches(profiles, ()):
+    present = torch.zeros(len(known), len(known), dtype=torch.float64)
+    ended = torch.zeros(len(known), len(profiles), dtype=torch.float64)
+    for _, stop, weights, kept in _stretches(known, (profile.num_updates for profile in profiles)):
         present = kept[:, None] * present * kept + weights @ weights.T
         ended *= kept[:, None]
         ending = [index for index, profile in enumerate(profiles) if profile.num_updates == stop]
@@ -152,11 +151,11 @@ def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
         profiles: of any length.
         edges: strictly ascending, from 0 to the end of the longest profile or beyond.
     """
-    kinds = _kinds(profiles)
+    known, kinds = _kinds(profiles)
     found = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64)
-    present = torch.zeros(max(kinds) + 1, len(edges) - 1, dtype=torch.float64)
+    present = torch.zeros(len(known), len(edges) - 1, dtype=torch.float64)
     between = 0  # edges[between] and edges[between + 1]
-    for start, stop, weights, kept in _stretches(profiles, edges):
+    for start, stop, weights, kept in _stretches(known, [*edges, *(profile.num_updates for profile in profiles)]):
         between += start >= edges[between + 1]
         present *= kept[:, None]
         present[:, between] += weights.sum(dim=1)
@@ -166,31 +165,29 @@ def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
     return found
 
 
-def _kinds(profiles: Sequence[Profile]) -> list[int]:
-    """For each profile the number of its schedule; equal ones share one. Schedules need not be hashable."""
+def _kinds(profiles: Sequence[Profile]) -> tuple[list[Profile], list[int]]:
+    """A profile of each schedule, and for each profile the number of its own. Schedules need not be hashable."""
     known: list[Profile] = []
+    numbers = []
     for profile in profiles:
         kind = dataclasses.replace(profile, num_updates=0)
-        known += [] if kind in known else [kind]
-    return [known.index(dataclasses.replace(profile, num_updates=0)) for profile in profiles]
+        if kind not in known:
+            known.append(kind)
+        numbers.append(known.index(kind))
+    return known, numbers
 
 
-def _stretches(
-    profiles: Sequence[Profile], cuts: Sequence[int]
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """The run in stretches of bounded length, none across the end of a profile or a cut.
+def _stretches(kinds: Sequence[Profile], ends: Iterable[int]) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """The run in stretches of bounded length, none across one of the `ends`, until the last of them.
 
-    Yields its first update and the one after its last; the weights of its updates in the profile that each schedule has
-    at its end, a row for each; and the share of all before that each has kept until then.
+    Yields its first update and the one after its last; the weights of its updates in the profile that each kind has at
+    its end, a row for each; and the share of all before that each has kept until then.
     """
-    first_of_kind = {kind: profile for kind, profile in reversed(list(zip(_kinds(profiles), profiles, strict=True)))}
-    ends = sorted({0, *cuts, *(profile.num_updates for profile in profiles)})
-    for begin, end in itertools.pairwise(ends):
+    for begin, end in itertools.pairwise(sorted({0, *ends})):
         for start in range(begin, end, _STRETCH):
             stop = min(start + _STRETCH, end)
-            rows = [first_of_kind[kind].momenta(start, stop) for kind in sorted(first_of_kind)]
-            momenta = torch.stack(rows)
+            momenta = torch.stack([kind.momenta(start, stop) for kind in kinds])
             # Products of 1 - m over an update and all after it; a momentum of 1 makes all before it 0.
             kept = (1.0 - momenta).flip(1).cumprod(1).flip(1)
-            after = torch.cat([kept[:, 1:], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+            after = torch.cat([kept[:, 1:], torch.ones(len(kinds), 1, dtype=torch.float64)], dim=1)
             yield start, stop, momenta * after, kept[:, 0]

@@ -1,7 +1,8 @@
 """Making an average that nobody tracked out of saved ones: one process, no process group, no model.
 
 Tensors pass in bounded pieces through one float64 sum. Each saved average's piece is read into one buffer, and its file
-is open only for that, so neither memory nor open files grow with their number. Checksums are compared on the way.
+is open only for that, so neither memory nor open files grow with their number. The checksum of every tensor that is
+read is compared on the way.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python launch/posthoc.py --steps 300 --out runs/posthoc
 
 Trains the byte-level language model of the demo in one process. Power-function averages of relative width 0.05 and
-0.10 are tracked and kept as bfloat16 snapshots; those of widths 0.075, 0.15 and 0.2 are synthesized after the run, and compared
-with the same averages tracked all along in float32. "nearest tracked" is how far the better of the two tracked ones is.
+0.10 are tracked and kept as bfloat16 snapshots; those of widths 0.075, 0.15 and 0.2 are synthesized after the run, and
+compared with the same averages tracked all along in float32. "nearest tracked" is how far the better of the two
+tracked ones is.
 """
 
 from __future__ import annotations
