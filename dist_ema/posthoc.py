@@ -85,7 +85,7 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
     Args:
         profiles: what there is.
         target: what is wanted.
-        rounding: relative rounding error of each stored average: 2^-9 for bfloat16.
+        rounding: relative rounding error of each stored average: 2^-8 for bfloat16.
 
     Raises:
         ConfigError: the profiles have nothing in common with the target.
