@@ -6,6 +6,7 @@ A picture is small, and the same bytes for the same data.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,22 @@ def draw_schedules(schedules: Mapping[str, Schedule], num_steps: int, path: Path
     figure = _figure()
     above, below = figure.subplots(2, 1, sharex=True)
     stride = -(-num_steps // MOST_POINTS)
+    smallest, largest = math.inf, 0.0
     for label, schedule in schedules.items():
         momenta, ages = mean_ages(schedule, num_steps)
         steps = list(range(1, num_steps, stride))
+        smallest, largest = min(smallest, *momenta[1:]), max(largest, *momenta[1:])
         above.plot(steps, [momenta[step] for step in steps], label=label)
         below.plot(steps, [ages[step] for step in steps], label=label)
     above.set_ylabel("momentum")
     below.set_ylabel("mean age (updates)")
     below.set_xlabel("update")
+    if largest > 50.0 * smallest > 0.0:
+        above.set_yscale("log")
+    else:
+        above.set_ylim(bottom=0)
+    below.set_ylim(bottom=0)
     for axes in (above, below):
-        axes.set_ylim(bottom=0)
         _dress(axes)
         if now is not None:
             axes.axvline(now, color="#666666", linewidth=0.8, linestyle="--")
@@ -133,10 +140,10 @@ def _dress(axes: Any) -> None:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import rc_context  # there is a figure, so there is matplotlib
 
-    # An SVG would otherwise hold the date, and names drawn by chance.
+    # An SVG would otherwise hold the date, names drawn by chance, and its text as outlines.
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
     try:
-        with rc_context({"svg.hashsalt": "dist-ema"}):
+        with rc_context({"svg.hashsalt": "dist-ema", "svg.fonttype": "none"}):
             figure.savefig(path, dpi=150, **options)
     except ValueError as error:
         raise ConfigError(f"the picture {path} cannot be written: {error}") from None

@@ -24,6 +24,10 @@ from dist_ema.schedules.records import schedule_from_json, schedule_text
 __all__ = ["Snapshots", "Source", "read_snapshots"]
 
 
+# Every update is looked at: an hour's work. No run is longer, but a manifest may say anything.
+_MOST_UPDATES = 10**9
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One track of one saved average.
@@ -85,6 +89,8 @@ def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
             f"num_updates is {wanted}, but the latest of {len(found)} saved averages in {folder} had {last}: what was "
             "observed later is in none of them"
         )
+    if wanted > _MOST_UPDATES:
+        raise ConfigError(f"{folder} has an average of {wanted} updates, expected at most {_MOST_UPDATES:,}")
     usable = [(count, path) for count, path in found if 0 < count <= wanted]
     if not usable:
         raise ConfigError(

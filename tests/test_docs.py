@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+
+from dist_ema.schedules.records import schedule_from_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,3 +48,17 @@ def test_every_trap_names_tests_that_exist() -> None:
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "traps.md").read_text() + (ROOT / "CHANGELOG.md").read_text())
     assert len(named) >= 35
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_pictures_are_drawn_by_their_script_from_schedules_as_they_are_now() -> None:
+    folder = ROOT / "docs" / "pictures"
+    drawn = {"profile"}
+    for line in (folder / "make.sh").read_text().replace("\\\n", "").splitlines():
+        if line.startswith("draw "):
+            _, name, _, *texts = shlex.split(line)
+            drawn.add(name)
+            picture = html.unescape((folder / f"{name}.svg").read_text())
+            for text in texts:
+                schedule_from_text(text)
+                assert text.replace("_000", "000") in picture.replace("_000", "000"), f"{name}.svg does not show {text}"
+    assert drawn == {path.stem for path in folder.glob("*.svg")}
