@@ -1,6 +1,7 @@
 """The averaged values of one track on this rank: where they lie, and how they are set as a whole. No communication.
 
-Those of all shards lie end to end in one flat buffer per device; each shard's averaged tensor is a view of it.
+Those of all shards lie end to end in one flat buffer per device; each shard's averaged tensor is a view of it. The
+residuals of a compensated average (`dist_ema.update`) lie beside them in the same way.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ __all__ = ["Averages", "copy_each"]
 class Averages:
     """Averaged values of one track, for the shards that this rank owns, in memory of their own."""
 
-    def __init__(self, shards: Sequence[Shard], *, dtype: torch.dtype, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
         self._shards: tuple[Shard, ...] = tuple(shards)
         devices = [shard.live().device if device is None else device for shard in self._shards]
-        self._flat: dict[torch.device, torch.Tensor] = {}
+        self._values = self._zeros(devices, dtype)
+        self._residuals = () if residual_dtype is None else self._zeros(devices, residual_dtype)
+
+    def _zeros(self, devices: Sequence[torch.device], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        flat: dict[torch.device, torch.Tensor] = {}
         for wanted in dict.fromkeys(devices):
             numel = sum(shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted)
             with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
-                self._flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
-        self._values = self._cut(self._flat, devices)
-
-    def _cut(self, flat: dict[torch.device, torch.Tensor], devices: Sequence[torch.device]) -> tuple[torch.Tensor, ...]:
+                flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
         filled = dict.fromkeys(flat, 0)
         views = []
         for shard, device in zip(self._shards, devices, strict=True):
@@ -42,9 +51,14 @@ class Averages:
         return self._values
 
     @property
+    def residuals(self) -> tuple[torch.Tensor, ...]:
+        """What the values lack, of the same sizes; empty unless the average is compensated."""
+        return self._residuals
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of averaged values on this rank."""
-        return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
+        """Bytes of averaged values and residuals on this rank."""
+        return sum(tensor.nbytes for tensor in (*self.values, *self.residuals))
 
     def held(self) -> Sequence[Held]:
         """The tensors of somebody's module that `values` lie in, whose memory may be replaced; ours have their own."""
@@ -53,12 +67,11 @@ class Averages:
     @torch.no_grad()
     def copy_live(self, fqns: Collection[str] | None = None) -> None:
         """Set the averaged values to the live ones: of all tensors, or of those of these names. No communication."""
-        pairs = [
-            (value, shard.live())
-            for value, shard in zip(self.values, self._shards, strict=True)
-            if fqns is None or shard.fqn in fqns
-        ]
-        copy_each([value for value, _ in pairs], [live for _, live in pairs])
+        chosen = [index for index, shard in enumerate(self._shards) if fqns is None or shard.fqn in fqns]
+        values, residuals = self.values, self.residuals
+        copy_each([values[index] for index in chosen], [self._shards[index].live() for index in chosen])
+        for index in chosen if residuals else ():
+            residuals[index].zero_()
 
     @torch.no_grad()
     def replace(self, values: Sequence[torch.Tensor]) -> None:
@@ -66,6 +79,8 @@ class Averages:
         for averaged, value in zip(self.values, values, strict=True):
             if value is not averaged:
                 averaged.copy_(value)
+        for residual in self.residuals:
+            residual.zero_()
 
 
 def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -84,6 +84,8 @@ def _check_teacher(into: object, options: Options, schedules: Mapping[str, Sched
         raise ConfigError(f"into is a {type(into).__name__}, expected a torch.nn.Module to hold the average")
     if len(schedules) > 1:
         raise ConfigError(f"into holds one average, but there are {len(schedules)} tracks: {list(schedules)}")
+    if options.compensated:
+        raise ConfigError("compensated=True with into, expected one: a teacher has no room for what rounding takes")
     if options.device is not None:
         raise ConfigError(f"device is {options.device} and into is given, expected one: a teacher lies where it lies")
     trained = [name for name, parameter in into.named_parameters() if parameter.requires_grad]

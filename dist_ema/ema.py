@@ -49,6 +49,9 @@ class ShardedEMA(Stored):
             shown live, in the model as in the files.
         skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
             first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch.
+        compensated: keep what rounding takes from each update in bfloat16, and add it to the next: for decays of 0.9999
+            and more, where an fp32 average loses a part of its motion. 2 more bytes for each element, and slower
+            updates (docs/performance.md). Files hold the fp32 values, so a resume begins anew with nothing kept.
         into: a teacher: keep the average in this module's parameters, so that it can run forward at every step. It has
             the model's names, shapes and layout (what is excluded it need not have), the averaged dtype, and takes no
             gradient. It begins as a copy of the model; every rank averages all that it holds of it.
@@ -80,6 +83,7 @@ class ShardedEMA(Stored):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         skip_nonfinite: bool = False,
+        compensated: bool = False,
         into: nn.Module | None = None,
     ) -> None:
         exchange = Exchange()
@@ -95,6 +99,7 @@ class ShardedEMA(Stored):
                 include=name_patterns("include", include),
                 exclude=name_patterns("exclude", exclude),
                 skip_nonfinite=skip_nonfinite,
+                compensated=compensated,
             )
 
         if dtype in (torch.bfloat16, torch.float16):

@@ -31,6 +31,7 @@ class Options:
         include: glob patterns of names to average; empty for all.
         exclude: glob patterns of names not to average; wins over `include`.
         skip_nonfinite: leave out live values that are infinite or not a number.
+        compensated: keep what rounding takes from each update, and add it to the next.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -44,14 +45,17 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip_nonfinite: bool = False
+    compensated: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
-        for name in ("interval_correction", "update_buffers", "skip_nonfinite"):
+        for name in ("interval_correction", "update_buffers", "skip_nonfinite", "compensated"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.dtype not in _AVERAGED_DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, expected one of {list(_AVERAGED_DTYPES)}")
+        if self.compensated and self.dtype != torch.float32:
+            raise ConfigError(f"compensated=True with dtype={self.dtype}, expected torch.float32")
 
     def averages(self, fqns: Sequence[str]) -> bool:
         """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
@@ -83,6 +87,7 @@ class Options:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "skip_nonfinite": self.skip_nonfinite,
+            "compensated": self.compensated,
         }
 
 

@@ -67,7 +67,11 @@ class AveragedState:
         """Make room for the averaged values."""
         dtype, device, skip = self.options.dtype, self.options.device, self.options.skip_nonfinite
         if self.teacher is None:
-            self.averages = {name: Averages(self.shards, dtype=dtype, device=device) for name in self.schedules}
+            residual_dtype = torch.bfloat16 if self.options.compensated else None
+            self.averages = {
+                name: Averages(self.shards, dtype=dtype, device=device, residual_dtype=residual_dtype)
+                for name in self.schedules
+            }
             self._updater = Updater(self.shards, list(self.averages.values()), skip_nonfinite=skip)
             return
         self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}

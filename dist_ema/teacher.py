@@ -103,6 +103,7 @@ class TeacherAverages(Averages):
     def __init__(self, shards: Sequence[Shard], teacher: Teacher) -> None:
         self._shards = tuple(shards)
         self._teacher = teacher
+        self._residuals = ()
 
     @property
     def values(self) -> tuple[torch.Tensor, ...]:
@@ -112,11 +113,6 @@ class TeacherAverages(Averages):
     def held(self) -> Sequence[Held]:
         """The teacher's tensors that `values` lie in."""
         return [self._teacher.counterpart(shard) for shard in self._shards]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of averaged values on this rank."""
-        return sum(value.nbytes for value in self.values)
 
 
 def _part(plan: Plan, names: Collection[str]) -> Plan:

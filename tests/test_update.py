@@ -11,7 +11,7 @@ from layouts_zoo import build_layout, set_whole
 from oracle import NaiveAverage
 from torch import nn
 
-from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema import ConfigError, ConstantSchedule, ShardedEMA
 from dist_ema.update import Updater
 from dist_ema.workers import share_out
 
@@ -123,3 +123,65 @@ def prepared(layout: str) -> list[int]:
 @pytest.mark.parametrize(("layout", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2)])
 def test_an_update_is_prepared_once_and_again_only_when_memory_was_replaced(world, layout, size) -> None:
     assert world(size).run(prepared, layout) == [[1, 2]] * size
+
+
+def random_walk(steps: int, decay: float, ema: ShardedEMA, model: nn.Module) -> torch.Tensor:
+    """Walks the live weights about themselves; returns their average in float64."""
+    generator = torch.Generator().manual_seed(0)
+    center = torch.randn(model.weight.shape, generator=generator)
+    exact = torch.zeros_like(center, dtype=torch.float64)
+    for step in range(steps):
+        model.weight.data.copy_(center + 0.02 * torch.randn(center.shape, generator=generator) + 1e-6 * step)
+        exact = model.weight.data.double() if step == 0 else exact.lerp(model.weight.data.double(), 1.0 - decay)
+        ema.update()
+    return exact
+
+
+def test_a_compensated_average_keeps_what_rounding_would_take() -> None:
+    errors = {}
+    for compensated in (False, True):
+        model = nn.Linear(20, 10, bias=False)
+        ema = ShardedEMA(model, ConstantSchedule(decay=0.99999), compensated=compensated)
+        exact = random_walk(4000, 0.99999, ema, model)
+        found = ema.full_state_dict()["weight"].double()
+        errors[compensated] = float((found - exact).norm() / exact.norm())
+    assert errors[True] < 1e-7 < 5e-7 < errors[False], errors
+    assert ema.nbytes == 200 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_compensated_average_has_the_same_bits_however_it_is_cut(threads, dtype) -> None:
+    states = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = Mixed(dtype)
+        ema = ShardedEMA(model, SCHEDULES if together else SCHEDULES["slow"], compensated=True)
+        torch.set_num_threads(3 if together else 1)
+        expected_after(model, ema, SCHEDULES["slow"], 5)
+        states.append(ema.full_state_dict("slow" if together else None))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_compensated_average_survives_skipped_steps_and_starts_anew_after_a_load(tmp_path) -> None:
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, ConstantSchedule(decay=0.9), compensated=True, skip_nonfinite=True)
+    for step in range(3):
+        nn.init.constant_(model.weight, 1.0 + step / 3)
+        ema.update(found_inf=torch.tensor(0.0))
+    kept = [value.clone() for value in (*ema._state.averages["ema"].values, *ema._state.averages["ema"].residuals)]
+    nn.init.constant_(model.weight, 7.0)
+    ema.update(found_inf=torch.tensor(1.0))
+    now = (*ema._state.averages["ema"].values, *ema._state.averages["ema"].residuals)
+    assert all(torch.equal(*pair) for pair in zip(now, kept, strict=True)) and any(
+        residual.any() for residual in now[2:]
+    )
+    ema.save(tmp_path / "average")
+    ema.load(tmp_path / "average")
+    assert not any(residual.any() for residual in ema._state.averages["ema"].residuals)
+
+
+def test_compensation_is_for_float32_averages_kept_aside() -> None:
+    with pytest.raises(ConfigError, match="expected torch.float32"):
+        ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="no room"):
+        ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, into=nn.Linear(2, 2).requires_grad_(False))
