@@ -10,9 +10,9 @@ read from memory once and from the cache after that. On several CPU threads bloc
 so every layout of the same weights gives the same average.
 
 [Note: compensation]
-An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is about a rounding unit of the average: much
-of it is lost. A compensated average also keeps what each step lost, in bfloat16, and adds it to the next (Kahan's sum).
-Its operations are single ones, not fused, so that the bits do not depend on how a tensor is cut either.
+An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is about a rounding unit of the average:
+much of it is lost. A compensated average also keeps what each step lost, in bfloat16, and adds it to the next (Kahan's
+sum). Its operations are single ones, not fused, so that the bits do not depend on how a tensor is cut either.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def test_a_compensated_average_survives_skipped_steps_and_starts_anew_after_a_lo
 
 
 def test_compensation_is_for_float32_averages_kept_aside() -> None:
-    with pytest.raises(ConfigError, match="expected torch.float32"):
+    with pytest.raises(ConfigError, match=r"expected torch\.float32"):
         ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, dtype=torch.float64)
     with pytest.raises(ConfigError, match="no room"):
         ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, into=nn.Linear(2, 2).requires_grad_(False))
