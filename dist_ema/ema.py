@@ -305,6 +305,8 @@ class ShardedEMA(Stored):
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.
 
+        A teacher becomes a copy of the model at once.
+
         Raises:
             SwapError: the averaged weights are in the model.
         """

@@ -171,8 +171,10 @@ class AveragedState:
         self.num_refused_before = before - self._updater.num_refused
 
     def restart(self) -> None:
-        """Forget the averages: the next update copies the live weights, as the first one does."""
+        """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
         self._num_updates, self._last_skipped, self._not_started = 0, None, set()
+        if self.teacher is not None:
+            self._copy_live()
 
     def momentum(self, track: str) -> float:
         """The momentum of the latest update that averaged: 1 for the copy of update number 0."""

@@ -140,7 +140,10 @@ def replicas_before_the_first_update(layout: str) -> None:
     live = set_whole(student, 3)
     ema.full_state_dict()  # shows the live model of this moment, as any average does
     assert_shows(teacher, live)
-    ema.restart()
+    ema.update()
+    live = set_whole(student, 5)
+    ema.restart()  # the average is forgotten at once: the teacher may run forward before the next update
+    assert_shows(teacher, live)
     set_whole(student, 4)
     with ema.average_parameters():
         pass
