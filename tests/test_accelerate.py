@@ -13,10 +13,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from cpu_fsdp import force_fsdp
+from layouts_zoo import read_whole
 from oracle import NaiveAverage
 from safetensors.torch import load_file
 from test_rank_averages import assert_same_bits
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from zoo import Nasty, set_live
 
@@ -468,3 +470,91 @@ def compiled_step() -> None:
 
 def test_a_compiled_optimizer_step_is_counted(world) -> None:
     world(1).run(compiled_step)
+
+
+def taught(accelerator: Accelerator, layout: str, seed: int) -> tuple[nn.Module, Any, nn.Module, ShardedEMA]:
+    """A student that accelerate has prepared, and its teacher, which it need not know."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+
+    student = build()
+    student, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=0.1))
+    teacher = build().requires_grad_(False)
+    if layout == "fsdp2":
+        fully_shard(teacher, mesh=next(student.parameters()).device_mesh)
+    return student, optimizer, teacher, attach(accelerator, student, optimizer, SCHEDULE, into=teacher)
+
+
+def take_taught_step(student: nn.Module, optimizer: Any, teacher: nn.Module, *, stepping: bool = True) -> None:
+    batch = torch.arange(24.0).view(8, 3).cos()  # the same on every rank, so that any number of them trains alike
+    with torch.no_grad():
+        target = teacher(batch)
+    (student(batch) + target.roll(1, 1)).square().mean().backward()
+    if stepping:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    names = {name.removeprefix("module."): value.clone() for name, value in model.named_buffers()}
+    return {**read_whole(model), **names}
+
+
+def save_taught(layout: str, folder: str, num_steps: int) -> list[dict[str, torch.Tensor]]:
+    """What the teacher shows at the save, and one step later."""
+    with accelerator_of(layout) as accelerator:
+        student, optimizer, teacher, ema = taught(accelerator, layout, seed=0)
+        for _ in range(2):
+            take_taught_step(student, optimizer, teacher, stepping=False)  # moves the buffers of BatchNorm alone
+        for _ in range(num_steps):
+            take_taught_step(student, optimizer, teacher)
+        accelerator.save_state(folder)
+        shown = [everything(teacher if num_steps else student)]
+        take_taught_step(student, optimizer, teacher)
+        assert ema.num_updates == num_steps + 1
+        return [*shown, everything(teacher)]
+
+
+def resume_taught(layout: str, folder: str, num_steps: int) -> list[dict[str, torch.Tensor]]:
+    with accelerator_of(layout) as accelerator:
+        student, optimizer, teacher, ema = taught(accelerator, layout, seed=1)
+        accelerator.load_state(folder)
+        assert ema.num_updates == num_steps
+        shown = [everything(teacher)]
+        take_taught_step(student, optimizer, teacher)
+        return [*shown, everything(teacher)]
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize(("layout", "size", "resumed_size"), [("ddp", 1, 2), ("ddp", 2, 2), ("fsdp2", 2, 1)])
+def test_a_teacher_travels_with_the_checkpoints_of_accelerate(
+    world, tmp_path, layout, size, resumed_size, num_steps
+) -> None:
+    folder = str(tmp_path / "ckpt")
+    saved = world(size).run(save_taught, layout, folder, num_steps)[0]
+    for resumed in world(resumed_size).run(resume_taught, layout, folder, num_steps):
+        assert_same_bits(resumed[0], saved[0])
+        torch.testing.assert_close(resumed[1], saved[1])
+
+
+def a_teacher_without_its_average(folder: str) -> str:
+    with accelerator_of("ddp") as accelerator:
+        student, optimizer, _, ema = taught(accelerator, "ddp", seed=0)
+        ema.detach()
+        accelerator.save_state(folder)
+        teacher = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4)).requires_grad_(False)
+        with pytest.raises(ConfigError) as caught:
+            attach(accelerator, student, optimizer, SCHEDULE, into=teacher, on_missing="live")
+        set_live(student, 1)
+        accelerator.load_state(folder)
+        attach(accelerator, student, optimizer, SCHEDULE, into=teacher)
+        assert_same_bits(everything(teacher), everything(student))
+    return str(caught.value)
+
+
+def test_a_teacher_begins_with_the_loaded_weights_where_the_checkpoint_has_no_average(world, tmp_path) -> None:
+    """accelerate loads the model after our hook, so that on_missing="live" would leave the teacher a step behind."""
+    told = world(2).run(a_teacher_without_its_average, str(tmp_path / "ckpt"))
+    assert told[0] == told[1] and "attach after load_state" in told[0]

@@ -72,7 +72,7 @@ def attach(
         schedule: a schedule, or `{track_name: schedule}`.
         name: folder of this average within a checkpoint.
         on_missing: what `load_state` does with a checkpoint that has no such folder: "error", or "live" to start the
-            average anew from the loaded weights, at the first update.
+            average anew from the loaded weights, at the first update. With `into` attach after `load_state` instead.
         background: have `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
             complete only once `ema.wait()`, or the next save, has returned.
         **options: the options of `ShardedEMA`.
@@ -88,6 +88,12 @@ def attach(
         _check(accelerator, model, optimizer, name, exchange.world_size, options)
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
+        if on_missing == "live" and options.get("into") is not None:
+            # load_state calls our hook before it loads the model: the teacher's next forward would have older weights.
+            raise ConfigError(
+                "on_missing='live' and into are given, but a teacher cannot begin with weights that load_state has yet "
+                "to load: for a checkpoint without the average attach after load_state"
+            )
         if background and accelerator.project_configuration.total_limit == 1:
             raise ConfigError(
                 "background=True with total_limit=1: accelerate removes the only checkpoint before the next is "
