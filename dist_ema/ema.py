@@ -110,6 +110,8 @@ class ShardedEMA(Stored):
                 stacklevel=2,
             )
         super().__init__(exchange, build_state(exchange, model, schedule, options, into))
+        # A compiled optimizer step traces its hooks too; the lists of an update are nothing to trace.
+        self._update = torch.compiler.disable(self._state.update)
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -151,7 +153,7 @@ class ShardedEMA(Stored):
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
         self._state.refuse_while_swapped("update")
-        self._state.update(found_inf)
+        self._update(found_inf)
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:

@@ -185,3 +185,19 @@ def test_compensation_is_for_float32_averages_kept_aside() -> None:
         ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, dtype=torch.float64)
     with pytest.raises(ConfigError, match="no room"):
         ShardedEMA(nn.Linear(2, 2), SCHEDULES["fast"], compensated=True, into=nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own tracing
+def test_a_compiled_function_may_call_update() -> None:
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+
+    @torch.compile(backend="eager")
+    def train(value: torch.Tensor) -> torch.Tensor:
+        out = model(value).sum()
+        ema.update()
+        return out
+
+    for _ in range(3):
+        train(torch.ones(3))
+    assert ema.num_updates == 3
