@@ -11,16 +11,16 @@ the plain one, which runs everywhere: each rank normalises by its own part, both
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import nearest_neighbours_accuracy, random_views, read_digits
+from digits import Digits, nearest_neighbours_accuracy, random_views, read_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from dist_ema import CosineSchedule, ShardedEMA
 
-COLUMNS = ("step", "seconds", "loss", "momentum", "teacher", "student")
+# The last two are the k-NN accuracy of the teacher's features, on the test pictures and on random views of them.
+COLUMNS = ("step", "seconds", "loss", "momentum", "accuracy", "on_views")
 
 
 def hidden_layer(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
@@ -79,7 +80,9 @@ class Run:
         if options.batch_size % self.num_ranks:
             raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {self.num_ranks} processes")
         self.batch_size = options.batch_size
-        self.known, self.asked = read_digits()
+        self.known, test = read_digits()
+        views = random_views(test.images, torch.Generator().manual_seed(0))
+        self.asked = (test, Digits(views, test.labels))
         self.views_generator = torch.Generator().manual_seed(options.seed)
 
         torch.manual_seed(options.seed)  # the same student on every rank
@@ -121,39 +124,45 @@ class Run:
         return torch.cat(both).to(self.device)
 
     @torch.no_grad()
-    def accuracy(self, network: nn.Module) -> float:
-        """Collective: of the k-NN classifier over the features, with BatchNorm's running statistics of this rank."""
-        network.eval()
-        known, asked = (network(split.images.to(self.device))[0].cpu() for split in (self.known, self.asked))
-        network.train()
-        return nearest_neighbours_accuracy(known, self.known.labels, asked, self.asked.labels)
+    def features(self, images: Tensor) -> Tensor:
+        """Collective: what the teacher's encoder makes of them, by the running statistics of this rank's BatchNorm."""
+        self.teacher.eval()
+        found: Tensor = self.teacher(images.to(self.device))[0].cpu()
+        self.teacher.train()
+        return found
+
+    def accuracies(self, features: Callable[[Tensor], Tensor]) -> list[str]:
+        """Of the k-NN classifier over such features, on the test pictures and on views of them."""
+        known = features(self.known.images)
+        found = [
+            nearest_neighbours_accuracy(known, self.known.labels, features(asked.images), asked.labels)
+            for asked in self.asked
+        ]
+        return [f"{accuracy:.4f}" for accuracy in found]
 
 
 def train(run: Run, options: argparse.Namespace) -> None:
     """Collective: all steps, a row of the journal for every evaluation, and the teacher at the end."""
+    journal = options.out / "accuracy.csv"
+    if run.rank == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        journal.write_text(",".join(COLUMNS) + "\n")
+        print("accuracy on raw pixels, and on views:", *run.accuracies(lambda images: images.flatten(1)))
+        print(*(f"{column:>9}" for column in COLUMNS), flush=True)
     began = time.perf_counter()
     loss = torch.tensor(float("nan"))
-    is_writer = run.rank == 0
-    if is_writer:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "accuracy.csv").write_text(",".join(COLUMNS) + "\n")
-        raw = [split.images.flatten(1) for split in (run.known, run.asked)]
-        print(
-            f"k-NN on raw pixels: {nearest_neighbours_accuracy(raw[0], run.known.labels, raw[1], run.asked.labels):.4f}"
-        )
-        print(*(f"{column:>9}" for column in COLUMNS), flush=True)
     for step in range(options.steps + 1):
         if step:
             loss = run.step()
         if step % options.eval_every == 0 or step == options.steps:
-            momentum = run.schedule.momentum(max(0, step - 1))
-            accuracies = [f"{run.accuracy(network):.4f}" for network in (run.teacher, run.student)]
+            momentum = run.schedule.momentum(max(0, step - 1))  # of the latest update
+            accuracies = run.accuracies(run.features)
             seconds = time.perf_counter() - began
             row = [str(step), f"{seconds:.1f}", f"{loss.item():.4f}", f"{momentum:.5f}", *accuracies]
-            if is_writer:
+            if run.rank == 0:
                 print(*(f"{value:>9}" for value in row), flush=True)
-                with (options.out / "accuracy.csv").open("a", newline="") as file:
-                    csv.writer(file).writerow(row)
+                with journal.open("a") as file:
+                    file.write(",".join(row) + "\n")
     run.ema.save(options.out / "teacher")
 
 

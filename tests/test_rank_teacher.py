@@ -203,6 +203,18 @@ def test_a_teacher_need_not_have_what_is_excluded() -> None:
     assert set(ema.full_state_dict()) == set(student.state_dict())
 
 
+def test_an_update_before_the_first_step_gives_the_targets_of_an_update_in_the_forward() -> None:
+    """mmpretrain updates in the forward, before the teacher runs; call 0 there copies the student as initialised."""
+    student, teacher = nn.Linear(3, 3), frozen(nn.Linear(3, 3))
+    ema, in_forward = ShardedEMA(student, SCHEDULE, into=teacher), NaiveAverage(SCHEDULE.momentum)
+    ema.update()
+    for step in range(STEPS):
+        in_forward.update(read_whole(student))
+        assert_shows(teacher, in_forward.values)  # what runs forward now
+        set_whole(student, step)  # the optimizer's step
+        ema.update()
+
+
 def test_averaged_buffers_live_in_the_teacher_too() -> None:
     student, teacher = Byol(), frozen(Byol())
     ema = ShardedEMA(student, ConstantSchedule(momentum=0.5), into=teacher, update_buffers=True)
