@@ -255,6 +255,19 @@ def test_a_float32_teacher_of_a_bfloat16_student_stays_accurate() -> None:
     assert ema.num_refused() == 1
 
 
+def test_an_excluded_tensor_that_is_not_row_by_row_comes_back_into_the_teacher(tmp_path: Path) -> None:
+    def pair() -> tuple[nn.Module, ShardedEMA]:
+        student, teacher = Byol(width=5), frozen(Byol(width=5))
+        for each in (student, teacher):
+            each.predictor.weight.data = torch.randn(5, 5).t()
+        return teacher, ShardedEMA(student, ConstantSchedule(decay=0.9), into=teacher, exclude="predictor.*")
+
+    (saved, ema), (teacher, other) = pair(), pair()
+    ema.save(tmp_path / "average")
+    other.load(tmp_path / "average")
+    assert torch.equal(teacher.predictor.weight, saved.predictor.weight)
+
+
 def test_a_failed_load_leaves_the_teacher_alone(tmp_path: Path) -> None:
     student, teacher = Byol(), frozen(Byol())
     ema = ShardedEMA(student, ConstantSchedule(momentum=0.25), into=teacher)
