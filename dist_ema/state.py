@@ -77,7 +77,7 @@ class AveragedState:
         self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}
         everything = TeacherAverages(self.teacher.held, self.teacher)
         self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip)
-        self._copy_live()
+        self._copy_live(counted=False)
 
     @property
     def num_updates(self) -> int:
@@ -155,6 +155,8 @@ class AveragedState:
             averages.replace(filled[name][: len(self.shards)])
             if self.teacher is not None:
                 self.teacher.take_over(averages.values, filled[name][len(self.shards) :])
+        if self.teacher is not None:
+            self._start_from_live(counted=False)  # it may run forward before the next update
         self._num_updates, self._last_skipped = num_updates, None
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
@@ -178,7 +180,7 @@ class AveragedState:
         """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
         self._num_updates, self._last_skipped, self._not_started = 0, None, set()
         if self.teacher is not None:
-            self._copy_live()
+            self._copy_live(counted=False)
 
     def momentum(self, track: str) -> float:
         """The momentum of the latest update that averaged: 1 for the copy of update number 0."""
@@ -192,15 +194,15 @@ class AveragedState:
             schedule, step, interval=options.interval, interval_correction=options.interval_correction
         )
 
-    def _copy_live(self) -> None:
-        self._updater.copy_live()
+    def _copy_live(self, *, counted: bool = True) -> None:
+        self._updater.copy_live(counted=counted)
         if self.teacher is not None:
             self.teacher.settle()
             self.teacher.show_live()
 
-    def _start_from_live(self) -> None:
+    def _start_from_live(self, *, counted: bool = True) -> None:
         if self._not_started:
-            self._updater.copy_live(self._not_started)
+            self._updater.copy_live(self._not_started, counted=counted)
             if self.teacher is not None:
                 self.teacher.settle()
 
@@ -221,8 +223,8 @@ class AveragedState:
         averages = self.averages[self.track(track)]
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
             if self.num_updates == 0:
-                self._copy_live()
-            self._start_from_live()
+                self._copy_live(counted=False)
+            self._start_from_live(counted=False)
         elif self.num_updates == 0:
             averages.copy_live()
         elif self._not_started:

@@ -66,14 +66,20 @@ class Updater:
         return sum(int(count.item()) for count in self._refused.values())
 
     @torch.no_grad()
-    def copy_live(self, fqns: Collection[str] | None = None) -> None:
-        """Set all averages, or those of these names, to the live values; 0 for those left out. No communication."""
+    def copy_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> None:
+        """Set all averages, or those of these names, to the live values; 0 for those left out. No communication.
+
+        Args:
+            fqns: names of tensors; None for all.
+            counted: count what is left out; not where an average is only shown, and the next update copies again.
+        """
         for track in self._tracks:
             track.copy_live(fqns)
         if self._skip_nonfinite and self._tracks:
             for shard, *values in zip(self._shards, *(track.values for track in self._tracks), strict=True):
                 if fqns is None or shard.fqn in fqns:
-                    self._count(~torch.isfinite(values[0]))
+                    if counted:
+                        self._count(~torch.isfinite(values[0]))
                     for value in values:
                         value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 

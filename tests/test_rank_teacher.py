@@ -268,6 +268,29 @@ def test_an_excluded_tensor_that_is_not_row_by_row_comes_back_into_the_teacher(t
     assert torch.equal(teacher.predictor.weight, saved.predictor.weight)
 
 
+def test_a_teacher_runs_with_the_live_values_of_what_a_checkpoint_did_not_have(tmp_path: Path) -> None:
+    small = nn.ModuleDict({"encoder": nn.Linear(3, 4)})
+    ShardedEMA(small, ConstantSchedule(decay=0.9)).save(tmp_path / "average")
+    student = nn.ModuleDict({"encoder": nn.Linear(3, 4), "head": nn.Linear(300, 300)})
+    teacher = frozen(nn.ModuleDict({"encoder": nn.Linear(3, 4), "head": nn.Linear(300, 300)}))
+    ema = ShardedEMA(student, ConstantSchedule(decay=0.9), into=teacher)
+    freed = [torch.full((300, 300), 7.0) for _ in range(4)]
+    del freed  # what new memory then holds
+    ema.load(tmp_path / "average", new="head.*")
+    assert torch.equal(teacher.head.weight, student.head.weight)
+    assert torch.equal(teacher.encoder.weight, small.encoder.weight)
+
+
+def test_a_teacher_counts_what_its_first_copy_leaves_out_once() -> None:
+    student, teacher = nn.Linear(3, 2), frozen(nn.Linear(3, 2))
+    nn.init.constant_(student.bias, torch.inf)
+    ema = ShardedEMA(student, ConstantSchedule(decay=0.9), into=teacher, skip_nonfinite=True)
+    ema.full_state_dict()
+    ema.restart()
+    ema.update()
+    assert ema.num_refused() == 2
+
+
 def test_a_failed_load_leaves_the_teacher_alone(tmp_path: Path) -> None:
     student, teacher = Byol(), frozen(Byol())
     ema = ShardedEMA(student, ConstantSchedule(momentum=0.25), into=teacher)
