@@ -84,8 +84,10 @@ class Updater:
                         value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _count(self, refused: torch.Tensor) -> None:
-        count = self._refused.setdefault(refused.device, torch.zeros((), dtype=torch.int64, device=refused.device))
-        count += refused.sum()
+        if refused.device not in self._refused:
+            with torch.inference_mode(False):
+                self._refused[refused.device] = torch.zeros((), dtype=torch.int64, device=refused.device)
+        self._refused[refused.device] += refused.sum()
 
     @torch.no_grad()
     def lerp(self, momenta: Sequence[float], *, unless: torch.Tensor | None = None) -> None:
@@ -168,10 +170,13 @@ class Updater:
     def _allocate(self, averaged: Sequence[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
         wanted = {value.device: value.dtype for value in averaged}
         numel = max((block.scratch_numel for block in self._blocks), default=0)
-        return {
-            device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
-            for device, dtype in wanted.items()
-        }
+        with torch.inference_mode(
+            False
+        ):  # neither another thread nor a later update could write to an inference tensor
+            return {
+                device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
+                for device, dtype in wanted.items()
+            }
 
 
 def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:

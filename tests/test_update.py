@@ -201,3 +201,18 @@ def test_a_compiled_function_may_call_update() -> None:
     for _ in range(3):
         train(torch.ones(3))
     assert ema.num_updates == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}, {"compensated": True}], ids=str)
+def test_updates_in_and_out_of_inference_mode_can_follow_each_other(threads, options) -> None:
+    torch.manual_seed(0)
+    model, naive = Mixed(torch.bfloat16), NaiveAverage(SCHEDULES["fast"].momentum)
+    ema = ShardedEMA(model, SCHEDULES, **options)
+    for step in range(6):
+        for parameter in model.parameters():
+            parameter.data.add_(0.25)
+        with torch.inference_mode(step in (0, 1, 3)):
+            ema.update()
+        naive.update(dict(model.named_parameters()))
+    for name, value in ema.full_state_dict("fast").items():
+        torch.testing.assert_close(value, naive.values[name])
