@@ -16,6 +16,8 @@ from dist_ema.layout import Held
 
 __all__ = ["Guard"]
 
+_shape = operator.attrgetter("shape")
+
 
 class Guard:
     """Remembers where the memory of these tensors is now."""
@@ -30,7 +32,7 @@ class Guard:
         self._told = self._tell()
 
     def holds(self) -> bool:
-        """Whether all of it is still there, in the same strides."""
+        """Whether all of it is still there, in the same shape and strides."""
         try:
             now = map(operator.getitem, self._tables, self._keys)
             alike = all(map(operator.is_, now, self._tensors))
@@ -38,8 +40,9 @@ class Guard:
             return False
         return alike and self._tell() == self._told and self._views_hold()
 
-    def _tell(self) -> tuple[list[int], list[tuple[int, ...]]]:
-        return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(torch.Tensor.stride, self._tensors))
+    def _tell(self) -> tuple[list[int], list[torch.Size], list[tuple[int, ...]]]:
+        of = self._tensors
+        return list(map(torch.Tensor.data_ptr, of)), list(map(_shape, of)), list(map(torch.Tensor.stride, of))
 
     def _views_hold(self) -> bool:
         return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))

@@ -11,7 +11,7 @@ from layouts_zoo import build_layout, set_whole
 from oracle import NaiveAverage
 from torch import nn
 
-from dist_ema import ConfigError, ConstantSchedule, ShardedEMA
+from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA
 from dist_ema.update import Updater
 from dist_ema.workers import share_out
 
@@ -216,3 +216,16 @@ def test_updates_in_and_out_of_inference_mode_can_follow_each_other(threads, opt
         naive.update(dict(model.named_parameters()))
     for name, value in ema.full_state_dict("fast").items():
         torch.testing.assert_close(value, naive.values[name])
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_vocabulary_cut_in_place_is_told_at_the_next_update(into) -> None:
+    """The memory begins at the same address then, in the same strides."""
+    model, teacher = nn.Embedding(10, 4), nn.Embedding(10, 4).requires_grad_(False)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5), into=teacher if into else None)
+    ema.update()
+    ema.update()
+    cut = teacher if into else model
+    cut.weight.data = cut.weight.data[:5]
+    with pytest.raises(ModelChangedError, match=r"weight now has \[5, 4\]"):
+        ema.update()

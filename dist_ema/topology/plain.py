@@ -64,15 +64,16 @@ class _PlainValues:
         self._attribute = named.attribute
         self._is_parameter = not named.is_buffer
         self._seen: Any = None
-        self._place: tuple[int, tuple[int, ...]] = (0, ())
+        self._place: tuple[int, torch.Size, tuple[int, ...]] = (0, torch.Size(), ())
         self._view = torch.empty(0)
 
     def __call__(self) -> torch.Tensor:
         values: Any = getattr(self._owner, self._attribute)
-        if values is self._seen and (values.data_ptr(), values.stride()) == self._place:
-            return self._view
-        self._check(values)
-        self._seen, self._place, self._view = values, (values.data_ptr(), values.stride()), values.detach()
+        if values is not self._seen:
+            self._check(values)
+        place = values.data_ptr(), values.shape, values.stride()
+        if values is not self._seen or place != self._place:
+            self._seen, self._place, self._view = values, place, values.detach()
         return self._view
 
     def _check(self, values: object) -> None:
