@@ -121,6 +121,8 @@ def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]
             rest.append(index)
             continue
         follows = runs and index == runs[-1][-1] + 1 and averaged[0].data_ptr() == stop
+        # A teacher's tensors may lie end to end by chance, or be mapped from one file.
+        follows = follows and _share_storage(averaged[0], tracks[0][index - 1])
         if follows and live[index - 1].dtype == value.dtype and numel + value.numel() <= SCRATCH_NUMEL:
             runs[-1].append(index)
             numel += value.numel()
@@ -131,6 +133,10 @@ def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]
     packs = [run for run in runs if len(run) >= _FEWEST_PACKED]
     rest += [index for run in runs if len(run) < _FEWEST_PACKED for index in run]
     return packs, sorted(rest)
+
+
+def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _groups(

@@ -229,3 +229,19 @@ def test_a_vocabulary_cut_in_place_is_told_at_the_next_update(into) -> None:
     cut.weight.data = cut.weight.data[:5]
     with pytest.raises(ModelChangedError, match=r"weight now has \[5, 4\]"):
         ema.update()
+
+
+def test_tiny_tensors_of_a_teacher_that_lie_end_to_end_in_storages_of_their_own_are_averaged() -> None:
+    model, teacher = (nn.ModuleList(nn.Linear(16, 16) for _ in range(4)) for _ in range(2))
+    memory = bytearray(4 * sum(parameter.numel() for parameter in teacher.parameters()))
+    state, offset = {}, 0
+    for name, value in teacher.state_dict().items():
+        flat = torch.frombuffer(memory, dtype=torch.float32, offset=offset, count=value.numel())
+        state[name], offset = flat.view(value.shape), offset + value.nbytes
+    teacher.load_state_dict(state, assign=True)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5), into=teacher.requires_grad_(False))
+    ema.update()
+    before = model[3].weight.detach().clone()
+    nn.init.ones_(model[3].weight)
+    ema.update()
+    assert torch.equal(teacher[3].weight, before.lerp(torch.ones(16, 16), 0.5))
