@@ -18,12 +18,16 @@ from dist_ema.layout import Shard
 from dist_ema.options import Options, checked_device, name_patterns
 from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
+from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
 from dist_ema.swap import LiveBackup, put_average
 
 __all__ = ["ShardedEMA"]
 
 T = TypeVar("T")
+
+# A compiled optimizer step traces its hooks too; the lists of an update are nothing to trace.
+_update = torch.compiler.disable(AveragedState.update)
 
 
 class ShardedEMA(Stored):
@@ -110,8 +114,6 @@ class ShardedEMA(Stored):
                 stacklevel=2,
             )
         super().__init__(exchange, build_state(exchange, model, schedule, options, into))
-        # A compiled optimizer step traces its hooks too; the lists of an update are nothing to trace.
-        self._update = torch.compiler.disable(self._state.update)
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -153,7 +155,7 @@ class ShardedEMA(Stored):
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
         self._state.refuse_while_swapped("update")
-        self._update(found_inf)
+        _update(self._state, found_inf)
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:

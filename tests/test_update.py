@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 
@@ -245,3 +246,12 @@ def test_tiny_tensors_of_a_teacher_that_lie_end_to_end_in_storages_of_their_own_
     nn.init.ones_(model[3].weight)
     ema.update()
     assert torch.equal(teacher[3].weight, before.lerp(torch.ones(16, 16), 0.5))
+
+
+def test_a_deep_copy_updates_itself_and_not_the_first() -> None:
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    ema.update()
+    _, other = copy.deepcopy((model, ema))
+    other.update()
+    assert (ema.num_updates, other.num_updates) == (1, 2)
