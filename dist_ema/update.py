@@ -196,6 +196,11 @@ def _compensated_lerp(
     unless: torch.Tensor | None,
 ) -> None:
     """See [Note: compensation]: averaged + residual is what is averaged."""
+    if momentum == 1.0:  # the live values themselves, which averaged + (live - averaged) need not be
+        _lerp(averaged, live, momentum, unless)
+        for residual in residuals:
+            residual.mul_(0.0 if unless is None else 1.0 - weight_unless(unless, momentum, residual))
+        return
     for value, residual, new in zip(averaged, residuals, live, strict=True):
         weight = momentum if unless is None else weight_unless(unless, momentum, value)
         step = (new - value).mul_(weight).add_(residual.to(value.dtype).mul_(1.0 - weight))

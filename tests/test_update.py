@@ -12,7 +12,7 @@ from layouts_zoo import build_layout, set_whole
 from oracle import NaiveAverage
 from torch import nn
 
-from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA
+from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA, after
 from dist_ema.update import Updater
 from dist_ema.workers import share_out
 
@@ -255,3 +255,15 @@ def test_a_deep_copy_updates_itself_and_not_the_first() -> None:
     _, other = copy.deepcopy((model, ema))
     other.update()
     assert (ema.num_updates, other.num_updates) == (1, 2)
+
+
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0])
+def test_a_compensated_average_is_the_live_weights_while_it_copies_them(skipped) -> None:
+    model = nn.Linear(20, 10)
+    ema = ShardedEMA(model, after(10, ConstantSchedule(decay=0.999)), compensated=True)
+    for scale in (1.0, 1e-4, 1e-7):
+        nn.init.normal_(model.weight, std=scale)
+        ema.update(found_inf=None if skipped is None else torch.tensor(skipped * (scale == 1e-7)))
+    found = ema.full_state_dict()["weight"]
+    assert torch.equal(found, model.weight) == (not skipped)
+    assert not any(residual.any() for residual in ema._state.averages["ema"].residuals)
