@@ -28,9 +28,11 @@ class Block:
     Attributes:
         tracks: of each track, averaged tensors shaped like what `values` gives.
         scratch_numel: elements of scratch that `values` wants.
+        counted: whether this rank counts which live values are left out.
     """
 
     scratch_numel = 0
+    counted = True
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         self._live = live
@@ -77,6 +79,7 @@ def make_blocks(
     *,
     whole: bool = False,
     piece_numel: int | None = None,
+    counted: bool = True,
 ) -> list[Block]:
     """Blocks that cover these tensors.
 
@@ -85,6 +88,7 @@ def make_blocks(
         tracks: of each track, averaged tensors of the same shapes; of one dtype, and lying alike.
         whole: average all tensors that need no scratch as one block.
         piece_numel: cut tensors in pieces of at most as many elements.
+        counted: of the blocks.
     """
     packs, rest = _packs(live, tracks)
     blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
@@ -97,6 +101,8 @@ def make_blocks(
         blocks += [Block(*group) for group in _groups(*_chosen(direct, live, tracks), numel, piece_numel)]
     if staged:
         blocks += [_Staged(*group) for group in _groups(*_chosen(staged, live, tracks), SCRATCH_NUMEL, piece_numel)]
+    for block in blocks:
+        block.counted = counted
     return blocks
 
 

@@ -76,7 +76,8 @@ class AveragedState:
             return
         self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}
         everything = TeacherAverages(self.teacher.held, self.teacher)
-        self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip)
+        repeated = self.teacher.repeated
+        self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip, uncounted=repeated)
         self._copy_live(counted=False)
 
     @property

@@ -33,6 +33,7 @@ class Teacher:
         plan: the student's plan, which also settles and verifies the teacher.
         held: all that this rank holds of the averaged tensors, also what others hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
+        repeated: names of what an earlier rank holds alike.
 
     Args:
         student: the plan of the student.
@@ -59,6 +60,7 @@ class Teacher:
 
         self.plan = dataclasses.replace(student, settle=settle, verify=verify)
         self.held = tuple(Shard(held, held.box) for each in student.divisions if each.averaged for held in each.held)
+        self.repeated = {held.spec.fqn for each in student.divisions if each.position > 0 for held in each.held}
         own_name = {names: fqn for fqn, names in _names(student).items()}
         self.shown = _part(self.plan, {own_name[names] for names in _names(teacher).values()})
         for shard in self.held:

@@ -41,12 +41,21 @@ class Updater:
         shards: those of the averages.
         tracks: the averages, all of one dtype and on the same devices.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element.
+        uncounted: names of tensors of which another rank counts what is left out.
     """
 
-    def __init__(self, shards: Sequence[Shard], tracks: Sequence[Averages], *, skip_nonfinite: bool = False) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        tracks: Sequence[Averages],
+        *,
+        skip_nonfinite: bool = False,
+        uncounted: Collection[str] = (),
+    ) -> None:
         self._shards = tuple(shards)
         self._tracks = tuple(tracks)
         self._skip_nonfinite = skip_nonfinite
+        self._uncounted = frozenset(uncounted) if skip_nonfinite else frozenset()
         self._compensated = bool(self._tracks) and any(track.residuals for track in self._tracks)
         self._refused: dict[torch.device, torch.Tensor] = {}
         self._guard: Guard | None = None
@@ -78,7 +87,7 @@ class Updater:
         if self._skip_nonfinite and self._tracks:
             for shard, *values in zip(self._shards, *(track.values for track in self._tracks), strict=True):
                 if fqns is None or shard.fqn in fqns:
-                    if counted:
+                    if counted and shard.fqn not in self._uncounted:
                         self._count(~torch.isfinite(values[0]))
                     for value in values:
                         value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -122,7 +131,7 @@ class Updater:
         unless: torch.Tensor | None,
     ) -> None:
         finite = [torch.isfinite(value) for value in live]
-        for each in finite:
+        for each in finite if block.counted else ():
             self._count(~each)
         for index, momentum in active:
             averaged = block.tracks[index]
@@ -159,12 +168,16 @@ class Updater:
         numel = sum(value.numel() for values in tracks for value in values)
         # Refused values are counted in one place: not for several threads.
         self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not self._skip_nonfinite else 1
-        self._blocks = make_blocks(
-            live,
-            tracks,
-            whole=len(tracks) == 1 and not self._skip_nonfinite,  # else there are temporaries, or several tracks
-            piece_numel=SERIAL_NUMEL if self._workers > 1 else None,
-        )
+        self._blocks = []
+        for counted in (True, False):
+            chosen = [i for i, index in enumerate(filled) if (self._shards[index].fqn in self._uncounted) != counted]
+            self._blocks += make_blocks(
+                [live[index] for index in chosen],
+                [[row[index] for index in chosen] for row in tracks],
+                whole=len(tracks) == 1 and not self._skip_nonfinite,  # else there are temporaries, or several tracks
+                piece_numel=SERIAL_NUMEL if self._workers > 1 else None,
+                counted=counted,
+            )
         self._scratches = self._allocate(tracks[0] if tracks else [])
 
     def _allocate(self, averaged: Sequence[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts_zoo import WORLDS, bare, build_layout, clean, is_fsdp1, read_whole, runs_forward, set_whole, settle
+from layouts_zoo import (
+    WORLDS,
+    bare,
+    build_layout,
+    clean,
+    is_fsdp1,
+    read_whole,
+    runs_forward,
+    set_whole,
+    settle,
+    whole_parameters,
+)
 from oracle import NaiveAverage
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -341,3 +352,18 @@ def refuse_other_layouts() -> str:
 def test_a_teacher_laid_out_otherwise_is_refused_alike_on_every_rank(world) -> None:
     told = world(2).run(refuse_other_layouts)
     assert told[0] == told[1] and "Wrap both alike" in told[0]
+
+
+def refused_on_replicas(layout: str) -> int:
+    student = build_layout(layout)
+    ema = ShardedEMA(student, SCHEDULE, into=build_layout(layout, seed=1, frozen=True), skip_nonfinite=True)
+    for _ in range(2):
+        with whole_parameters(student) as whole:
+            whole["hidden.weight"].view(-1)[:3] = torch.inf
+        ema.update()
+    return ema.num_refused()
+
+
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp1_hybrid", 4)])
+def test_what_replicas_of_a_teacher_leave_out_is_counted_once(world, layout, size) -> None:
+    assert world(size).run(refused_on_replicas, layout) == [6] * size
