@@ -135,13 +135,15 @@ class AveragedState:
         """
         if self.num_updates == 0 and self.teacher is None:
             return {name: averages.values for name, averages in self.averages.items()}
-        averaged = [torch.empty(shard.sizes, dtype=self.options.dtype) for shard in self.shards]
         # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.
         shown = [
             shard.live().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for shard in self.loaded[len(self.shards) :]
         ]
-        return {name: averaged + shown for name in self.averages}
+        return {
+            name: [*(torch.empty(shard.sizes, dtype=self.options.dtype) for shard in self.shards), *shown]
+            for name in self.averages
+        }
 
     def restore(self, filled: Mapping[str, Sequence[torch.Tensor]], found: set[str], num_updates: int) -> None:
         """Take over averages and a counter. Collective along replicas for a teacher, which all of them hold.

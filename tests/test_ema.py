@@ -596,3 +596,16 @@ def test_memory_replaced_between_updates_is_followed_in_every_way() -> None:
         naive.update(dict(model.named_parameters()))
     state = ema.full_state_dict()
     assert all(torch.equal(state[name], value) for name, value in naive.values.items())
+
+
+def test_a_load_over_averages_in_use_gives_each_track_its_own_values(tmp_path) -> None:
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, {"fast": ConstantSchedule(momentum=0.5), "slow": ConstantSchedule(momentum=0.1)})
+    for value in (0.0, 1.0):
+        nn.init.constant_(model.weight, value)
+        ema.update()
+    ema.save(tmp_path / "average")
+    ema.update()
+    ema.load(tmp_path / "average")
+    for track, expected in (("fast", 0.5), ("slow", 0.1)):
+        assert torch.equal(ema.full_state_dict(track)["weight"], torch.full((2, 3), expected))
