@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -50,8 +51,11 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
                 return
             work(batch, worker)
 
-    helping = [_threads().submit(serve, worker) for worker in range(1, min(workers, len(batches)))]
+    helping: list[Future[None]] = []
     try:
+        with suppress(RuntimeError):  # no more threads, or the interpreter is ending: those that there are do the work
+            for worker in range(1, min(workers, len(batches))):
+                helping.append(_threads().submit(serve, worker))
         serve(0)
     finally:
         queue.clear()

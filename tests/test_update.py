@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -267,3 +269,19 @@ def test_a_compensated_average_is_the_live_weights_while_it_copies_them(skipped)
     found = ema.full_state_dict()["weight"]
     assert torch.equal(found, model.weight) == (not skipped)
     assert not any(residual.any() for residual in ema._state.averages["ema"].residuals)
+
+
+def test_a_training_thread_that_outlives_the_main_one_goes_on_updating() -> None:
+    script = """
+import threading, torch
+from dist_ema.workers import share_out
+share_out(lambda item, worker: None, range(9), 3)
+done = []
+def late():
+    threading.main_thread().join()
+    share_out(lambda item, worker: done.append(item), range(9), 3)
+    print(sorted(done))
+threading.Thread(target=late).start()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == str(list(range(9))), ran.stderr
