@@ -118,7 +118,8 @@ def synthesize(
     Raises:
         ConfigError: an argument is out of range, or no snapshot can be used.
         CheckpointNotFoundError: there is no folder `snapshots`.
-        CheckpointMismatchError: the snapshots are not of one run, or one of its schedules only its author can rebuild.
+        CheckpointMismatchError: the snapshots are not of one model and one set of options (two runs that agree in these
+            are not told apart), or one of their schedules only its author can rebuild.
         CheckpointCorruptError: one is damaged; nothing was written.
         CheckpointError: `out` cannot be written.
 
