@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a proof, on two CPU cores in about three minutes:
+# From nothing to a proof, on two CPU cores in about two minutes after the set-up:
 #   1. two processes train a byte-level language model under FSDP2, save at two thirds and exit;
 #   2. one process resumes from that checkpoint and finishes the run;
 #   3. a fresh process reads the averaged weights with safetensors alone and must see the same loss.
