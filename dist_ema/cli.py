@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("--out", type=Path, default=Path("schedule.png"), help="the picture (default: schedule.png)")
     plot.add_argument("--steps", type=int, help="updates along the axis (default: as long as the schedules tell)")
-    plot.add_argument("--schedule", action="append", default=[], metavar="TEXT", help=f"a schedule, {_TOLD_SCHEDULE}")
+    plot.add_argument(
+        "--schedule", action="append", default=[], metavar="TEXT", help=f"a schedule, {_TOLD_SCHEDULE}; may be repeated"
+    )
     plot.add_argument("--sigma-rel", type=float, metavar="X", help="SRC is a folder of snapshots: draw this profile")
     plot.set_defaults(refuse=plot.error)
     consolidate = _command(
