@@ -125,7 +125,7 @@ def find_saved(source: Path) -> Path:
         raise CheckpointNotFoundError(f"{folder} holds several averages ({names}): give the folder of one of them")
     raise CheckpointNotFoundError(
         f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}. An export "
-        "(ShardedEMA.consolidate) has none: load its files with safetensors, or begin an average there with "
+        "(consolidate, synthesize) has none: load its files with safetensors, or begin an average there with "
         "ShardedEMA.start_from"
     )
 

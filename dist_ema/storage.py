@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,9 @@ T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str] | None
 
+# Sorted by name they are sorted by their number of updates.
+_SNAPSHOT = "updates-{:09d}"
+
 
 class Stored:
     """The half of `ShardedEMA` that knows folders."""
@@ -37,6 +41,7 @@ class Stored:
         self._exchange = exchange
         self._state = state
         self._background = Background()
+        self._has_warned_of_later = False
 
     def wait(self) -> None:
         """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
@@ -78,7 +83,8 @@ class Stored:
     ) -> None:
         """Collective: every rank must call it. Keep the averages of this moment, for `synthesize`.
 
-        Writes `path/updates-<num_updates>`, a folder as `save` writes it, besides those that are there.
+        Writes `path/updates-<num_updates>`, a folder as `save` writes it, besides those that are there. Warns once if
+        some of them are of more updates: another run's, or of steps that a resume took back.
 
         Args:
             path: the folder of all snapshots of a run.
@@ -96,9 +102,17 @@ class Stored:
         """
 
         def place(state: AveragedState) -> Path:
-            return absolute(path) / f"updates-{state.num_updates:09d}"
+            return absolute(path) / _SNAPSHOT.format(state.num_updates)
 
         self._save("snapshot", place, dtype, max_shard_size, bool(background))
+        now = self._state.num_updates
+        later = self._exchange.on_rank_0("snapshot", lambda: _snapshots_after(now, absolute(path)))
+        if later and not self._has_warned_of_later:
+            self._has_warned_of_later = True
+            self._exchange.warn(
+                f"{path} holds {len(later)} snapshots with more updates than this run has had ({later[0]}, ...): they "
+                "are of another run, or of steps that a resume took back. synthesize would mix them: move them away"
+            )
 
     def _save(
         self,
@@ -288,3 +302,11 @@ class Stored:
         told = {name: str(value) for name, value in same.items()}
         self._exchange.compare({"call": call, "path": str(target), **dataclasses.asdict(escapes), **told})
         return target, escapes
+
+
+def _snapshots_after(num_updates: int, folder: Path) -> list[str]:
+    """Names of the snapshots of more updates in a folder, which a save in the background may not have made yet."""
+    if not folder.is_dir():
+        return []
+    found = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name))
+    return [name for name in found if name > _SNAPSHOT.format(num_updates)]

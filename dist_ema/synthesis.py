@@ -102,7 +102,8 @@ def synthesize(
 
     It is the weighted sum of the saved averages whose weights of all observations come nearest (EDM2: arXiv 2312.02696,
     section 3.2), exact but for `profile_error`. Snapshots do not tell which live values `skip_nonfinite` left out, nor
-    that averages began at somebody's weights (`start_from`, `load(new=...)`): those count as observed all along.
+    that averages began anew or at somebody's weights (`restart`, `start_from`, `load(new=...)`): those count as
+    observed all along. Give each such stretch of a run a folder of its own.
 
     Args:
         snapshots: the folder of the saved averages of a run (`ShardedEMA.snapshot`), or of checkpoints that hold them.

@@ -215,8 +215,11 @@ def _compensated_lerp(
             residual.mul_(0.0 if unless is None else 1.0 - weight_unless(unless, momentum, residual))
         return
     for value, residual, new in zip(averaged, residuals, live, strict=True):
-        weight = momentum if unless is None else weight_unless(unless, momentum, value)
-        step = (new - value).mul_(weight).add_(residual.to(value.dtype).mul_(1.0 - weight))
-        before = value.clone()
-        value.add_(step)
-        residual.copy_(step.sub_(before.neg_().add_(value)))
+        step = (new - value).mul_(momentum).add_(residual.to(value.dtype).mul_(1.0 - momentum))
+        moved = value + step
+        kept = step.sub_(moved - value).to(residual.dtype)
+        if unless is not None:
+            skipped = (unless.reshape(()) != 0).to(value.device)
+            moved, kept = torch.where(skipped, value, moved), torch.where(skipped, residual, kept)
+        value.copy_(moved)
+        residual.copy_(kept)

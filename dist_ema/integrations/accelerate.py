@@ -190,7 +190,8 @@ def _check(
     if accelerator.num_processes != world_size:
         raise AttachError(
             f"the accelerator counts {accelerator.num_processes} process(es), the process group {world_size}: the "
-            "ranks train apart, and an average would mix different models. On CPU give Accelerator(cpu=True)"
+            "ranks train apart, and an average would mix different models. On CPU give Accelerator(cpu=True), before "
+            "anything else starts accelerate's state (a tracker made earlier does)"
         )
     if not isinstance(model, nn.Module) or not _is_prepared(accelerator, model):
         raise AttachError(

@@ -25,9 +25,9 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
     """The exponent of that width: the positive root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2 = 0 (EDM2, eq. 126).
 
     Raises:
-        ConfigError: `sigma_rel` is not above 0 and at most 12^-1/2.
+        ConfigError: `sigma_rel` is not above 1e-9 and at most 12^-1/2.
     """
-    sigma = fraction_between("sigma_rel", sigma_rel, 0.0, _WIDEST_SIGMA_REL * (1.0 + 1e-12))
+    sigma = fraction_between("sigma_rel", sigma_rel, 1e-9, _WIDEST_SIGMA_REL * (1.0 + 1e-12))
     inverse = sigma**-2
     low, high = 0.0, inverse  # the width falls as gamma grows; at gamma = s^-2 it is below s
     for _ in range(200):

@@ -16,7 +16,7 @@ from dist_ema.schedules.classic import (
     RampSchedule,
 )
 from dist_ema.schedules.combinators import After, Every, ScaledBatch, after, every, scaled_batch
-from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule
+from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule, sigma_rel_of_gamma
 
 __all__ = ["is_known", "schedule_from_json", "schedule_from_text", "schedule_text", "schedule_to_json"]
 
@@ -62,6 +62,8 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 def schedule_text(saved: Mapping[str, Any]) -> str:
     """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
     kind = saved.get("type")
+    if kind == PowerSchedule.__name__ and isinstance(saved.get("gamma"), float) and saved["gamma"] >= 0.0:
+        return f"{kind}(sigma_rel={sigma_rel_of_gamma(saved['gamma']):.6g})"  # as users choose it
     told = {name: _value_text(value) for name, value in saved.items() if name != "type"}
     parts = told.values() if kind in _COMBINED else (f"{name}={value}" for name, value in told.items())
     return f"{kind}({', '.join(parts)})"
