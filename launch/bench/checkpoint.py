@@ -1,9 +1,9 @@
-"""What saving and loading cost, as ratios from one interleaved run: the machine's noise hits all candidates alike.
+"""What saving and loading cost, as ratios to a plain parallel write and to DCP.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 launch/bench/checkpoint.py --layout fsdp2 --rounds 7
+    torchrun --nproc-per-node 2 launch/bench/checkpoint.py --layout fsdp2
 
-Every rank holds its share of GPT-2 small in fp32 (498 MB together). Candidates run in shuffled order in each round,
-each into a folder of its own that is removed before (not timed). A time is that of the slowest rank, all fsynced:
+Every rank holds its share of GPT-2 small in fp32 (498 MB together). Each writes into a folder of its own that
+is removed before (not timed). A time is that of the slowest rank, all fsynced:
 
     floor          each rank writes as many plain bytes as it owns into a file of its own, and fsyncs it
     save           ShardedEMA.save
@@ -19,56 +19,25 @@ Loads read from the page cache. "extra MiB" is the largest growth of resident me
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import os
-import random
 import shutil
-import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from launched import joined, laid_out, leave, shared_folder
+from measuring import Cell, Report, benchmark_parser, interleaved, milliseconds, peak_bytes, ratio
+from models import MODELS, build
 from torch.distributed import checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from update import module_of
 
 from dist_ema import ConstantSchedule, ShardedEMA
 
 _CHUNK_BYTES = 8 * 2**20
-_SCALES = {"gpt2": 1, "quarter": 4}
-
-
-def shapes(scale: int) -> list[tuple[int, ...]]:
-    """The tensors of GPT-2 small; with a scale, fewer layers and a smaller vocabulary."""
-    block: list[tuple[int, ...]] = [
-        *((768,), (768,), (768, 2304), (2304,), (768, 768), (768,)),
-        *((768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)),
-    ]
-    return [(50257 // scale, 768), (1024, 768), *block * (12 // scale), (768,), (768,)]
-
-
-def laid_out(model: nn.Module, layout: str) -> nn.Module:
-    """The model under DDP, FSDP2 (rows), or cut along the last dim of every matrix as tensor parallelism may."""
-    if layout == "ddp":
-        return DistributedDataParallel(model)
-    if layout == "fsdp2":
-        fully_shard(model)
-        return model
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    for name, parameter in list(model.named_parameters()):
-        placed = distribute_tensor(parameter.data, mesh, [Shard(parameter.dim() - 1)])
-        model.register_parameter(name, nn.Parameter(placed))
-    return model
+_FLOOR, _DCP_SAVE, _DCP_LOAD, _SAVE = "floor: plain parallel write", "dcp.save", "dcp.load", "ShardedEMA.save"
 
 
 def write_plain(folder: Path, values: torch.Tensor) -> None:
@@ -82,64 +51,15 @@ def write_plain(folder: Path, values: torch.Tensor) -> None:
     os.close(descriptor)
 
 
-def peak_bytes(reset: bool = False) -> int:
-    """Largest resident memory of this process since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def timed(call: Callable[[], object]) -> tuple[float, int]:
-    """Seconds of the slowest rank, and the largest growth of memory of any."""
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Collective. Seconds of the slowest rank, and the largest growth of memory of any, in MiB."""
     dist.barrier()
     before = peak_bytes(reset=True)
     began = time.perf_counter()
     call()
-    told = torch.tensor([time.perf_counter() - began, float(peak_bytes() - before)], dtype=torch.float64)
+    told = torch.tensor([time.perf_counter() - began, (peak_bytes() - before) / 2**20], dtype=torch.float64)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return float(told[0]), int(told[1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ratios of saving and loading to plain writing and to DCP.")
-    parser.add_argument("--layout", choices=("ddp", "fsdp2", "columns"), default="fsdp2")
-    parser.add_argument("--model", choices=tuple(_SCALES), default="gpt2")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", default=None, help="on the disk to measure; a temporary one otherwise")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = laid_out(module_of(shapes(_SCALES[options.model]), torch.float32), options.layout)
-    ema = ShardedEMA(model, ConstantSchedule(momentum=0.01))
-    ema.update()
-    box = [tempfile.mkdtemp(dir=options.folder) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(box)
-    folder = Path(box[0])
-    plain = torch.randn(ema.nbytes // 4)
-    state = {name: value.detach() for name, value in model.named_parameters()}
-
-    def saves(name: str, call: Callable[[Path], object], after: Callable[[], object] | None = None) -> Save:
-        return Save(folder / name, call, after)
-
-    candidates = {
-        "floor: plain parallel write": saves("plain", lambda path: write_plain(path, plain)),
-        "ShardedEMA.save": saves("ours", ema.save),
-        "ShardedEMA.save(background=True)": saves("behind", functools.partial(ema.save, background=True), ema.wait),
-        "ShardedEMA.consolidate": saves("export", ema.consolidate),
-        "dcp.save": saves("dcp", lambda path: dcp.save(state, checkpoint_id=path)),  # type: ignore[attr-defined]
-        "dcp.load": Save(None, lambda _: dcp.load(state, checkpoint_id=folder / "dcp"), None),  # type: ignore[attr-defined]
-        "ShardedEMA.load": Save(None, lambda _: ema.load(folder / "ours"), None, before=ema.restart),
-        "ShardedEMA.load, over an average in use": Save(None, lambda _: ema.load(folder / "ours"), None),
-    }
-    times = measure(candidates, options.rounds)
-    if dist.get_rank() == 0:
-        tell(times, options, sum(value.numel() for value in state.values()) * 4)
-        shutil.rmtree(folder)
-    dist.barrier()
-    os._exit(0)  # gloo's teardown aborts now and then, after all work is done
+    return float(told[0]), float(told[1])
 
 
 class Save:
@@ -149,7 +69,7 @@ class Save:
         self,
         folder: Path | None,
         call: Callable[[Path], object],
-        after: Callable[[], object] | None,
+        after: Callable[[], object] | None = None,
         before: Callable[[], object] | None = None,
     ) -> None:
         self.folder = folder
@@ -157,8 +77,8 @@ class Save:
         self.after = after
         self.before = before
 
-    def run(self) -> tuple[float, int]:
-        """Collective. Seconds and extra bytes."""
+    def run(self) -> tuple[float, float]:
+        """Collective. Seconds and extra MiB."""
         if self.folder is not None and dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             os.sync()
@@ -170,37 +90,67 @@ class Save:
         return result
 
 
-def measure(candidates: dict[str, Save], rounds: int) -> dict[str, list[tuple[float, int]]]:
-    """Seconds and extra bytes of each candidate in each round; the first round, which warms up, is not counted."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in candidates}
-    shuffle = random.Random(0)
-    for number in range(rounds + 1):
-        names = list(candidates) if number == 0 else shuffle.sample(list(candidates), len(candidates))
-        for name in names:
-            found[name].append(candidates[name].run())
-    return {name: results[1:] for name, results in found.items()}
+Samples = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def tell(times: dict[str, list[tuple[float, int]]], options: argparse.Namespace, total_bytes: int) -> None:
-    floor, dcp_save, save, dcp_load = (
-        [seconds for seconds, _ in times[name]]
-        for name in ("floor: plain parallel write", "dcp.save", "ShardedEMA.save", "dcp.load")
-    )
-    print(
-        f"{options.model}, {options.layout}, {dist.get_world_size()} ranks, {total_bytes / 2**20:.0f} MiB, "
-        f"torch {torch.__version__}; medians of {options.rounds} rounds"
-    )
-    print("| candidate | ms | to floor | to dcp | to save | extra MiB |\n|---|---|---|---|---|---|")
-    for name, results in times.items():
-        own = [seconds for seconds, _ in results]
-        peers = dcp_load if ".load" in name else dcp_save
-        ratios = [
-            f"{statistics.median(each / base for each, base in zip(own, bases, strict=True)):.2f}"
-            for bases in (floor, peers, save)
-        ]
-        extra = max(extra_bytes for _, extra_bytes in results) / 2**20
-        print(f"| {name} | {1000 * statistics.median(own):.0f} | {' | '.join(ratios)} | {extra:.0f} |")
+def rows(found: Samples, bases: Mapping[str, Callable[[str], str]]) -> list[Mapping[str, Cell]]:
+    """A row for each candidate. Bases: a column -> which candidate a candidate of this name is divided by there."""
+    seconds = {name: [sample[0] for sample in samples] for name, samples in found.items()}
+    return [
+        {
+            "candidate": name,
+            "ms": milliseconds(own),
+            **{column: ratio(own, seconds[base(name)]) for column, base in bases.items()},
+            "extra MiB": max(extra for _, extra in found[name]),
+        }
+        for name, own in seconds.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = benchmark_parser("Ratios of saving and loading to plain writing and to DCP.", rounds=7)
+    parser.add_argument("--layout", choices=("ddp", "fsdp2", "columns"), default="fsdp2")
+    parser.add_argument("--model", choices=tuple(MODELS), default="gpt2")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one otherwise")
+    options = parser.parse_args(arguments)
+    if not joined():
+        parser.error("start it with torchrun")
+    report = Report("checkpoint", options)
+    torch.manual_seed(0)
+    model = laid_out(build(options.model), options.layout)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.01))
+    ema.update()
+    folder = shared_folder(options.folder)
+    plain = torch.randn(ema.nbytes // 4)
+    state = {name: value.detach() for name, value in model.named_parameters()}
+    candidates = {
+        _FLOOR: Save(folder / "plain", lambda path: write_plain(path, plain)),
+        _SAVE: Save(folder / "ours", ema.save),
+        "ShardedEMA.save(background=True)": Save(
+            folder / "behind", functools.partial(ema.save, background=True), after=ema.wait
+        ),
+        "ShardedEMA.consolidate": Save(folder / "export", ema.consolidate),
+        _DCP_SAVE: Save(folder / "dcp", lambda path: dcp.save(state, checkpoint_id=path)),  # type: ignore[attr-defined]
+        _DCP_LOAD: Save(None, lambda _: dcp.load(state, checkpoint_id=folder / "dcp")),  # type: ignore[attr-defined]
+        "ShardedEMA.load": Save(None, lambda _: ema.load(folder / "ours"), before=ema.restart),
+        "ShardedEMA.load, over an average in use": Save(None, lambda _: ema.load(folder / "ours")),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = interleaved({name: each.run for name, each in candidates.items()}, options.rounds)
+    if dist.get_rank() == 0:
+        mib = sum(value.numel() for value in state.values()) * 4 / 2**20
+        bases: dict[str, Callable[[str], str]] = {
+            "to floor": lambda name: _FLOOR,
+            "to dcp": lambda name: _DCP_LOAD if ".load" in name else _DCP_SAVE,
+            "to save": lambda name: _SAVE,
+        }
+        report.add(
+            f"{options.model}, {options.layout}, {dist.get_world_size()} ranks, {mib:.0f} MiB", rows(found, bases)
+        )
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -1,0 +1,161 @@
+"""What the benchmarks share: samples taken in turn, ratios within a round, and a report in Markdown and JSON.
+
+Every round runs all candidates in shuffled order, so the noise of a shared machine hits all alike. A ratio is taken
+within a round; told are its median over the rounds and, in brackets, its 10th and 90th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def benchmark_parser(description: str, *, rounds: int | None) -> argparse.ArgumentParser:
+    """With the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="each of which runs all candidates once")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; one is timed by its CPU time")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    return parser
+
+
+def interleaved(candidates: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each candidate returns in each round. A first one, in the given order, warms up and is not counted."""
+    found: dict[str, list[T]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        candidate()
+    shuffle = random.Random(0)  # the same order on every rank
+    for _ in range(rounds):
+        for name in shuffle.sample(list(candidates), len(candidates)):
+            found[name].append(candidates[name]())
+    return found
+
+
+def stopwatch(device: str = "cpu") -> Callable[[Callable[[], object]], float]:
+    """Seconds of a call: of this thread's CPU where torch has one thread, of the device's own clock on CUDA."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def on_cpu(call: Callable[[], object]) -> float:
+        began = clock()
+        call()
+        return clock() - began
+
+    def on_cuda(call: Callable[[], object]) -> float:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1000
+
+    return on_cuda if device == "cuda" else on_cpu
+
+
+def measure(calls: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each call in each round."""
+    timed = stopwatch(device)
+    return interleaved({name: functools.partial(timed, call) for name, call in calls.items()}, rounds)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the values of all rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Spread:
+        ordered = sorted(values)
+        last = len(ordered) - 1
+        return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.p10:.2f} to {self.p90:.2f})"
+
+
+def ratio(own: Sequence[float], base: Sequence[float]) -> Spread:
+    """How much longer one takes than the other, round by round."""
+    return Spread.of(a / b for a, b in zip(own, base, strict=True))
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    return 1000 * statistics.median(seconds)
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """Largest resident memory of this process since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def extra_mib(call: Callable[[], object]) -> float:
+    """By how much resident memory grows during a call, at most."""
+    before = peak_bytes(reset=True)
+    call()
+    return (peak_bytes() - before) / 2**20
+
+
+Cell = float | str | Spread | None
+
+
+class Report:
+    """Tables on the screen, and all of them with the machine's facts in one JSON file. Sets torch's threads."""
+
+    def __init__(self, benchmark: str, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self._path: Path | None = options.json
+        self._tables: list[dict[str, object]] = []
+        chosen = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+        self._told = {"benchmark": benchmark, "options": chosen, "machine": machine(), "tables": self._tables}
+
+    def add(self, title: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        print(f"\n{title}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for row in rows:
+            print(f"| {' | '.join(shown(row.get(column)) for column in columns)} |", flush=True)
+        self._tables.append({"title": title, "rows": rows})
+        if self._path is not None:
+            self._path.write_text(json.dumps(self._told, indent=2, default=asdict) + "\n")
+
+
+def shown(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:#.3g}"
+    return "" if cell is None else str(cell)
+
+
+def machine() -> dict[str, object]:
+    """Facts without which a number means little."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":", 1)[1].strip() for line in described.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "load at the start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }

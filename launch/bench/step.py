@@ -1,0 +1,89 @@
+"""What the average adds to a whole training step of the demo's model, through accelerate and the hook of `attach`.
+
+    python launch/bench/step.py
+
+One process trains one model by two optimizers in turn, in shuffled order; an average is attached to one of them. They
+are made anew several times, since where tensors happen to lie in memory is worth more than the average costs. In
+every round the update is timed by itself too. CPU time with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from measuring import Report, Spread, benchmark_parser, measure, milliseconds
+from torch import nn
+
+from dist_ema import CosineSchedule, attach
+
+sys.path.append(str(Path(__file__).parents[1]))
+from byte_lm import NUM_SYMBOLS, ByteLM, ByteLMConfig, next_byte_loss
+
+
+class Run:
+    """The demo's model and optimizers, stepped on random bytes: what a step costs does not depend on the text."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        config = ByteLMConfig(width=options.width, depth=options.depth, heads=options.heads, context=options.context)
+        self.accelerator = Accelerator(cpu=options.device == "cpu")
+        model: nn.Module = ByteLM(config)
+        plain, averaging = (
+            torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), foreach=True) for _ in range(2)
+        )
+        self.model, self.plain, self.averaging = self.accelerator.prepare(model, plain, averaging)
+        schedule = CosineSchedule(momentum=0.05, end_momentum=0.01, total_steps=1500)
+        self.ema = attach(self.accelerator, self.model, self.averaging, schedule)
+        windows = torch.randint(NUM_SYMBOLS, (options.batch_size, options.context + 1))
+        self.windows = windows.to(self.accelerator.device)
+
+    def step(self, optimizer: AcceleratedOptimizer) -> None:
+        loss = next_byte_loss(self.model, self.windows)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = benchmark_parser("Share of a training step that the average adds.", rounds=100)
+    parser.add_argument("--repeats", type=int, default=4, help="of all rounds, with everything made anew")
+    for name, size in {"width": 128, "depth": 2, "heads": 4, "context": 64, "batch-size": 16}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args(arguments)
+    report = Report("step", options)
+    found: dict[str, list[float]] = {"plain": [], "averaging": [], "update": []}
+    for _ in range(options.repeats):
+        run = Run(options)
+        calls: dict[str, Callable[[], object]] = {
+            "plain": functools.partial(run.step, run.plain),
+            "averaging": functools.partial(run.step, run.averaging),
+            "update": run.ema.update,
+        }
+        for name, seconds in measure(calls, options.rounds, options.device).items():
+            found[name] += seconds
+    added = [100 * (own / base - 1) for own, base in zip(found["averaging"], found["plain"], strict=True)]
+    shares = [100 * own / base for own, base in zip(found["update"], found["plain"], strict=True)]
+    report.add(
+        f"{sum(parameter.numel() for parameter in run.model.parameters()):,} parameters, batches of "
+        f"{options.batch_size} x {options.context}, {options.repeats} times {options.rounds} rounds",
+        [
+            {
+                "step, ms": milliseconds(found["plain"]),
+                "update, ms": milliseconds(found["update"]),
+                "update to step, %": Spread.of(shares),
+                "step with the hook to one without, +%": Spread.of(added),
+            }
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
