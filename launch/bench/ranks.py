@@ -45,7 +45,7 @@ def whole_model(model: nn.Module) -> Callable[[], object]:
 
 def gathered(model: nn.Module) -> Callable[[], object]:
     """Every rank gathers each parameter, and averages a full copy."""
-    live = [parameter.detach() for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    live = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     averaged = [value.full_tensor().clone() for value in live]
 
     def update() -> None:
