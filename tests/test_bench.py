@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 BENCH = Path(__file__).parent.parent / "launch" / "bench"
 
@@ -27,9 +28,11 @@ def run_benchmark(name: str, *arguments: object) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
+def nothing_stays():
     yield
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def numbers(value: object) -> list[float]:
