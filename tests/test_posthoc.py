@@ -341,7 +341,7 @@ HOSTILE = [
     (cut_manifest, CheckpointCorruptError, "updates-000000020/manifest.json"),
     (other_model, CheckpointMismatchError, r"other cannot be summed with .*000040: 'inner.weight' is \[40, 31\] there"),
     (untied, CheckpointMismatchError, "other cannot be summed.*only one of them has 'tied.weight'"),
-    (other_schedule, CheckpointMismatchError, r"000005 cannot .* track 'short' is PowerSchedule\(sigma_rel=0.1\) there"),
+    (other_schedule, CheckpointMismatchError, r"000005 cannot .* 'short' is PowerSchedule\(sigma_rel=0.1\) there"),
     (other_tracks, CheckpointMismatchError, "it has the tracks a, b, the other short, long"),
     (other_interval, CheckpointMismatchError, "it was averaged with interval=2, the other with interval=1"),
     (fewer_averaged, CheckpointMismatchError, "'norm.running_mean' is averaged in only one of them"),
