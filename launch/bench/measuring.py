@@ -90,7 +90,8 @@ class Spread:
         return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.p10:.2f} to {self.p90:.2f})"
+        digits = 2 if abs(self.median) >= 0.1 else 3
+        return f"{self.median:.{digits}f} ({self.p10:.{digits}f} to {self.p90:.{digits}f})"
 
 
 def ratio(own: Sequence[float], base: Sequence[float]) -> Spread:

@@ -5,8 +5,8 @@
 
 Under DDP against what everybody else does: each rank averages the whole model, by `_foreach_lerp_` over lists that were
 made before. Under FSDP2 against the way without a sharded average: `full_tensor()` of each parameter, then a lerp of a
-full copy. Told is the slowest rank of each round: its CPU time (of the calling thread; on fewer cores than ranks that
-is the fair one), and its wall time, which for collectives is the one that counts.
+full copy. Told is the slowest rank of each round: its CPU time (that of gloo's threads too; on fewer cores than ranks
+the fair one), and its wall time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from dist_ema import ConstantSchedule, ShardedEMA
 def slowest(call: Callable[[], object]) -> tuple[float, float]:
     """Collective. CPU and wall seconds, each of the rank that needed most."""
     dist.barrier()
-    wall, cpu = time.perf_counter(), time.thread_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    told = torch.tensor([time.thread_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
+    told = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return float(told[0]), float(told[1])
 
