@@ -30,6 +30,9 @@ from dist_ema.workers import SERIAL_NUMEL, num_workers, share_out
 
 __all__ = ["Updater"]
 
+# Elements of a piece of a compensated average, so that its temporaries stay in the cache (measured: half the time).
+_COMPENSATED_NUMEL = 2**17
+
 # Elements of all averages together that are worth waking other threads for.
 _FEWEST_SHARED_NUMEL = 2**20
 
@@ -175,7 +178,7 @@ class Updater:
                 [live[index] for index in chosen],
                 [[row[index] for index in chosen] for row in tracks],
                 whole=len(tracks) == 1 and not self._skip_nonfinite,  # else there are temporaries, or several tracks
-                piece_numel=SERIAL_NUMEL if self._workers > 1 else None,
+                piece_numel=SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if self._compensated else None,
                 counted=counted,
             )
         self._scratches = self._allocate(tracks[0] if tracks else [])
@@ -215,11 +218,13 @@ def _compensated_lerp(
             residual.mul_(0.0 if unless is None else 1.0 - weight_unless(unless, momentum, residual))
         return
     for value, residual, new in zip(averaged, residuals, live, strict=True):
-        step = (new - value).mul_(momentum).add_(residual.to(value.dtype).mul_(1.0 - momentum))
-        moved = value + step
-        kept = step.sub_(moved - value).to(residual.dtype)
+        step = (new - value).mul_(momentum)
+        moved = residual.to(value.dtype).mul_(1.0 - momentum)
+        step.add_(moved)
+        torch.add(value, step, out=moved)
+        lost = step.add_(value - moved)
         if unless is not None:
             skipped = (unless.reshape(()) != 0).to(value.device)
-            moved, kept = torch.where(skipped, value, moved), torch.where(skipped, residual, kept)
+            moved, lost = torch.where(skipped, value, moved), torch.where(skipped, residual.to(value.dtype), lost)
         value.copy_(moved)
-        residual.copy_(kept)
+        residual.copy_(lost)
