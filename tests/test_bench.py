@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,6 +70,10 @@ ON_RANKS = {
     "checkpoint": (1, ("--model", "small", "--rounds", 1, "--layout", "columns")),
     "export": (1, ("--model", "small", "--rounds", 1)),
 }
+
+
+def test_setup_script_parses() -> None:
+    assert subprocess.run(["bash", "-n", BENCH / "setup.sh"]).returncode == 0
 
 
 def test_every_benchmark_is_run_here() -> None:
