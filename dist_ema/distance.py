@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from dist_ema.blocks import cut_alike
+from dist_ema.comparison import relative_distance
 from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.options import matches_any, name_patterns
@@ -31,10 +32,8 @@ def checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
     Raises:
         ConfigError: a group is called "all", or none of its patterns matches an averaged name.
     """
-    names: dict[str, list[str]] = {spec.fqn: [spec.fqn] for spec in plan.specs if spec.averaged}
-    for alias, fqn in plan.aliases.items():
-        if fqn in names:
-            names[fqn].append(alias)
+    known_as = plan.names_of_tensors
+    names = {spec.fqn: known_as[spec.fqn] for spec in plan.specs if spec.averaged}
     members: dict[str, set[str]] = {WHOLE: set(names)}
     if groups is None:
         for fqn in names:
@@ -88,7 +87,7 @@ def distances(
     ]
     total = exchange.sum_floats(own)
     return {
-        group: _relative(difference, reference)
+        group: relative_distance(difference, reference)
         for group, difference, reference in zip(members, total[::2], total[1::2], strict=True)
     }
 
@@ -103,9 +102,3 @@ def metrics_of(state: AveragedState, track: str, prefix: str, found: Mapping[str
 def _square(values: torch.Tensor) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm.square()
-
-
-def _relative(difference: float, reference: float) -> float:
-    if reference == 0.0:
-        return 0.0 if difference == 0.0 else math.inf
-    return math.sqrt(difference / reference)

@@ -259,9 +259,7 @@ def _told(saved: SavedTensor) -> str:
 
 def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes) -> dict[str, str]:
     """Fqn -> stored name, of each averaged tensor that does not start from the live weights."""
-    other_names: dict[str, list[str]] = {spec.fqn: [spec.fqn] for spec in plan.specs}
-    for alias, fqn in plan.aliases.items():
-        other_names[fqn].append(alias)
+    other_names = plan.names_of_tensors
     names, missing = {}, []
     for spec in plan.specs:
         if not spec.averaged:

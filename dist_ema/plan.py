@@ -79,6 +79,14 @@ class Plan:
         return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
 
     @property
+    def names_of_tensors(self) -> dict[str, list[str]]:
+        """Fqn -> all names of that tensor, the fqn first; several if it is tied."""
+        names = {spec.fqn: [spec.fqn] for spec in self.specs}
+        for alias, fqn in self.aliases.items():
+            names[fqn].append(alias)
+        return names
+
+    @property
     def names(self) -> list[str]:
         """Every name that a pattern may mean."""
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]

@@ -105,9 +105,11 @@ class Stored:
             return absolute(path) / _SNAPSHOT.format(state.num_updates)
 
         self._save("snapshot", place, dtype, max_shard_size, bool(background))
+        if self._has_warned_of_later:
+            return
         now = self._state.num_updates
         later = self._exchange.on_rank_0("snapshot", lambda: _snapshots_after(now, absolute(path)))
-        if later and not self._has_warned_of_later:
+        if later:
             self._has_warned_of_later = True
             self._exchange.warn(
                 f"{path} holds {len(later)} snapshots with more updates than this run has had ({later[0]}, ...): they "

@@ -47,7 +47,9 @@ class Teacher:
 
     def __init__(self, student: Plan, teacher: Plan, dtype: torch.dtype) -> None:
         _check_names(student, teacher)
-        self._held = _matched(student, teacher)
+        ours = _names(student)
+        own_name = {fqn: ours[names] for names, fqn in _names(teacher).items()}  # theirs -> ours, of the same tensor
+        self._held = _matched(student, teacher, own_name)
         self._settle = teacher.settle
 
         def settle() -> None:
@@ -61,8 +63,7 @@ class Teacher:
         self.plan = dataclasses.replace(student, settle=settle, verify=verify)
         self.held = tuple(Shard(held, held.box) for each in student.divisions if each.averaged for held in each.held)
         self.repeated = {held.spec.fqn for each in student.divisions if each.position > 0 for held in each.held}
-        own_name = {names: fqn for fqn, names in _names(student).items()}
-        self.shown = _part(self.plan, {own_name[names] for names in _names(teacher).values()})
+        self.shown = _part(self.plan, set(own_name.values()))
         for shard in self.held:
             _check_pair(shard.held, self._held[shard.held.box], dtype)
 
@@ -130,18 +131,16 @@ def _part(plan: Plan, names: Collection[str]) -> Plan:
     )
 
 
-def _names(plan: Plan) -> dict[str, frozenset[str]]:
-    """Fqn -> all names of that tensor."""
-    names = {spec.fqn: {spec.fqn} for spec in plan.specs}
-    for alias, fqn in plan.aliases.items():
-        names[fqn].add(alias)
-    return {fqn: frozenset(of_tensor) for fqn, of_tensor in names.items()}
+def _names(plan: Plan) -> dict[frozenset[str], str]:
+    """All names of a tensor -> its fqn."""
+    return {frozenset(names): fqn for fqn, names in plan.names_of_tensors.items()}
 
 
 def _check_names(student: Plan, teacher: Plan) -> None:
-    ours, theirs = set(_names(student).values()), set(_names(teacher).values())
-    averaged = {names for fqn, names in _names(student).items() if _is_averaged(student)[fqn]}
-    missing, extra = sorted(map(sorted, averaged - theirs)), sorted(map(sorted, theirs - ours))
+    ours, theirs = _names(student), _names(teacher).keys()
+    averaged = {spec.fqn for spec in student.specs if spec.averaged}
+    missing = sorted(sorted(names) for names, fqn in ours.items() if fqn in averaged and names not in theirs)
+    extra = sorted(map(sorted, theirs - ours.keys()))
     if missing or extra:
         raise UnsupportedModelError(
             f"into lacks {len(missing)} averaged tensors of the model {missing[:3]} and has {len(extra)} that it has "
@@ -149,20 +148,14 @@ def _check_names(student: Plan, teacher: Plan) -> None:
         )
 
 
-def _is_averaged(plan: Plan) -> dict[str, bool]:
-    return {spec.fqn: spec.averaged for spec in plan.specs}
-
-
-def _matched(student: Plan, teacher: Plan) -> Mapping[Box, Held]:
+def _matched(student: Plan, teacher: Plan, own_name: Mapping[str, str]) -> Mapping[Box, Held]:
     """Box that this rank holds of the student -> the same piece of the teacher."""
-    own_name = {names: fqn for fqn, names in _names(student).items()}
-    names = _names(teacher)
     pieces = {
-        dataclasses.replace(held.box, fqn=own_name[names[held.spec.fqn]]): held
+        dataclasses.replace(held.box, fqn=own_name[held.spec.fqn]): held
         for each in teacher.divisions
         for held in each.held
     }
-    known = {box.fqn for box in pieces} | {own_name[each] for each in names.values()}
+    known = set(own_name.values())
     for each in student.divisions:
         for held in each.held:
             if held.spec.fqn in known and held.box not in pieces:

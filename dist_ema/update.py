@@ -186,9 +186,8 @@ class Updater:
     def _allocate(self, averaged: Sequence[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
         wanted = {value.device: value.dtype for value in averaged}
         numel = max((block.scratch_numel for block in self._blocks), default=0)
-        with torch.inference_mode(
-            False
-        ):  # neither another thread nor a later update could write to an inference tensor
+        # Neither another thread nor a later update could write to an inference tensor.
+        with torch.inference_mode(False):
             return {
                 device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
                 for device, dtype in wanted.items()
