@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dist_ema.averages import copy_each
-
 __all__ = ["SCRATCH_NUMEL", "Block", "cut_alike", "make_blocks"]
 
 # Elements of a block: 4 MiB of fp32 stay in a CPU's cache between the copy and the lerp that reads them, or from one
@@ -50,12 +48,17 @@ class _Staged(Block):
         super().__init__(live, tracks)
         self._sizes = [value.numel() for value in live]
         self.scratch_numel = sum(self._sizes)
+        # The latest scratch, and that cut in parts: which takes longer than to copy a small tensor.
+        self._cut: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
 
     def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
-        parts = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
-        shaped = [part.view(value.shape) for part, value in zip(parts, self._live, strict=True)]
-        copy_each(shaped, self._live)
-        return shaped
+        known, parts = self._cut
+        if known is not scratch:
+            flat = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
+            parts = [part.view(value.shape) for part, value in zip(flat, self._live, strict=True)]
+            self._cut = scratch, parts
+        torch._foreach_copy_(parts, self._live)
+        return parts
 
 
 class _Packed(Block):

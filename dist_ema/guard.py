@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,10 +30,12 @@ class Guard:
         self._tables = [place.table for place in places]
         self._keys = [place.key for place in places]
         self._tensors: list[torch.Tensor] = list(map(operator.getitem, self._tables, self._keys))
+        self._dense = [each for each in self._tensors if each.is_contiguous()]
+        self._strided = [each for each in self._tensors if not each.is_contiguous()]
         self._told = self._tell()
 
     def holds(self) -> bool:
-        """Whether all of it is still there, in the same shape and strides."""
+        """Whether all of it is still there: as many elements, in the same order."""
         try:
             now = map(operator.getitem, self._tables, self._keys)
             alike = all(map(operator.is_, now, self._tensors))
@@ -40,9 +43,16 @@ class Guard:
             return False
         return alike and self._tell() == self._told and self._views_hold()
 
-    def _tell(self) -> tuple[list[int], list[torch.Size], list[tuple[int, ...]]]:
-        of = self._tensors
-        return list(map(torch.Tensor.data_ptr, of)), list(map(_shape, of)), list(map(torch.Tensor.stride, of))
+    def _tell(self) -> tuple[Any, ...]:
+        # A dense tensor is followed element by element whatever its shape is, so that need not be asked: shapes and
+        # strides are made anew at each asking. That another shape is another model is told at the next save or swap.
+        return (
+            list(map(torch.Tensor.data_ptr, self._tensors)),
+            list(map(torch.Tensor.numel, self._dense)),
+            all(map(torch.Tensor.is_contiguous, self._dense)),
+            list(map(_shape, self._strided)),
+            list(map(torch.Tensor.stride, self._strided)),
+        )
 
     def _views_hold(self) -> bool:
         return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))
