@@ -83,7 +83,7 @@ class Averages:
             residual.zero_()
 
 
-def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False) -> None:
     """Copy tensors pairwise, converted on the way."""
     if targets:  # an empty list raises
-        torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_copy_(list(targets), list(sources), non_blocking)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
+
+from dist_ema.averages import copy_each
 
 __all__ = ["SCRATCH_NUMEL", "Block", "cut_alike", "make_blocks"]
 
@@ -19,6 +22,8 @@ _BLOCK_NUMEL = {"cuda": 4 * 2**20}
 _TINY_NUMEL = 2048
 _FEWEST_PACKED = 4
 
+_ALIGNMENT_BYTES = 64
+
 
 class Block:
     """Live tensors that are averaged together.
@@ -26,15 +31,23 @@ class Block:
     Attributes:
         tracks: of each track, averaged tensors shaped like what `values` gives.
         scratch_numel: elements of scratch that `values` wants.
+        landing_bytes: host memory that `fetch` wants.
         counted: whether this rank counts which live values are left out.
     """
 
     scratch_numel = 0
+    landing_bytes = 0
     counted = True
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         self._live = live
         self.tracks = tracks
+
+    def land_in(self, landing: torch.Tensor) -> None:
+        """Have `fetch` use these bytes of host memory."""
+
+    def fetch(self) -> None:
+        """Begin to bring live values that come from afar; the host does not wait. Before `values`, each time."""
 
     def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
         """The live values, in the averages' dtype and on their device."""
@@ -42,7 +55,7 @@ class Block:
 
 
 class _Staged(Block):
-    """Live tensors that are converted, or brought from another device."""
+    """Live tensors that are converted."""
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         super().__init__(live, tracks)
@@ -57,8 +70,38 @@ class _Staged(Block):
             flat = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
             parts = [part.view(value.shape) for part, value in zip(flat, self._live, strict=True)]
             self._cut = scratch, parts
-        torch._foreach_copy_(parts, self._live)
+        copy_each(parts, self._live)
         return parts
+
+
+class _Fetched(_Staged):
+    """Live tensors of a device, whose averages are in host memory: copied as they are, and converted there."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        super().__init__(live, tracks)
+        self._source = live
+        if all(value.dtype == own.dtype for value, own in zip(live, tracks[0], strict=True)):
+            self.scratch_numel = 0
+        # Each part begins where any dtype may.
+        *self._starts, self.landing_bytes = itertools.accumulate((_aligned(value.nbytes) for value in live), initial=0)
+        modules = {value.device: torch.get_device_module(value.device) for value in live}
+        self._arrivals = [(of.Event(), of, device) for device, of in modules.items()]
+
+    def land_in(self, landing: torch.Tensor) -> None:
+        self._live = [
+            landing[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            for start, value in zip(self._starts, self._source, strict=True)
+        ]
+
+    def fetch(self) -> None:
+        copy_each(self._live, self._source, non_blocking=True)
+        for arrival, of, device in self._arrivals:
+            arrival.record(of.current_stream(device))
+
+    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+        for arrival, _, _ in self._arrivals:
+            arrival.synchronize()
+        return super().values(scratch) if self.scratch_numel else self._live
 
 
 class _Packed(Block):
@@ -95,15 +138,19 @@ def make_blocks(
     """
     packs, rest = _packs(live, tracks)
     blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
-    direct = [index for index in rest if _alike(live[index], tracks[0][index])]
-    staged = [index for index in rest if not _alike(live[index], tracks[0][index])]
+    fetched = [index for index in rest if _is_afar(live[index], tracks[0][index])]
+    near = [index for index in rest if index not in set(fetched)]
+    direct = [index for index in near if _alike(live[index], tracks[0][index])]
+    staged = [index for index in near if not _alike(live[index], tracks[0][index])]
     if direct and whole and piece_numel is None:
         blocks.append(Block(*_chosen(direct, live, tracks)))
     elif direct:
-        numel = _BLOCK_NUMEL.get(live[direct[0]].device.type, SCRATCH_NUMEL)
+        numel = _block_numel(live[direct[0]])
         blocks += [Block(*group) for group in _groups(*_chosen(direct, live, tracks), numel, piece_numel)]
-    if staged:
-        blocks += [_Staged(*group) for group in _groups(*_chosen(staged, live, tracks), SCRATCH_NUMEL, piece_numel)]
+    for chosen, kind in ((staged, _Staged), (fetched, _Fetched)):
+        if chosen:
+            numel = _block_numel(tracks[0][chosen[0]])
+            blocks += [kind(*group) for group in _groups(*_chosen(chosen, live, tracks), numel, piece_numel)]
     for block in blocks:
         block.counted = counted
     return blocks
@@ -113,6 +160,18 @@ def _chosen(
     indices: Sequence[int], live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]
 ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
     return [live[index] for index in indices], [[averaged[index] for index in indices] for averaged in tracks]
+
+
+def _block_numel(value: torch.Tensor) -> int:
+    return _BLOCK_NUMEL.get(value.device.type, SCRATCH_NUMEL)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _is_afar(live: torch.Tensor, averaged: torch.Tensor) -> bool:
+    return averaged.device.type == "cpu" != live.device.type
 
 
 def _alike(live: torch.Tensor, averaged: torch.Tensor) -> bool:

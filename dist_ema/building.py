@@ -12,6 +12,7 @@ from dist_ema.errors import ConfigError
 from dist_ema.exchange import Exchange
 from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
+from dist_ema.plan import Plan
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.state import AveragedState, dtype_name
@@ -55,6 +56,8 @@ def build_state(
         plan = plan_one(model)
         chosen.check_patterns(plan.names)
         plan.check_not_empty()
+        if chosen.overlap:
+            _check_overlap(plan, into)
         model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
         teacher = None
         if into is not None:
@@ -77,6 +80,17 @@ def build_state(
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
     return state
+
+
+def _check_overlap(plan: Plan, into: nn.Module | None) -> None:
+    if into is not None:
+        raise ConfigError("overlap=True and into are given, expected one: a teacher runs forward beside training too")
+    buffers = [spec.fqn for spec in plan.specs if spec.averaged and spec.is_buffer]
+    if buffers:
+        raise ConfigError(
+            f"overlap=True, but {len(buffers)} buffers are averaged ({buffers[0]}, ...), which a forward may write to "
+            "while an update reads them: exclude them, or leave update_buffers or overlap out"
+        )
 
 
 def _check_teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) -> None:

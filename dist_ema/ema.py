@@ -20,6 +20,7 @@ from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
 from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
+from dist_ema.streams import join_before_steps
 from dist_ema.swap import LiveBackup, put_average
 
 __all__ = ["ShardedEMA"]
@@ -56,6 +57,9 @@ class ShardedEMA(Stored):
         compensated: keep what rounding takes from each update in bfloat16, and add it to the next: for decays of 0.9999
             and more, where an fp32 average loses a part of its motion. 2 more bytes for each element, and slower
             updates (docs/performance.md). Files hold the fp32 values, so a resume begins anew with nothing kept.
+        overlap: on a GPU have updates run beside the next forward and backward, on a stream of their own, or on a host
+            thread for device="cpu". Every torch optimizer's next step waits for the update, and so does every call here
+            that uses the averages; what else writes to the weights must call `wait` first. On a CPU it changes nothing.
         into: a teacher: keep the average in this module's parameters, so that it can run forward at every step. It has
             the model's names, shapes and layout (what is excluded it need not have), the averaged dtype, and takes no
             gradient. It begins as a copy of the model; every rank averages all that it holds of it.
@@ -88,6 +92,7 @@ class ShardedEMA(Stored):
         exclude: str | Iterable[str] | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
+        overlap: bool = False,
         into: nn.Module | None = None,
     ) -> None:
         exchange = Exchange()
@@ -104,6 +109,7 @@ class ShardedEMA(Stored):
                 exclude=name_patterns("exclude", exclude),
                 skip_nonfinite=skip_nonfinite,
                 compensated=compensated,
+                overlap=overlap,
             )
 
         if dtype in (torch.bfloat16, torch.float16):
@@ -114,6 +120,9 @@ class ShardedEMA(Stored):
                 stacklevel=2,
             )
         super().__init__(exchange, build_state(exchange, model, schedule, options, into))
+        if overlap:
+            self.on_detach(join_before_steps(self._state))
+            self.on_detach(self._state.stop_overlapping)
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -318,7 +327,7 @@ class ShardedEMA(Stored):
         self._state.restart()
 
     def detach(self) -> None:
-        """Remove every hook that `attach` registered; the average stays usable by hand. No communication."""
+        """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""
         while self._on_detach:
             self._on_detach.pop()()
 

@@ -32,6 +32,7 @@ class Options:
         exclude: glob patterns of names not to average; wins over `include`.
         skip_nonfinite: leave out live values that are infinite or not a number.
         compensated: keep what rounding takes from each update, and add it to the next.
+        overlap: have updates run beside training.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -46,10 +47,11 @@ class Options:
     exclude: tuple[str, ...] = ()
     skip_nonfinite: bool = False
     compensated: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
-        for name in ("interval_correction", "update_buffers", "skip_nonfinite", "compensated"):
+        for name in ("interval_correction", "update_buffers", "skip_nonfinite", "compensated", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.dtype not in _AVERAGED_DTYPES:

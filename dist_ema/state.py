@@ -19,6 +19,7 @@ from dist_ema.plan import Plan
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
+from dist_ema.streams import Stream, stream_beside
 from dist_ema.teacher import Teacher, TeacherAverages
 from dist_ema.update import Updater
 
@@ -72,13 +73,29 @@ class AveragedState:
                 name: Averages(self.shards, dtype=dtype, device=device, residual_dtype=residual_dtype)
                 for name in self.schedules
             }
-            self._updater = Updater(self.shards, list(self.averages.values()), skip_nonfinite=skip)
+            tracks = list(self.averages.values())
+            self._updater = Updater(self.shards, tracks, skip_nonfinite=skip, stream=self._stream(tracks))
             return
         self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}
         everything = TeacherAverages(self.teacher.held, self.teacher)
         repeated = self.teacher.repeated
         self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip, uncounted=repeated)
         self._copy_live(counted=False)
+
+    def _stream(self, tracks: Sequence[Averages]) -> Stream:
+        if not self.options.overlap:
+            return Stream()
+        averaged = {value.device for track in tracks for value in track.values}
+        return stream_beside({shard.live().device for shard in self.shards}, averaged)
+
+    def join(self) -> None:
+        """See that what is done from now on, on the current stream, comes after an update that runs beside training."""
+        self._updater.stream.join()
+
+    def stop_overlapping(self) -> None:
+        """Have further updates run in line."""
+        self.join()
+        self._updater.stream = Stream()
 
     @property
     def num_updates(self) -> int:
@@ -133,6 +150,7 @@ class AveragedState:
         filled in place and a resume needs no memory. Later, and for a teacher, which counts from the beginning, it
         takes a second copy, on the host, until `restore`.
         """
+        self.join()
         if self.num_updates == 0 and self.teacher is None:
             return {name: averages.values for name, averages in self.averages.items()}
         # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.
@@ -153,6 +171,7 @@ class AveragedState:
             found: fqns that the checkpoint had; the others start from the live weights.
             num_updates: its counter.
         """
+        self.join()
         self._not_started = {spec.fqn for spec in self.plan.specs if spec.averaged} - found
         for name, averages in self.averages.items():
             averages.replace(filled[name][: len(self.shards)])
@@ -167,6 +186,7 @@ class AveragedState:
 
         Collective along replicas for a teacher, as `restore`.
         """
+        self.join()
         if self.num_updates == 0:
             self._copy_live()
         self._start_from_live()
@@ -181,6 +201,7 @@ class AveragedState:
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
+        self.join()
         self._num_updates, self._last_skipped, self._not_started = 0, None, set()
         if self.teacher is not None:
             self._copy_live(counted=False)
@@ -223,6 +244,7 @@ class AveragedState:
 
     def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
         """The averaged values of `shards`; before the first update these are the live ones of this moment."""
+        self.join()
         averages = self.averages[self.track(track)]
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
             if self.num_updates == 0:

@@ -46,9 +46,12 @@ class Stored:
     def wait(self) -> None:
         """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
 
+        With `overlap`, also have what comes next on the current stream wait for the latest update.
+
         Raises:
             CheckpointError: that save failed; the same on all ranks.
         """
+        self._state.join()
         self._background.wait()
 
     def save(self, path: PathLike, *, max_shard_size: int | str = "5GB", background: bool = False) -> None:

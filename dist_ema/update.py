@@ -3,7 +3,8 @@
 Live values of the averages' dtype and device are averaged in place by one `_foreach_lerp_` over prepared lists. Others
 (bfloat16 weights into float32 averages, averages kept on another device) pass through a bounded scratch; so do many
 tiny tensors on a CPU, which are packed end to end. Several tracks go block by block, so that a block of live values is
-read from memory once and from the cache after that. On several CPU threads blocks are shared out (workers.py).
+read from memory once and from the cache after that. On several CPU threads blocks are shared out (workers.py). What
+comes from a device into host memory is fetched one block ahead. All of it may run beside training (streams.py).
 
 `lerp` and not `mul` + `add`: fp32(1 - m) + fp32(m) is not 1, so the second form drifts (3e-5 relative after
 2,000 updates at a decay of 0.9999, against 1e-6); and lerp in fp32 gives the same bits however a tensor is cut,
@@ -17,7 +18,8 @@ sum). Its operations are single ones, not fused, so that the bits do not depend 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,6 +28,7 @@ from dist_ema.blocks import Block, make_blocks
 from dist_ema.guard import Guard
 from dist_ema.layout import Shard
 from dist_ema.skipped import weight_unless
+from dist_ema.streams import Stream
 from dist_ema.workers import SERIAL_NUMEL, num_workers, share_out
 
 __all__ = ["Updater"]
@@ -45,6 +48,7 @@ class Updater:
         tracks: the averages, all of one dtype and on the same devices.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element.
         uncounted: names of tensors of which another rank counts what is left out.
+        stream: where the averages are moved; None for the current one.
     """
 
     def __init__(
@@ -54,11 +58,13 @@ class Updater:
         *,
         skip_nonfinite: bool = False,
         uncounted: Collection[str] = (),
+        stream: Stream | None = None,
     ) -> None:
         self._shards = tuple(shards)
         self._tracks = tuple(tracks)
         self._skip_nonfinite = skip_nonfinite
         self._uncounted = frozenset(uncounted) if skip_nonfinite else frozenset()
+        self.stream = Stream() if stream is None else stream
         self._compensated = bool(self._tracks) and any(track.residuals for track in self._tracks)
         self._refused: dict[torch.device, torch.Tensor] = {}
         self._guard: Guard | None = None
@@ -66,6 +72,7 @@ class Updater:
         self._workers = 1
         # One for each thread, on each device.
         self._scratches: dict[torch.device, list[torch.Tensor]] = {}
+        self._landings: list[torch.Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +82,7 @@ class Updater:
     @property
     def num_refused(self) -> int:
         """Live values that were left out on this rank; waits for the device."""
+        self.stream.join()
         return sum(int(count.item()) for count in self._refused.values())
 
     @torch.no_grad()
@@ -85,6 +93,7 @@ class Updater:
             fqns: names of tensors; None for all.
             counted: count what is left out; not where an average is only shown, and the next update copies again.
         """
+        self.stream.join()
         for track in self._tracks:
             track.copy_live(fqns)
         if self._skip_nonfinite and self._tracks:
@@ -105,6 +114,8 @@ class Updater:
     def lerp(self, momenta: Sequence[float], *, unless: torch.Tensor | None = None) -> None:
         """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
 
+        Done when `stream` is joined; until then nobody may write to the live values.
+
         Args:
             momenta: of each track, the weight of the live values, from 0 to 1.
             unless: flag of one element; where it is not 0 nothing moves. Read on the device only.
@@ -113,18 +124,35 @@ class Updater:
         active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
         if not active:
             return
+        self.stream.join()
         if self._guard is None or not self._guard.holds():
             self._prepare()
+        flag = None if unless is None else self.stream.hold(unless)
 
         def work(block: Block, worker: int) -> None:
             values = block.values(self._scratches[block.tracks[0][0].device][worker])
             if self._skip_nonfinite:
-                self._lerp_finite(block, values, active, unless)
+                self._lerp_finite(block, values, active, flag)
                 return
             for index, momentum in active:
-                self._move(block, index, values, momentum, unless)
+                self._move(block, index, values, momentum, flag)
 
-        share_out(work, self._blocks, self._workers)
+        def work_on_all() -> None:
+            if not self._landings:
+                share_out(work, self._blocks, self._workers)
+                return
+            for block in self._fetched():
+                work(block, 0)
+
+        self.stream.run(work_on_all)
+
+    def _fetched(self) -> Iterator[Block]:
+        """The blocks, the next one on its way while one is worked on: it lands where the one before has been used."""
+        self._blocks[0].fetch()
+        for block, following in zip(self._blocks, [*self._blocks[1:], None], strict=True):
+            if following is not None:
+                following.fetch()
+            yield block
 
     def _lerp_finite(
         self,
@@ -181,10 +209,14 @@ class Updater:
                 piece_numel=SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if self._compensated else None,
                 counted=counted,
             )
-        self._scratches = self._allocate(tracks[0] if tracks else [])
+        self._scratches = self._allocate({value.device: value.dtype for value in (tracks[0] if tracks else ())})
+        self._landings = self._make_landings(pinned=not on_cpu)
+        for index, block in enumerate(self._blocks if self._landings else ()):
+            block.land_in(self._landings[index % 2])
+        scratches = [scratch for of_device in self._scratches.values() for scratch in of_device]
+        self.stream.keep([*live, *itertools.chain(*tracks), *scratches])
 
-    def _allocate(self, averaged: Sequence[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
-        wanted = {value.device: value.dtype for value in averaged}
+    def _allocate(self, wanted: Mapping[torch.device, torch.dtype]) -> dict[torch.device, list[torch.Tensor]]:
         numel = max((block.scratch_numel for block in self._blocks), default=0)
         # Neither another thread nor a later update could write to an inference tensor.
         with torch.inference_mode(False):
@@ -192,6 +224,13 @@ class Updater:
                 device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
                 for device, dtype in wanted.items()
             }
+
+    def _make_landings(self, *, pinned: bool) -> list[torch.Tensor]:
+        nbytes = max((block.landing_bytes for block in self._blocks), default=0)
+        if nbytes == 0 or (self._landings and self._landings[0].numel() == nbytes):
+            return self._landings if nbytes else []
+        with torch.inference_mode(False):
+            return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
 
 
 def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:

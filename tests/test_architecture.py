@@ -22,7 +22,7 @@ LAYERS = [
     ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
-    ["blocks", "guard", "workers"],
+    ["blocks", "guard", "workers", "streams"],
     ["averages"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],

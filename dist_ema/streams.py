@@ -1,0 +1,183 @@
+"""Where an update runs: in line, or beside training until somebody joins it. No communication.
+
+    training stream   | step t |  forward, backward of t + 1    | step t + 1 |
+                               v fork                           ^ join
+    side stream                [ update of t ]
+
+The update reads what step t wrote, so it waits for the training stream when it begins; whoever writes the live weights
+or touches the averages next joins it: the training stream then waits on the device, the host does not. Averages kept
+in host memory are updated by a host thread; joining that one does block the host.
+
+On a CPU the same calls run one after the other: torch's CPU streams do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+__all__ = ["HostThread", "SideStream", "Stream", "join_before_steps", "stream_beside"]
+
+
+class Stream:
+    """Runs work in the order in which it is given. This one at once: nothing overlaps."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Have `work` done after all that the current stream has been given so far.
+
+        It must touch tensors only: the modules that they are in may change meanwhile.
+        """
+        work()
+
+    def join(self) -> None:
+        """See that what the current stream is given from now on comes after all work. Raises what the work raised."""
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """See that memory which work uses is not given to others before that is done, even if nobody refers to it."""
+
+    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+        """The flag with its value of now, whatever becomes of the tensor before the work reads it."""
+        return flag
+
+
+class SideStream(Stream):
+    """Work on a stream of its own, on the device of the live weights.
+
+    Args:
+        device: of the live weights and of the averages; a CPU runs the work in line.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of: Any = torch.get_device_module(device)
+        self._stream: Any = self._of.Stream() if device.type == "cpu" else self._of.Stream(device=device)
+        self._is_behind = False
+
+    def __deepcopy__(self, memo: object) -> Stream:
+        """In line: a copy of an average has no hook that would join it."""
+        self.join()
+        return Stream()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Have the device do `work` beside what the current stream is given next; the host only launches it."""
+        self._stream.wait_stream(self._of.current_stream(self._device))
+        self._is_behind = True
+        with self._of.stream(self._stream):
+            work()
+
+    def join(self) -> None:
+        """Have the current stream wait for the work; the host does not."""
+        if self._is_behind:
+            self._of.current_stream(self._device).wait_stream(self._stream)
+            self._is_behind = False
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tell the allocator, which knows only the stream that memory was taken for."""
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                tensor.record_stream(self._stream)
+
+    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+        """A copy, made on the current stream."""
+        held = flag.clone()
+        self.keep([held])
+        return held
+
+
+class HostThread(SideStream):
+    """Work on a host thread, whose copies from the device run on a side stream: for averages in host memory.
+
+    Args:
+        device: of the live weights.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._running: Future[None] | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Have the thread do `work`, once the device has done what it was given so far."""
+        self.join()
+        fork = self._of.Event()
+        fork.record(self._of.current_stream(self._device))
+
+        @torch.no_grad()
+        def on_thread() -> None:
+            with self._of.stream(self._stream):  # and on its device, which a new thread would not be
+                self._stream.wait_event(fork)
+                work()
+
+        self._running = _thread().submit(on_thread)
+
+    def join(self) -> None:
+        """Wait for the thread."""
+        if self._running is None:
+            return
+        try:
+            self._running.result()
+        finally:
+            if self._running.done():  # else the wait was interrupted
+                self._running = None
+
+
+def stream_beside(live: Collection[torch.device], averaged: Collection[torch.device]) -> Stream:
+    """A stream beside training, for live weights and averages on these devices; in line where they are on several."""
+    if len(set(live)) != 1 or len(set(averaged)) != 1:
+        return Stream()
+    (of_live,), (of_averages,) = set(live), set(averaged)
+    if of_live == of_averages:
+        return SideStream(of_live)
+    return HostThread(of_live) if of_averages.type == "cpu" else Stream()
+
+
+class Joinable(Protocol):
+    """What a step must wait for."""
+
+    def join(self) -> None:
+        """As `Stream.join`."""
+        ...
+
+
+def join_before_steps(averages: Joinable) -> Callable[[], None]:
+    """Have each torch optimizer of this process join the averages before each of its steps. No communication.
+
+    Returns what undoes it; so does the end of `averages`, to which no reference is kept.
+    """
+    alive = weakref.ref(averages)
+
+    def before_step(*_: Any) -> None:
+        joined = alive()
+        if joined is not None:
+            joined.join()
+
+    # A compiled step traces its hooks too.
+    handle = register_optimizer_step_pre_hook(torch.compiler.disable(before_step))
+    weakref.finalize(averages, handle.remove).atexit = False
+    undo: Callable[[], None] = handle.remove
+    return undo
+
+
+_executor: ThreadPoolExecutor | None = None
+
+
+def _thread() -> ThreadPoolExecutor:
+    """One for all averages: they would wait for the same memory."""
+    global _executor
+    if _executor is None:
+        _executor = ThreadPoolExecutor(1, thread_name_prefix="dist_ema-host")
+    return _executor
+
+
+def _forget() -> None:
+    """A forked process has the executor's record but not its thread."""
+    global _executor
+    _executor = None
+
+
+os.register_at_fork(after_in_child=_forget)
