@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -91,6 +92,11 @@ class AveragedState:
     def join(self) -> None:
         """See that what is done from now on, on the current stream, comes after an update that runs beside training."""
         self._updater.stream.join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which must not begin before the averages are what they are to be."""
+        self.join()
+        return self.__dict__
 
     def stop_overlapping(self) -> None:
         """Have further updates run in line."""

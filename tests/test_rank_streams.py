@@ -1,0 +1,335 @@
+"""Updates beside training: whatever comes next joins them, however slow they are."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts_zoo import build_layout, set_whole
+from oracle import NaiveAverage
+from test_accelerate import accelerator_of
+from torch import nn
+
+import dist_ema.ema
+import dist_ema.state
+from dist_ema import ConfigError, ConstantSchedule, ShardedEMA, attach
+from dist_ema.streams import HostThread, SideStream, Stream, stream_beside
+
+SCHEDULE = ConstantSchedule(momentum=0.25)
+CPU = torch.device("cpu")
+
+
+class Late(Stream):
+    """The slowest stream there could be: work is done when somebody joins it, and sees the weights of then."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.waiting.append(work)
+
+    def join(self) -> None:
+        while self.waiting:
+            self.waiting.pop(0)()
+
+    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+        return flag.clone()
+
+    def __deepcopy__(self, memo: object) -> Stream:
+        return Stream()
+
+
+class Slow(HostThread):
+    """A host thread that takes its time."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        super().run(lambda: (time.sleep(0.02), work())[1])
+
+
+@pytest.fixture(params=[Late, lambda: Slow(CPU), lambda: SideStream(CPU)], ids=["late", "thread", "cpu"])
+def beside(request, monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: request.param())
+    yield
+
+
+def trained(ema: ShardedEMA, model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 5) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        model(torch.randn(3, 4, generator=generator)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update()
+
+
+def made(**options: Any) -> tuple[nn.Sequential, ShardedEMA, list[torch.optim.Optimizer]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[1].parameters(), lr=0.1)]
+    return model, ShardedEMA(model, SCHEDULE, **options), optimizers
+
+
+def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}, {"skip_nonfinite": True}, {"compensated": True}])
+def test_every_optimizer_waits_for_an_update_beside_training(beside, options) -> None:
+    model, ema, optimizers = made(overlap=True, **options)
+    trained(ema, model, optimizers)
+    twin, serial, its_optimizers = made(**options)
+    trained(serial, twin, its_optimizers)
+    assert_alike(ema.full_state_dict(), serial.full_state_dict())
+
+
+def test_without_its_hook_a_late_update_would_see_the_next_weights(monkeypatch) -> None:
+    """That the test before this one can fail."""
+    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Late())
+    monkeypatch.setattr(dist_ema.ema, "join_before_steps", lambda state: lambda: None)
+    model, ema, optimizers = made(overlap=True)
+    trained(ema, model, optimizers)
+    twin, serial, its_optimizers = made()
+    trained(serial, twin, its_optimizers)
+    assert not torch.equal(ema.full_state_dict()["0.weight"], serial.full_state_dict()["0.weight"])
+
+
+def swapped(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    with ema.average_parameters():
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def copied(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.copy_to_model()
+    return model.state_dict()
+
+
+def loaded(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    """A load that fails, and one over an average in use: the former must not have been lost, nor come late."""
+    before = copy.deepcopy(ema).full_state_dict()
+    ema.save(folder / "first")
+    ema.update()
+    nn.init.zeros_(model[0].weight)
+    ema.load(folder / "first")
+    return {"before." + name: value for name, value in before.items()} | ema.full_state_dict()
+
+
+def started(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.consolidate(folder / "export")
+    ema.update()
+    ema.start_from(folder / "export", num_updates=7)
+    return ema.full_state_dict()
+
+
+def taken(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    state = ema.sharded_state_dict()
+    ema.update()
+    ema.load_sharded_state_dict(state)
+    return ema.full_state_dict()
+
+
+def restarted(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.restart()
+    return ema.full_state_dict()
+
+
+def saved(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.save(folder / "saved", background=True)
+    ema.update()
+    nn.init.zeros_(model[0].weight)
+    ema.wait()
+    _, other, _ = made()
+    other.load(folder / "saved")
+    return other.full_state_dict()
+
+
+def written_to_after_wait(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.wait()
+    nn.init.zeros_(model[0].weight)
+    return ema.full_state_dict()
+
+
+def detached(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    ema.detach()
+    nn.init.zeros_(model[0].weight)
+    ema.update()
+    nn.init.ones_(model[0].weight)  # nobody joins any more: updates are in line again
+    return ema.full_state_dict()
+
+
+def deep_copied(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    _, other = copy.deepcopy((model, ema))
+    nn.init.zeros_(model[0].weight)
+    other.update()
+    return other.full_state_dict()
+
+
+CALLS = {
+    "full_state_dict": lambda ema, model, folder: ema.full_state_dict(),
+    "sharded_state_dict": lambda ema, model, folder: ema.sharded_state_dict(),
+    "distance": lambda ema, model, folder: ema.distance(),
+    "metrics": lambda ema, model, folder: ema.metrics(),
+    "num_refused": lambda ema, model, folder: ema.num_refused(),
+    **{
+        each.__name__: each
+        for each in (
+            swapped,
+            copied,
+            loaded,
+            started,
+            taken,
+            restarted,
+            saved,
+            written_to_after_wait,
+            detached,
+            deep_copied,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_that_uses_the_averages_joins_the_update(beside, call, tmp_path) -> None:
+    found = []
+    for overlap in (True, False):
+        model, ema, optimizers = made(overlap=overlap, skip_nonfinite=call == "num_refused")
+        trained(ema, model, optimizers)
+        if call == "num_refused":
+            ema.wait()
+            model[0].weight.data[0, 0] = float("nan")
+            ema.update()
+        found.append(CALLS[call](ema, model, tmp_path / str(overlap)))
+    if isinstance(found[0], dict) and all(isinstance(value, torch.Tensor) for value in found[0].values()):
+        assert_alike(*found)
+    else:
+        assert found[0] == found[1]
+
+
+def test_the_flag_of_a_skipped_step_may_be_used_again_before_the_update_reads_it(beside) -> None:
+    """A GradScaler adds the flags of several optimizers up in place."""
+    model, ema, _ = made(overlap=True)
+    ema.update()
+    expected = model[0].weight.detach().clone()
+    flag = torch.ones(1)
+    nn.init.zeros_(model[0].weight)
+    ema.update(found_inf=flag)
+    flag.zero_()
+    assert torch.equal(ema.full_state_dict()["0.weight"], expected)
+    assert ema.num_updates == 1
+
+
+def test_attach_with_overlap_gives_the_bits_of_one_without(beside) -> None:
+    found = []
+    for overlap in (True, False):
+        with accelerator_of("plain") as accelerator:
+            model, _, _ = made()
+            model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+            ema = attach(accelerator, model, optimizer, SCHEDULE, overlap=overlap)
+            for _ in range(4):
+                accelerator.backward(model(torch.ones(1, 4)).square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(ema.full_state_dict())
+    assert_alike(*found)
+
+
+def in_every_layout(layout: str) -> bool:
+    """Whether averages of a slow thread are those of the naive twin, bit for bit."""
+    dist_ema.state.stream_beside = lambda live, averaged: Slow(CPU)  # type: ignore[assignment]
+    try:
+        model = build_layout(layout)
+        ema = ShardedEMA(model, {"one": SCHEDULE, "two": ConstantSchedule(momentum=0.5)}, overlap=True)
+        naive = NaiveAverage(SCHEDULE.momentum)
+        for step in range(4):
+            ema.wait()
+            naive.update(set_whole(model, step))
+            ema.update()
+            with torch.no_grad():
+                model(torch.zeros(2, 3, dtype=torch.long))  # gathers and drops copies meanwhile
+        found = ema.full_state_dict("one")
+        return all(torch.equal(found[name], value) for name, value in naive.values.items() if name in found)
+    finally:
+        dist_ema.state.stream_beside = stream_beside
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp1_orig", "fsdp1_flat", "fsdp2", "hsdp"])
+def test_an_update_beside_a_forward_has_the_same_bits_in_every_layout(world, layout) -> None:
+    assert world(2).run(in_every_layout, layout) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, overlap) -> None:
+    """A CPU stands for the device: blocks are fetched one ahead, into two pieces of memory in turn."""
+    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    monkeypatch.setattr("dist_ema.blocks.SCRATCH_NUMEL", 5000)
+    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Slow(CPU))
+    model = nn.Module()
+    for index, shape in enumerate([(70, 90), (3,), (1000, 12), (60, 50), (2500,), (0, 4), (2, 2)]):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape).to(dtype)))
+    model.turned = nn.Parameter(torch.randn(40, 130).to(dtype).t())
+    ema = ShardedEMA(model, {"one": SCHEDULE, "two": ConstantSchedule(momentum=0.5)}, overlap=overlap)
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(5):
+        ema.wait()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        naive.update(dict(model.named_parameters()))
+        ema.update()
+    found = ema.full_state_dict("one")
+    assert len(ema._state._updater._blocks) > 4 and len(ema._state._updater._landings) == 2
+    assert_alike(found, naive.values)
+
+
+def test_an_error_on_the_host_thread_is_raised_by_whoever_joins_it() -> None:
+    stream = HostThread(CPU)
+
+    def fails() -> None:
+        raise ValueError("on the thread")
+
+    stream.run(fails)
+    with pytest.raises(ValueError, match="on the thread"):
+        stream.join()
+    done = threading.Event()
+    stream.run(done.set)
+    stream.join()
+    assert done.is_set()
+
+
+def test_streams_are_chosen_by_where_weights_and_averages_lie() -> None:
+    meta = torch.device("meta")
+    assert type(stream_beside([CPU], [CPU])) is SideStream
+    assert type(stream_beside([CPU, meta], [CPU])) is Stream
+    assert type(stream_beside([], [])) is Stream
+    assert type(stream_beside([CPU], [meta])) is Stream
+
+
+def test_the_hook_of_an_average_goes_with_it() -> None:
+    from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+
+    before = len(hooks)
+    _, ema, _ = made(overlap=True)
+    assert len(hooks) == before + 1
+    ema.detach()
+    assert len(hooks) == before
+    _, ema, _ = made(overlap=True)
+    del ema
+    assert len(hooks) == before
+
+
+def test_overlap_is_refused_where_the_next_forward_would_meet_the_update() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(ConfigError, match=r"2 buffers are averaged \(1.running_mean"):
+        ShardedEMA(model, SCHEDULE, overlap=True, update_buffers=True)
+    ShardedEMA(model, SCHEDULE, overlap=True, update_buffers=True, exclude="*running*").detach()
+    with pytest.raises(ConfigError, match="overlap=True and into are given"):
+        ShardedEMA(model, SCHEDULE, overlap=True, into=copy.deepcopy(model).requires_grad_(False))
+    with pytest.raises(ConfigError, match="overlap is 1, expected True or False"):
+        ShardedEMA(model, SCHEDULE, overlap=1)  # type: ignore[arg-type]
