@@ -156,7 +156,6 @@ class AveragedState:
         filled in place and a resume needs no memory. Later, and for a teacher, which counts from the beginning, it
         takes a second copy, on the host, until `restore`.
         """
-        self.join()
         if self.num_updates == 0 and self.teacher is None:
             return {name: averages.values for name, averages in self.averages.items()}
         # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.

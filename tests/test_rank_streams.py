@@ -140,6 +140,15 @@ def restarted(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
     return ema.full_state_dict()
 
 
+def loaded_after_restart(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
+    """Into the averages themselves, which nothing under way may write to any more."""
+    ema.save(folder / "first")
+    ema.update()
+    ema.restart()
+    ema.load(folder / "first")
+    return ema.full_state_dict()
+
+
 def saved(ema: ShardedEMA, model: nn.Module, folder: Path) -> Any:
     ema.save(folder / "saved", background=True)
     ema.update()
@@ -183,6 +192,7 @@ CALLS = {
             swapped,
             copied,
             loaded,
+            loaded_after_restart,
             started,
             taken,
             restarted,
