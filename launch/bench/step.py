@@ -1,10 +1,14 @@
 """What the average adds to a whole training step of the demo's model, through accelerate and the hook of `attach`.
 
     python launch/bench/step.py
+    python launch/bench/step.py --device cuda --overlap --width 2048 --depth 20 --heads 16 --context 512 --batch-size 8
 
 One process trains one model by two optimizers in turn, in shuffled order; an average is attached to one of them. They
 are made anew several times, since where tensors happen to lie in memory is worth more than the average costs. In
 every round the update is timed by itself too. CPU time with one thread.
+
+On a GPU a round is several steps on end, up to the moment at which the last update is done too: an update beside the
+next step costs what it takes from that.
 """
 
 from __future__ import annotations
@@ -39,9 +43,27 @@ class Run:
         )
         self.model, self.plain, self.averaging = self.accelerator.prepare(model, plain, averaging)
         schedule = CosineSchedule(momentum=0.05, end_momentum=0.01, total_steps=1500)
-        self.ema = attach(self.accelerator, self.model, self.averaging, schedule)
+        self.ema = attach(
+            self.accelerator,
+            self.model,
+            self.averaging,
+            schedule,
+            device="cpu" if options.offload else None,
+            overlap=options.overlap,
+        )
+        self.steps_of_a_round = options.steps
         windows = torch.randint(NUM_SYMBOLS, (options.batch_size, options.context + 1))
         self.windows = windows.to(self.accelerator.device)
+
+    def steps(self, optimizer: AcceleratedOptimizer) -> None:
+        for _ in range(self.steps_of_a_round):
+            self.step(optimizer)
+        self.ema.wait()
+
+    def updates(self) -> None:
+        for _ in range(self.steps_of_a_round):
+            self.ema.update()
+        self.ema.wait()
 
     def step(self, optimizer: AcceleratedOptimizer) -> None:
         loss = next_byte_loss(self.model, self.windows)
@@ -57,15 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
     for name, size in {"width": 128, "depth": 2, "heads": 4, "context": 64, "batch-size": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=None, help="of a round; 1 on a CPU, 10 on a GPU if left out")
+    parser.add_argument("--overlap", action="store_true", help="have updates run beside training")
+    parser.add_argument("--offload", action="store_true", help="keep the averages in host memory")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or (1 if options.device == "cpu" else 10)
     report = Report("step", options)
     found: dict[str, list[float]] = {"plain": [], "averaging": [], "update": []}
     for _ in range(options.repeats):
         run = Run(options)
         calls: dict[str, Callable[[], object]] = {
-            "plain": functools.partial(run.step, run.plain),
-            "averaging": functools.partial(run.step, run.averaging),
-            "update": run.ema.update,
+            "plain": functools.partial(run.steps, run.plain),
+            "averaging": functools.partial(run.steps, run.averaging),
+            "update": run.updates,
         }
         for name, seconds in measure(calls, options.rounds, options.device).items():
             found[name] += seconds
@@ -76,8 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.batch_size} x {options.context}, {options.repeats} times {options.rounds} rounds",
         [
             {
-                "step, ms": milliseconds(found["plain"]),
-                "update, ms": milliseconds(found["update"]),
+                "step, ms": milliseconds(found["plain"]) / options.steps,
+                "update, ms": milliseconds(found["update"]) / options.steps,
                 "update to step, %": Spread.of(shares),
                 "step with the hook to one without, +%": Spread.of(added),
             }

@@ -4,7 +4,8 @@
 
 The floor is one in-place pass over a flat buffer of the model's size (12 bytes a parameter: two reads and a write; an
 update from bfloat16 moves 10). "raw" is what an update cannot do without: `_foreach_lerp_` over lists that were made
-before, after `_foreach_copy_` into a scratch as large as the model where live values are bfloat16.
+before, after `_foreach_copy_` into a scratch as large as the model where live values are bfloat16. GB/s counts the
+bytes that each must move at least; a plain copy of a flat buffer tells what bandwidth there is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dist_ema import ConstantSchedule, ShardedEMA
 
 MOMENTUM = 0.001
 FLOOR, OURS, RAW = "floor: one in-place pass, flat buffer", "ShardedEMA.update", "raw: lists made before"
+RAW_FLAT, COPY = "raw, averages in one flat buffer", "copy of a flat buffer"
 
 
 @torch.no_grad()
@@ -33,10 +35,11 @@ def candidates(model: nn.Module) -> dict[str, Callable[[], object]]:
     ema.update()
     return {
         FLOOR: lambda: flat_averaged.add_(flat_live, alpha=MOMENTUM),
+        COPY: lambda: flat_live.copy_(flat_averaged),
         "lerp, flat buffer to flat buffer": lambda: flat_averaged.lerp_(flat_live, MOMENTUM),
         OURS: ema.update,
         RAW: raw(averaged, live),
-        "raw, averages in one flat buffer": raw(views(flat_averaged, live), live),
+        RAW_FLAT: raw(views(flat_averaged, live), live),
     }
 
 
@@ -58,13 +61,19 @@ def raw(averaged: list[torch.Tensor], live: list[torch.Tensor]) -> Callable[[], 
 
 
 def rows(case: Case) -> list[Mapping[str, Cell]]:
-    calls = candidates(case.build())
+    model = case.build()
+    calls = candidates(model)
+    live = [parameter.detach() for parameter in model.parameters()]
+    numel, live_bytes = sum(value.numel() for value in live), sum(value.nbytes for value in live)
     extra = {name: extra_mib(call) for name, call in calls.items()}
     seconds = measure(calls, case.rounds, case.device)
+    moved = {name: 8 * numel + (live_bytes if name in (OURS, RAW, RAW_FLAT) else 4 * numel) for name in calls}
+    moved[COPY] = 8 * numel
     return [
         {
             "candidate": name,
             "ms": milliseconds(own),
+            "GB/s": moved[name] / milliseconds(own) / 1e6,
             "to floor": ratio(own, seconds[FLOOR]),
             "to raw": ratio(own, seconds[RAW]),
             "extra MiB": extra[name],

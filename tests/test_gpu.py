@@ -1,0 +1,207 @@
+"""What only a GPU can show: no host sync, no allocation, and an order of streams that no slow update can upset.
+
+The same code paths run on a CPU in test_rank_streams.py and test_update.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import NaiveAverage
+from torch import nn
+
+from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema.workers import share_out
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+SCHEDULE = ConstantSchedule(momentum=0.25)
+FP32_AND_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in_line", "overlap"])
+
+# About 50 ms on a GPU of 1 to 2 GHz.
+SLOW_CYCLES = 80_000_000
+
+
+def model_on_gpu(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    for index, shape in enumerate([(300, 700), (7,), (64, 3, 3, 3), (0, 4), *[(33,)] * 8, (5000, 1000)]):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape, device="cuda").to(dtype)))
+    return model
+
+
+def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@pytest.fixture
+def slow_updates(monkeypatch) -> Iterator[None]:
+    """The device sleeps before it moves the averages, on whatever stream that is."""
+
+    def late(*arguments: Any) -> None:
+        torch.cuda._sleep(SLOW_CYCLES)
+        share_out(*arguments)
+
+    monkeypatch.setattr("dist_ema.update.share_out", late)
+    yield
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Within a rounding unit: a GPU may fuse what a CPU does not."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.cpu(), rtol=3e-7, atol=1e-7)
+
+
+@FP32_AND_BF16
+@OVERLAP
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}, {"compensated": True}], ids=["", "skip", "comp"])
+def test_an_update_does_not_wait_for_the_device(dtype, overlap, options) -> None:
+    model = model_on_gpu(dtype)
+    ema = ShardedEMA(model, {"one": SCHEDULE, "two": SCHEDULE}, overlap=overlap, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        step_by_hand(model, optimizer)
+        ema.update()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step_by_hand(model, optimizer)
+            ema.update()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@FP32_AND_BF16
+@OVERLAP
+def test_an_update_takes_no_memory(dtype, overlap) -> None:
+    model = model_on_gpu(dtype)
+    ema = ShardedEMA(model, SCHEDULE, overlap=overlap)
+    for _ in range(3):
+        ema.update()
+    torch.cuda.synchronize()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    ema.update()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
+
+
+@FP32_AND_BF16
+def test_a_slow_update_does_not_see_the_weights_of_the_next_step(slow_updates, dtype) -> None:
+    model = model_on_gpu(dtype)
+    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(4):
+        step_by_hand(model, optimizer)
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+    close(ema.full_state_dict(), naive.values)
+
+
+def test_a_slow_update_runs_beside_what_comes_next(slow_updates) -> None:
+    """That there is an overlap at all: the training stream is free while the side stream sleeps."""
+    model = model_on_gpu()
+    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    ema.update()
+    ema.update()
+    training = torch.cuda.Event()
+    training.record()
+    training.synchronize()
+    side = ema._state._updater.stream._stream  # type: ignore[attr-defined]
+    assert not side.query()
+    ema.wait()
+    torch.cuda.current_stream().synchronize()
+    assert side.query()
+
+
+def test_every_reader_waits_for_a_slow_update(slow_updates, tmp_path: Path) -> None:
+    model = model_on_gpu()
+    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    naive = NaiveAverage(SCHEDULE.momentum)
+
+    def train() -> None:
+        ema.wait()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+
+    train()
+    train()
+    with ema.average_parameters():
+        close({name: value.detach().cpu() for name, value in model.named_parameters()}, naive.values)
+    train()
+    ema.save(tmp_path / "saved")
+    other = ShardedEMA(model, SCHEDULE)
+    other.load(tmp_path / "saved")
+    close(other.full_state_dict(), naive.values)
+    train()
+    ema.save(tmp_path / "saved", background=True)
+    expected = {name: value.clone() for name, value in naive.values.items()}
+    train()
+    ema.wait()
+    other.load(tmp_path / "saved")
+    close(other.full_state_dict(), expected)
+
+
+@FP32_AND_BF16
+@OVERLAP
+def test_averages_in_host_memory_are_those_of_a_cpu_bit_for_bit(dtype, overlap) -> None:
+    model = model_on_gpu(dtype)
+    ema = ShardedEMA(model, SCHEDULE, device="cpu", overlap=overlap)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(5):
+        step_by_hand(model, optimizer)
+        ema.update()
+        naive.update({name: value.detach().cpu() for name, value in model.named_parameters()})
+    assert all(landing.is_pinned() for landing in ema._state._updater._landings)
+    for name, value in ema.full_state_dict().items():
+        assert torch.equal(value, naive.values[name]), name
+
+
+@OVERLAP
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_step_that_a_fused_optimizer_skipped_is_not_averaged(overlap, device) -> None:
+    model = nn.Linear(8, 8).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    ema = ShardedEMA(model, SCHEDULE, device=device, overlap=overlap)
+    naive = NaiveAverage(SCHEDULE.momentum)
+    hook = optimizer.register_step_post_hook(lambda own, *_: ema.update(found_inf=getattr(own, "found_inf", None)))
+    for step in range(6):
+        loss = model(torch.ones(1, 8, device="cuda")).sum() * (float("inf") if step in (2, 4) else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step not in (2, 4):
+            naive.update(dict(model.named_parameters()))
+    hook.remove()
+    assert ema.num_updates == 4
+    close(ema.full_state_dict(), naive.values)
+
+
+def test_memory_that_a_slow_update_reads_is_not_given_to_others(slow_updates) -> None:
+    """The weights are replaced, and their memory taken for something else, while the update has yet to begin."""
+    model = nn.Linear(1000, 1000, bias=False).cuda()
+    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    ema.update()
+    nn.init.ones_(model.weight)
+    expected = ema.full_state_dict()["weight"].lerp(torch.ones(1000, 1000), 0.25)
+    ema.update()
+    model.load_state_dict({"weight": torch.zeros(1000, 1000, device="cuda")}, assign=True)
+    ema._state._updater._guard = None  # as the next update would: nobody refers to the first weights any more
+    ema._state._updater._blocks = []
+    others = [torch.full((1000, 1000), 7.0, device="cuda") for _ in range(20)]
+    close(ema.full_state_dict(), {"weight": expected})
+    assert all(bool((each == 7.0).all()) for each in others)
