@@ -234,6 +234,33 @@ def test_a_vocabulary_cut_in_place_is_told_at_the_next_update(into) -> None:
         ema.update()
 
 
+def test_a_square_matrix_turned_in_place_is_followed() -> None:
+    """The same memory, elements and shape, in another order."""
+    model = nn.Linear(4, 4, bias=False)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    ema.update()
+    ema.update()
+    before = model.weight.detach().clone()
+    model.weight.data = model.weight.data.t()
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["weight"], before.lerp(before.t(), 0.5))
+
+
+def test_memory_seen_in_another_shape_is_averaged_element_by_element_and_not_saved(tmp_path) -> None:
+    model = nn.Linear(4, 6, bias=False)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    ema.update()
+    ema.update()
+    before = model.weight.detach().clone()
+    model.weight.data = model.weight.data.view(8, 3)
+    nn.init.zeros_(model.weight)
+    ema.update()
+    with pytest.raises(ModelChangedError, match="weight was added, removed, tied, reshaped"):
+        ema.save(tmp_path / "ema")
+    model.weight.data = model.weight.data.view(6, 4)
+    assert torch.equal(ema.full_state_dict()["weight"], before * 0.5)
+
+
 def test_tiny_tensors_of_a_teacher_that_lie_end_to_end_in_storages_of_their_own_are_averaged() -> None:
     model, teacher = (nn.ModuleList(nn.Linear(16, 16) for _ in range(4)) for _ in range(2))
     memory = bytearray(4 * sum(parameter.numel() for parameter in teacher.parameters()))
