@@ -128,23 +128,26 @@ class Updater:
         if self._guard is None or not self._guard.holds():
             self._prepare()
         flag = None if unless is None else self.stream.hold(unless)
+        self.stream.run(lambda: self._move_all(active, flag))
+
+    def _move_all(self, active: Sequence[tuple[int, float]], unless: torch.Tensor | None) -> None:
+        """The part of an update that touches tensors only."""
 
         def work(block: Block, worker: int) -> None:
             values = block.values(self._scratches[block.tracks[0][0].device][worker])
             if self._skip_nonfinite:
-                self._lerp_finite(block, values, active, flag)
+                self._lerp_finite(block, values, active, unless)
                 return
             for index, momentum in active:
-                self._move(block, index, values, momentum, flag)
+                self._move(block, index, values, momentum, unless)
 
-        def work_on_all() -> None:
-            if not self._landings:
-                share_out(work, self._blocks, self._workers)
-                return
-            for block in self._fetched():
-                work(block, 0)
-
-        self.stream.run(work_on_all)
+        if not self._landings:
+            share_out(work, self._blocks, self._workers)
+            return
+        if unless is not None:  # once: it would wait for copies that are under way
+            unless = unless.cpu()
+        for block in self._fetched():
+            work(block, 0)
 
     def _fetched(self) -> Iterator[Block]:
         """The blocks, the next one on its way while one is worked on: it lands where the one before has been used."""
