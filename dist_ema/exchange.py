@@ -5,20 +5,14 @@ A rank that fails before a collective leaves the others waiting for the process 
 by default). So work that can fail is done locally first, inside `Exchange.agree`: the ranks then compare one
 integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
 It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
-
-Control messages go over gloo groups of their own, so they need no GPU and never mix with the traffic of
-training.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,73 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_ema.checks import positive_number
+from dist_ema import groups
 from dist_ema.errors import CheckpointError, CommunicationError, DistEMAError, RankMismatchError, error_class
 
 __all__ = ["Exchange", "broadcast_from"]
 
 T = TypeVar("T")
-
-# How long a rank waits for the others to make the same call, before it says that they did not.
-ARRIVAL_SECONDS = positive_number("DIST_EMA_ARRIVAL_SECONDS", os.environ.get("DIST_EMA_ARRIVAL_SECONDS", "30"))
-# How long it waits within a call that all have made: a slow disk is no error.
-_STAGE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Groups:
-    """Gloo groups of all ranks of `world`, the default group that they were made for."""
-
-    world: dist.ProcessGroup
-    control: dist.ProcessGroup
-    arrival: dist.ProcessGroup
-    background: list[dist.ProcessGroup] = dataclasses.field(default_factory=list)  # made at its first use
-
-
-_groups_of_this_world: list[_Groups] = []
-
-
-def _control_groups() -> _Groups | None:
-    """The groups of all ranks, made once for each default group. Collective at the first call."""
-    world = dist.group.WORLD
-    if world is None or dist.get_world_size() == 1:
-        return None
-    if not _groups_of_this_world or _groups_of_this_world[0].world is not world:
-        arrival = datetime.timedelta(seconds=ARRIVAL_SECONDS)
-        _groups_of_this_world[:] = [_Groups(world, _gloo_group(_STAGE_TIMEOUT), _gloo_group(arrival))]
-    return _groups_of_this_world[0]
-
-
-def _gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-    return group
-
-
-def _soon(work: Callable[[], T], seconds: float) -> T:
-    """The result of `work`, if it ends in time; else it is left behind in a thread that ends with the process.
-
-    For the making of a group, which waits for a rank that has died as long as the group's own timeout is.
-
-    Raises:
-        RuntimeError: it did not end in time.
-    """
-    results: list[T] = []
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="dist_ema-group", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise RuntimeError(f"a process group was not made within {seconds:g} s")
-    return results[0]
 
 
 class Exchange:
@@ -114,19 +47,17 @@ class Exchange:
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
-        groups = _control_groups() if distributed else None
-        self._arrival = None if groups is None else groups.arrival
-        self._group = None if groups is None else groups.control
-        if separate and groups is not None:
-            if not groups.background:
-                with self._together("preparing to save in the background"):
-                    groups.background.append(_soon(lambda: _gloo_group(_STAGE_TIMEOUT), ARRIVAL_SECONDS))
-            self._group = groups.background[0]
+        made = groups.control_groups() if distributed else None
+        self._arrival = None if made is None else made.arrival
+        self._group = None if made is None else made.control
+        if separate and made is not None:
+            with self._together("preparing to save in the background"):
+                self._group = made.background()
 
     def arrive(self, call: str) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.
-
         A call that only some ranks make ends here, after `ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
+        A call that only some ranks make ends here, after `groups.ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
 
         Raises:
             CommunicationError: some rank did not come in time; these ranks cannot communicate through us any more.
@@ -135,7 +66,7 @@ class Exchange:
             return
         begin = time.monotonic()
         try:
-            timeout = datetime.timedelta(seconds=ARRIVAL_SECONDS)
+            timeout = datetime.timedelta(seconds=groups.ARRIVAL_SECONDS)
             dist.monitored_barrier(group=self._arrival, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             waited_seconds = time.monotonic() - begin

@@ -39,7 +39,7 @@ from dist_ema import (
     CosineSchedule,
     ShardedEMA,
     attach,
-    exchange,
+    groups,
     storage,
 )
 
@@ -421,7 +421,7 @@ def test_a_save_behind_training_needs_more_than_one_checkpoint(tmp_path) -> None
 
 
 def saved_by_rank_0_alone(folder: str) -> float | None:
-    exchange.ARRIVAL_SECONDS = 2.0
+    groups.ARRIVAL_SECONDS = 2.0
     with new_run("ddp") as run:
         run.train(1)
         if dist.get_rank() != 0:

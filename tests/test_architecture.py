@@ -22,7 +22,7 @@ LAYERS = [
     ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
-    ["blocks", "guard", "workers", "streams"],
+    ["blocks", "guard", "workers", "streams", "groups"],
     ["averages"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
@@ -86,7 +86,7 @@ def test_only_topology_knows_the_parallelisms() -> None:
 def test_only_exchange_and_topology_touch_process_groups() -> None:
     for name, tree in modules().items():
         uses_groups = any(imported.startswith("torch.distributed") for imported in imports(tree))
-        assert not uses_groups or name == "exchange" or name.startswith("topology."), name
+        assert not uses_groups or name in ("exchange", "groups") or name.startswith("topology."), name
 
 
 def test_private_torch_is_confined() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_ema import CheckpointError, CommunicationError, ConstantSchedule, ShardedEMA, commit, exchange, writing
+from dist_ema import CheckpointError, CommunicationError, ConstantSchedule, ShardedEMA, commit, groups, writing
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 UNITS = ("_PAGE_BYTES", "_LONG_BYTES", "_WINDOW_BYTES", "_CHUNK_BYTES")
@@ -279,7 +279,7 @@ def slow_rank_0(folder: str) -> None:
 
         return wait
 
-    former, exchange.ARRIVAL_SECONDS = exchange.ARRIVAL_SECONDS, 0.5
+    former, groups.ARRIVAL_SECONDS = groups.ARRIVAL_SECONDS, 0.5
     if dist.get_rank() == 0:
         commit.stage, commit.publish = map(slowly, real)
     try:
@@ -287,7 +287,7 @@ def slow_rank_0(folder: str) -> None:
         ema.load(folder)
     finally:
         commit.stage, commit.publish = real
-        exchange.ARRIVAL_SECONDS = former
+        groups.ARRIVAL_SECONDS = former
 
 
 def test_a_rank_0_that_is_slow_within_a_save_is_waited_for(world, tmp_path) -> None:
@@ -295,8 +295,8 @@ def test_a_rank_0_that_is_slow_within_a_save_is_waited_for(world, tmp_path) -> N
 
 
 def one_rank_calls(folder: str, caller: int, call: str) -> str:
-    exchange.ARRIVAL_SECONDS = 2.0
-    exchange._groups_of_this_world.clear()  # made anew with that timeout
+    groups.ARRIVAL_SECONDS = 2.0
+    groups._groups_of_this_world.clear()  # made anew with that timeout
     ema = ShardedEMA(build_layout("ddp"), SCHEDULE)
     ema.update()
     if dist.get_rank() != caller:
@@ -347,11 +347,11 @@ def build_layout_alone() -> nn.Module:
 
 
 def dies_while_the_group_is_made(folder: str) -> None:
-    exchange.ARRIVAL_SECONDS = 3.0
+    groups.ARRIVAL_SECONDS = 3.0
     ema = ShardedEMA(build_layout("ddp"), SCHEDULE)
     ema.update()
     if dist.get_rank() == 1:
-        exchange._gloo_group = lambda timeout: os._exit(1)
+        groups._gloo_group = lambda timeout: os._exit(1)
     began = time.perf_counter()
     with pytest.raises(CommunicationError, match="preparing to save in the background"):
         ema.save(folder, background=True)
