@@ -57,7 +57,6 @@ class Exchange:
     def arrive(self, call: str) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.
         A call that only some ranks make ends here, after `ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
-        A call that only some ranks make ends here, after `groups.ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
 
         Raises:
             CommunicationError: some rank did not come in time; these ranks cannot communicate through us any more.
