@@ -56,6 +56,7 @@ class Exchange:
 
     def arrive(self, call: str) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.
+
         A call that only some ranks make ends here, after `ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
 
         Raises:
