@@ -48,7 +48,8 @@ class Background:
         devices = {values.device for _, values in pieces if values.device.type != "cpu"}
         if self._host is None or self._host.numel() != total:
             self._host = None  # the former one goes before the new one comes
-            self._host = torch.empty(total, dtype=torch.uint8, pin_memory=any(each.type == "cuda" for each in devices))
+            pinned = any(each.type == "cuda" for each in devices)
+            self._host = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         copies: list[tuple[Box, torch.Tensor]] = []
         for (box, values), start in zip(pieces, starts, strict=True):
             copy = self._host[start : start + values.nbytes].view(values.dtype).view(values.shape)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dist_ema.averages import copy_each
+from dist_ema.streams import has_streams
 
 __all__ = ["SCRATCH_NUMEL", "Block", "cut_alike", "make_blocks"]
 
@@ -85,7 +86,9 @@ class _Fetched(_Staged):
         # Each part begins where any dtype may.
         *self._starts, self.landing_bytes = itertools.accumulate((_aligned(value.nbytes) for value in live), initial=0)
         modules = {value.device: torch.get_device_module(value.device) for value in live}
-        self._arrivals = [(of.Event(), of, device) for device, of in modules.items()]
+        # Waited for by sleeping: the first comes only when the device has done the step.
+        options = {device: {"blocking": True} if device.type == "cuda" else {} for device in modules}
+        self._arrivals = [(of.Event(**options[device]), of, device) for device, of in modules.items()]
 
     def land_in(self, landing: torch.Tensor) -> None:
         self._live = [
@@ -171,7 +174,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _is_afar(live: torch.Tensor, averaged: torch.Tensor) -> bool:
-    return averaged.device.type == "cpu" != live.device.type
+    return averaged.device.type == "cpu" != live.device.type and has_streams(live.device)
 
 
 def _alike(live: torch.Tensor, averaged: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
 from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
-from dist_ema.streams import join_before_steps
+from dist_ema.streams import join_all, join_before_steps
 from dist_ema.swap import LiveBackup, put_average
 
 __all__ = ["ShardedEMA"]
@@ -152,7 +152,9 @@ class ShardedEMA(Stored):
         return self._state.nbytes
 
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
-        """Average the live weights; call it once after each optimizer step. No communication, no host sync.
+        """Average the live weights; call it once after each optimizer step. No communication.
+
+        No host sync, unless the averages are in host memory and do not overlap.
 
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
@@ -163,7 +165,7 @@ class ShardedEMA(Stored):
             SwapError: the averaged weights are in the model.
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
-        self._state.refuse_while_swapped("update")
+        self._state.begin("update")
         _update(self._state, found_inf)
 
     @contextmanager
@@ -184,16 +186,18 @@ class ShardedEMA(Stored):
         state = self._state
 
         def prepare() -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
-            state.refuse_while_swapped("average_parameters")
+            state.begin("average_parameters")
             return state.values(track), LiveBackup(state.plan)
 
         values, backup = self._prepare_swap("average_parameters", track, prepare)
         state.swapped = state.track(track)
         try:
+            join_all()
             put_average(state.plan, values)
             yield
         finally:
             try:
+                join_all()
                 backup.restore()
             finally:
                 state.swapped = None
@@ -211,11 +215,13 @@ class ShardedEMA(Stored):
         state = self._state
 
         def prepare() -> tuple[torch.Tensor, ...]:
-            state.refuse_while_swapped("copy_to_model")
+            state.begin("copy_to_model")
             state.plan.verify()
             return state.values(track)
 
-        put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
+        values = self._prepare_swap("copy_to_model", track, prepare)
+        join_all()
+        put_average(state.plan, values)
 
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
@@ -260,7 +266,7 @@ class ShardedEMA(Stored):
 
     def _distances(self, call: str, tracks: Sequence[str | None], groups: Groups | None) -> list[dict[str, float]]:
         def prepare() -> tuple[list[str], dict[str, set[str]]]:
-            self._state.refuse_while_swapped(call)
+            self._state.begin(call)
             self._state.plan.verify()
             return [self._state.track(track) for track in tracks], checked_groups(self._state.plan, groups)
 
@@ -308,7 +314,7 @@ class ShardedEMA(Stored):
 
         def prepare() -> tuple[torch.Tensor, ...]:
             check_forms(self._state.plan)
-            self._state.refuse_while_swapped("sharded_state_dict")
+            self._state.begin("sharded_state_dict")
             self._state.plan.verify()
             return self._state.values(track)
 
@@ -323,7 +329,7 @@ class ShardedEMA(Stored):
         Raises:
             SwapError: the averaged weights are in the model.
         """
-        self._state.refuse_while_swapped("restart")
+        self._state.begin("restart")
         self._state.restart()
 
     def detach(self) -> None:

@@ -152,7 +152,7 @@ class Exchange:
         if self._group is None:
             reports = [] if failure is None else [(0, *_describe(failure))]
         else:
-            flag = torch.tensor([0 if failure is None else 1])
+            flag = torch.tensor([0 if failure is None else 1], device="cpu")
             with self._together(action):
                 dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
             if not flag.item():
@@ -208,11 +208,11 @@ class Exchange:
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The sums over the ranks, on every rank."""
-        return [int(value) for value in self._sum(torch.tensor(values, dtype=torch.int64))]
+        return [int(value) for value in self._sum(torch.tensor(values, dtype=torch.int64, device="cpu"))]
 
     def sum_floats(self, values: Sequence[float]) -> list[float]:
         """Collective: every rank must call it. The sums over the ranks in float64, the same on every rank."""
-        return [float(value) for value in self._sum(torch.tensor(values, dtype=torch.float64))]
+        return [float(value) for value in self._sum(torch.tensor(values, dtype=torch.float64, device="cpu"))]
 
     def _sum(self, values: torch.Tensor) -> list[Any]:
         if self._group is not None:
@@ -223,7 +223,7 @@ class Exchange:
 
     def xor_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The exclusive-or over the ranks, on every rank."""
-        combined = torch.tensor(values, dtype=torch.int64)
+        combined = torch.tensor(values, dtype=torch.int64, device="cpu")
         if self._group is not None and values:
             with self._together("combining the checksums"):
                 dist.all_reduce(combined, op=dist.ReduceOp.BXOR, group=self._group)
@@ -276,7 +276,7 @@ def broadcast_from(
         ranks: global ranks of all holders, laid out row-major over the axes of `groups`.
         groups: this rank's process group along each axis; None is the default group.
     """
-    grid = torch.tensor(ranks).view([dist.get_world_size(group) for group in groups])
+    grid = torch.tensor(ranks, device="cpu").view([dist.get_world_size(group) for group in groups])
     mine, owners = (_place_in(grid, rank) for rank in (dist.get_rank(), owner))
     for axis, group in enumerate(groups):
         # Lines in which nobody has the values yet sit this axis out; a later axis reaches them.

@@ -176,7 +176,7 @@ def host_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = torch.view_as_real(flat).reshape(-1)
     if flat.stride() != (1,):
         # A single element may keep a stride that a view of its bytes refuses.
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+        flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(flat)
     return flat.view(torch.uint8)
 
 

@@ -37,14 +37,14 @@ def whole_tensors(
             if content.numel():
                 exchange.send_bytes(content, 0)
         return {}
-    whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn]) for spec in plan.specs}
+    whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn], device="cpu") for spec in plan.specs}
     for box, values in pieces:
         whole[box.fqn][box.region] = values.detach().cpu()
     for rank, boxes in enumerate(boxes_by_rank):
         for box in boxes if rank != 0 else ():
             if box.numel:
                 dtype = dtypes[box.fqn]
-                received = torch.empty(box.numel * dtype.itemsize, dtype=torch.uint8)
+                received = torch.empty(box.numel * dtype.itemsize, dtype=torch.uint8, device="cpu")
                 exchange.receive_bytes(received, rank)
                 whole[box.fqn][box.region] = received.view(dtype).view(box.sizes)
     for alias, fqn in plan.aliases.items():

@@ -41,7 +41,7 @@ class Profile:
 
     def momenta(self, start: int, stop: int) -> torch.Tensor:
         """The momenta of updates number `start` to `stop - 1`, as `AveragedState.update` uses them."""
-        found = torch.zeros(stop - start, dtype=torch.float64)
+        found = torch.zeros(stop - start, dtype=torch.float64, device="cpu")
         steps = range(-(-max(start, 1) // self.interval) * self.interval, stop, self.interval)
         given = [
             momentum_of_update(
@@ -50,7 +50,7 @@ class Profile:
             for step in steps
         ]
         if given:
-            found[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64)
+            found[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64, device="cpu")
         if start == 0:
             found[0] = 1.0
         return found
@@ -101,7 +101,9 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
     gram, shared, own = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
     scale = gram.diagonal().rsqrt()
     gram.mul_(scale).mul_(scale[:, None])
-    ridge = torch.tensor([max(_LEAST_RIDGE, rounding[index] ** 2) for index in chosen], dtype=torch.float64)
+    ridge = torch.tensor(
+        [max(_LEAST_RIDGE, rounding[index] ** 2) for index in chosen], dtype=torch.float64, device="cpu"
+    )
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
     gram.diagonal().fill_(1.0)
@@ -129,10 +131,10 @@ def inner_products(profiles: Sequence[Profile]) -> torch.Tensor:
     asking for the momenta; memory does not grow with the run.
     """
     known, kinds = _kinds(profiles)
-    found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64)
+    found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64, device="cpu")
     # Of each schedule's present profile: with those of the other schedules, and with the profiles that have ended.
-    present = torch.zeros(len(known), len(known), dtype=torch.float64)
-    ended = torch.zeros(len(known), len(profiles), dtype=torch.float64)
+    present = torch.zeros(len(known), len(known), dtype=torch.float64, device="cpu")
+    ended = torch.zeros(len(known), len(profiles), dtype=torch.float64, device="cpu")
     for _, stop, weights, kept in _stretches(known, (profile.num_updates for profile in profiles)):
         present = kept[:, None] * present * kept + weights @ weights.T
         ended *= kept[:, None]
@@ -152,8 +154,8 @@ def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
         edges: strictly ascending, from 0 to the end of the longest profile or beyond.
     """
     known, kinds = _kinds(profiles)
-    found = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64)
-    present = torch.zeros(len(known), len(edges) - 1, dtype=torch.float64)
+    found = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64, device="cpu")
+    present = torch.zeros(len(known), len(edges) - 1, dtype=torch.float64, device="cpu")
     between = 0  # edges[between] and edges[between + 1]
     for start, stop, weights, kept in _stretches(known, [*edges, *(profile.num_updates for profile in profiles)]):
         between += start >= edges[between + 1]
@@ -189,5 +191,5 @@ def _stretches(kinds: Sequence[Profile], ends: Iterable[int]) -> Iterator[tuple[
             momenta = torch.stack([kind.momenta(start, stop) for kind in kinds])
             # Products of 1 - m over an update and all after it; a momentum of 1 makes all before it 0.
             kept = (1.0 - momenta).flip(1).cumprod(1).flip(1)
-            after = torch.cat([kept[:, 1:], torch.ones(len(kinds), 1, dtype=torch.float64)], dim=1)
+            after = torch.cat([kept[:, 1:], torch.ones(len(kinds), 1, dtype=torch.float64, device="cpu")], dim=1)
             yield start, stop, momenta * after, kept[:, 0]

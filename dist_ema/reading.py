@@ -80,7 +80,7 @@ def _read(
     checksums: PartialChecksums,
 ) -> Exception | None:
     try:
-        staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+        staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu")
         for name, box, values in wanted:
             stored = tensors[name]
             dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
@@ -154,9 +154,9 @@ class _RankZero:
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
         """Have rank 0 read the rows."""
-        request = torch.tensor([file, start, stride_bytes, *rows.shape])
+        request = torch.tensor([file, start, stride_bytes, *rows.shape], device="cpu")
         self._exchange.send_bytes(request.view(torch.uint8), 0)
-        answer = torch.empty(rows.size, dtype=torch.uint8)
+        answer = torch.empty(rows.size, dtype=torch.uint8, device="cpu")
         self._exchange.receive_bytes(answer, 0)
         rows[...] = answer.numpy().reshape(rows.shape)
 
@@ -165,13 +165,13 @@ class _RankZero:
 
     def finish(self) -> None:
         """Tell rank 0 that we have all."""
-        self._exchange.send_bytes(torch.zeros(_REQUEST_NUMEL, dtype=torch.int64).view(torch.uint8), 0)
+        self._exchange.send_bytes(torch.zeros(_REQUEST_NUMEL, dtype=torch.int64, device="cpu").view(torch.uint8), 0)
 
 
 def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
     """Read for a rank that cannot; it gets answers of the right size even after a failure here."""
     failure: Exception | None = None
-    request = torch.empty(_REQUEST_NUMEL, dtype=torch.int64)
+    request = torch.empty(_REQUEST_NUMEL, dtype=torch.int64, device="cpu")
     while True:
         exchange.receive_bytes(request.view(torch.uint8), rank)
         file, start, stride_bytes, count, run_bytes = request.tolist()

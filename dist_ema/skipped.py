@@ -20,7 +20,7 @@ class LateFlag:
     def __init__(self, flag: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if flag.is_cuda:
-            self._host = torch.empty(1, dtype=flag.dtype, pin_memory=True)
+            self._host = torch.empty(1, dtype=flag.dtype, pin_memory=True, device="cpu")
             self._host.copy_(flag.reshape(1), non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

@@ -164,7 +164,7 @@ class AveragedState:
             for shard in self.loaded[len(self.shards) :]
         ]
         return {
-            name: [*(torch.empty(shard.sizes, dtype=self.options.dtype) for shard in self.shards), *shown]
+            name: [*(torch.empty(shard.sizes, dtype=self.options.dtype, device="cpu") for shard in self.shards), *shown]
             for name in self.averages
         }
 
@@ -176,7 +176,6 @@ class AveragedState:
             found: fqns that the checkpoint had; the others start from the live weights.
             num_updates: its counter.
         """
-        self.join()
         self._not_started = {spec.fqn for spec in self.plan.specs if spec.averaged} - found
         for name, averages in self.averages.items():
             averages.replace(filled[name][: len(self.shards)])
@@ -191,7 +190,6 @@ class AveragedState:
 
         Collective along replicas for a teacher, as `restore`.
         """
-        self.join()
         if self.num_updates == 0:
             self._copy_live()
         self._start_from_live()
@@ -206,7 +204,6 @@ class AveragedState:
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
-        self.join()
         self._num_updates, self._last_skipped, self._not_started = 0, None, set()
         if self.teacher is not None:
             self._copy_live(counted=False)
@@ -249,7 +246,6 @@ class AveragedState:
 
     def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
         """The averaged values of `shards`; before the first update these are the live ones of this moment."""
-        self.join()
         averages = self.averages[self.track(track)]
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
             if self.num_updates == 0:
@@ -263,6 +259,7 @@ class AveragedState:
 
     def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:
         """Every box this rank owns and its values: the averaged ones, then those that are always shown live."""
+        self.join()
         self.plan.verify()
         dtypes = self.dtypes()
         averaged = zip(self.shards, self.values(track), strict=True)
@@ -271,8 +268,8 @@ class AveragedState:
             live = [(shard.box, shard.live().to(dtypes[shard.fqn])) for shard in self.plan.owned(averaged=False)]
         return [(shard.box, value) for shard, value in averaged] + live
 
-    def refuse_while_swapped(self, call: str) -> None:
-        """Refuse a call that would mix up averaged and live weights.
+    def begin(self, call: str) -> None:
+        """Begin a call that uses averages or writes live weights: after an update that runs beside training.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -282,6 +279,7 @@ class AveragedState:
                 f"{call}() was called while the averaged weights of track {self.swapped!r} are in the model: leave the "
                 "average_parameters() block first"
             )
+        self.join()
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""

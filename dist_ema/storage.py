@@ -129,7 +129,7 @@ class Stored:
     ) -> None:
         def prepare() -> tuple[Path, Manifest, dict[str, Pieces], ModelFiles]:
             state, stored = self._state, floating_dtype("dtype", dtype)
-            state.refuse_while_swapped(call)
+            state.begin(call)
             texts = state.texts(stored or state.options.dtype)
             files = model_files(state.plan, state.dtypes(stored), max_shard_size, texts)
             tracks: dict[str, Pieces] = {name: state.pieces(name) for name in state.schedules}
@@ -243,7 +243,7 @@ class Stored:
 
         def prepare() -> tuple[Path, Pieces, ModelFiles]:
             state = self._state
-            state.refuse_while_swapped("consolidate")
+            state.begin("consolidate")
             dtypes, texts = state.dtypes(floating_dtype("dtype", dtype)), state.texts(dtype or state.options.dtype)
             return absolute(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size, texts)
 
@@ -270,7 +270,7 @@ class Stored:
         state = self._state
 
         def prepare() -> tuple[str, list[torch.Tensor], int]:
-            state.refuse_while_swapped("load_sharded_state_dict")
+            state.begin("load_sharded_state_dict")
             count = max(state.num_updates, 1) if num_updates is None else positive_integer("num_updates", num_updates)
             return state.track(track), take_sharded(state.plan, state_dict), count
 
@@ -299,7 +299,7 @@ class Stored:
         """The checked arguments of a load, the same on all ranks."""
 
         def prepare() -> tuple[Path, Escapes]:
-            self._state.refuse_while_swapped(call)
+            self._state.begin(call)
             self._state.plan.verify()
             return absolute(path), Escapes(name_patterns("new", new), name_patterns("dropped", dropped))
 

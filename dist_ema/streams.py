@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["HostThread", "SideStream", "Stream", "join_before_steps", "stream_beside"]
+__all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "join_before_steps", "stream_beside"]
 
 
 class Stream:
@@ -57,7 +57,7 @@ class SideStream(Stream):
         self._device = device
         self._of: Any = torch.get_device_module(device)
         self._stream: Any = self._of.Stream() if device.type == "cpu" else self._of.Stream(device=device)
-        self._is_behind = False
+        self._done: Any = None
 
     def __deepcopy__(self, memo: object) -> Stream:
         """In line: a copy of an average has no hook that would join it."""
@@ -66,15 +66,17 @@ class SideStream(Stream):
     def run(self, work: Callable[[], None]) -> None:
         """Have the device do `work` beside what the current stream is given next; the host only launches it."""
         self._stream.wait_stream(self._of.current_stream(self._device))
-        self._is_behind = True
-        with self._of.stream(self._stream):
-            work()
+        self._done = self._done or self._of.Event()
+        try:
+            with self._of.stream(self._stream):
+                work()
+        finally:
+            self._done.record(self._stream)
 
     def join(self) -> None:
         """Have the current stream wait for the work; the host does not."""
-        if self._is_behind:
-            self._of.current_stream(self._device).wait_stream(self._stream)
-            self._is_behind = False
+        if self._done is not None:  # each time: the current stream may be another one than that which joined first
+            self._of.current_stream(self._device).wait_event(self._done)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Tell the allocator, which knows only the stream that memory was taken for."""
@@ -99,6 +101,7 @@ class HostThread(SideStream):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._running: Future[None] | None = None
+        _host_threads.add(self)
 
     def run(self, work: Callable[[], None]) -> None:
         """Have the thread do `work`, once the device has done what it was given so far."""
@@ -108,7 +111,9 @@ class HostThread(SideStream):
 
         @torch.no_grad()
         def on_thread() -> None:
-            with self._of.stream(self._stream):  # and on its device, which a new thread would not be
+            # A new thread is on device 0; entering the stream alone would bring it back there, and take memory there.
+            self._of.set_device(self._device)
+            with self._of.stream(self._stream):
                 self._stream.wait_event(fork)
                 work()
 
@@ -116,13 +121,20 @@ class HostThread(SideStream):
 
     def join(self) -> None:
         """Wait for the thread."""
-        if self._running is None:
+        running = self._running
+        if running is None:
             return
         try:
-            self._running.result()
+            running.result()
         finally:
-            if self._running.done():  # else the wait was interrupted
+            if running.done():  # else the wait was interrupted
                 self._running = None
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether torch offers streams for that kind of device; not for Apple's, say."""
+    of = torch.get_device_module(device)
+    return all(hasattr(of, name) for name in ("Stream", "Event", "current_stream", "stream"))
 
 
 def stream_beside(live: Collection[torch.device], averaged: Collection[torch.device]) -> Stream:
@@ -130,6 +142,8 @@ def stream_beside(live: Collection[torch.device], averaged: Collection[torch.dev
     if len(set(live)) != 1 or len(set(averaged)) != 1:
         return Stream()
     (of_live,), (of_averages,) = set(live), set(averaged)
+    if not has_streams(of_live):
+        return Stream()
     if of_live == of_averages:
         return SideStream(of_live)
     return HostThread(of_live) if of_averages.type == "cpu" else Stream()
@@ -158,10 +172,25 @@ def join_before_steps(averages: Joinable) -> Callable[[], None]:
     # A compiled step traces its hooks too.
     handle = register_optimizer_step_pre_hook(torch.compiler.disable(before_step))
     weakref.finalize(averages, handle.remove).atexit = False
-    undo: Callable[[], None] = handle.remove
+    _beside.add(averages)
+
+    def undo() -> None:
+        handle.remove()
+        joined = alive()
+        if joined is not None:
+            _beside.discard(joined)
+
     return undo
 
 
+def join_all() -> None:
+    """Join all averages that `join_before_steps` was given: before live weights are written other than by a step."""
+    for averages in list(_beside):
+        averages.join()
+
+
+_beside: weakref.WeakSet[Joinable] = weakref.WeakSet()
+_host_threads: weakref.WeakSet[HostThread] = weakref.WeakSet()
 _executor: ThreadPoolExecutor | None = None
 
 
@@ -174,9 +203,11 @@ def _thread() -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    """A forked process has the executor's record but not its thread."""
+    """A forked process has the records of the executor and of its work, but not its thread."""
     global _executor
     _executor = None
+    for each in _host_threads:
+        each._running = None
 
 
 os.register_at_fork(after_in_child=_forget)

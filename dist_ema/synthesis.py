@@ -214,7 +214,7 @@ class _Sum:
         self._parts = weighed.parts
         self._live = [(weighed.snapshots.sources[-1], 1.0)]
         self._progress = progress
-        self._sum = torch.empty(_PIECE_NUMEL, dtype=torch.float64)
+        self._sum = torch.empty(_PIECE_NUMEL, dtype=torch.float64, device="cpu")
         self._buffer = memoryview(bytearray(_PIECE_NUMEL * 8))
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -74,6 +75,10 @@ class Updater:
         self._scratches: dict[torch.device, list[torch.Tensor]] = {}
         self._landings: list[torch.Tensor] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which prepares its own lists; events could not be copied."""
+        return self.__dict__ | {"_guard": None, "_blocks": [], "_scratches": {}, "_landings": []}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all averages on this rank."""
@@ -108,6 +113,7 @@ class Updater:
         if refused.device not in self._refused:
             with torch.inference_mode(False):
                 self._refused[refused.device] = torch.zeros((), dtype=torch.int64, device=refused.device)
+            self.stream.keep([self._refused[refused.device]])
         self._refused[refused.device] += refused.sum()
 
     @torch.no_grad()
@@ -144,8 +150,10 @@ class Updater:
         if not self._landings:
             share_out(work, self._blocks, self._workers)
             return
-        if unless is not None:  # once: it would wait for copies that are under way
-            unless = unless.cpu()
+        # Once, and before copies are under way that it would wait for.
+        if unless is not None and unless.item() != 0.0:
+            return
+        unless = None
         for block in self._fetched():
             work(block, 0)
 
@@ -214,9 +222,10 @@ class Updater:
             )
         self._scratches = self._allocate({value.device: value.dtype for value in (tracks[0] if tracks else ())})
         self._landings = self._make_landings(pinned=not on_cpu)
-        for index, block in enumerate(self._blocks if self._landings else ()):
-            block.land_in(self._landings[index % 2])
-        scratches = [scratch for of_device in self._scratches.values() for scratch in of_device]
+        with torch.inference_mode(False):
+            for index, block in enumerate(self._blocks if self._landings else ()):
+                block.land_in(self._landings[index % 2])
+        scratches = itertools.chain(*self._scratches.values())
         self.stream.keep([*live, *itertools.chain(*tracks), *scratches])
 
     def _allocate(self, wanted: Mapping[torch.device, torch.dtype]) -> dict[torch.device, list[torch.Tensor]]:
@@ -233,14 +242,15 @@ class Updater:
         if nbytes == 0 or (self._landings and self._landings[0].numel() == nbytes):
             return self._landings if nbytes else []
         with torch.inference_mode(False):
-            return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+            return [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(2)]
 
 
 def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:
     if unless is None:
         torch._foreach_lerp_(averaged, live, momentum)
     else:
-        weights = {value.device: weight_unless(unless, momentum, value) for value in averaged}
+        of_devices = {value.device: value for value in averaged}
+        weights = {device: weight_unless(unless, momentum, value) for device, value in of_devices.items()}
         for value, new in zip(averaged, live, strict=True):
             value.lerp_(new, weights[value.device])
 
@@ -258,6 +268,9 @@ def _compensated_lerp(
         for residual in residuals:
             residual.mul_(0.0 if unless is None else 1.0 - weight_unless(unless, momentum, residual))
         return
+    skips = (
+        {} if unless is None else {at: (unless.reshape(()) != 0).to(at) for at in {each.device for each in averaged}}
+    )
     for value, residual, new in zip(averaged, residuals, live, strict=True):
         step = (new - value).mul_(momentum)
         moved = residual.to(value.dtype).mul_(1.0 - momentum)
@@ -265,7 +278,7 @@ def _compensated_lerp(
         torch.add(value, step, out=moved)
         lost = step.add_(value - moved)
         if unless is not None:
-            skipped = (unless.reshape(()) != 0).to(value.device)
+            skipped = skips[value.device]
             moved, lost = torch.where(skipped, value, moved), torch.where(skipped, residual.to(value.dtype), lost)
         value.copy_(moved)
         residual.copy_(lost)

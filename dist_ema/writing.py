@@ -215,7 +215,7 @@ class _FileWriting:
         rank, world_size = self._exchange.rank, self._exchange.world_size
         num_rounds = -(-self._domain_bytes // _WINDOW_BYTES)
         outbox: dict[tuple[int, int], list[_Part]] = {}
-        sent_bytes = torch.zeros(world_size, num_rounds, dtype=torch.int64)
+        sent_bytes = torch.zeros(world_size, num_rounds, dtype=torch.int64, device="cpu")
         for part in parts:
             for number, writer, cut in self._by_window(part):
                 outbox.setdefault((number, writer), []).append(cut)
@@ -232,7 +232,7 @@ class _FileWriting:
                     continue
                 message = self._packed(cuts) if cuts else None
                 size = int(received_bytes[source, number])
-                answer = torch.empty(size, dtype=torch.uint8) if size else None
+                answer = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
                 self._exchange.pass_on(message, target, answer, source)
                 if answer is not None:
                     self._guarded(window.put_message, answer.numpy())

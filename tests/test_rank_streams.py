@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import nn
 
 import dist_ema.ema
 import dist_ema.state
-from dist_ema import ConfigError, ConstantSchedule, ShardedEMA, attach
+from dist_ema import ConfigError, ConstantSchedule, DistEMAError, ShardedEMA, attach
 from dist_ema.streams import HostThread, SideStream, Stream, stream_beside
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
@@ -222,6 +225,26 @@ def test_every_call_that_uses_the_averages_joins_the_update(beside, call, tmp_pa
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_second_average_that_swaps_waits_for_an_update_of_the_first(beside, overlap) -> None:
+    """It writes to the live weights that the first one has yet to read."""
+    model, first, _ = made(overlap=True)
+    second = ShardedEMA(model, {"a": SCHEDULE}, overlap=overlap)
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(4):
+        first.wait()
+        second.wait()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        naive.update(dict(model.named_parameters()))
+        first.update()
+        second.update()
+        with second.average_parameters():
+            pass
+    second.copy_to_model()
+    assert_alike(first.full_state_dict(), naive.values)
+
+
 def test_the_flag_of_a_skipped_step_may_be_used_again_before_the_update_reads_it(beside) -> None:
     """A GradScaler adds the flags of several optimizers up in place."""
     model, ema, _ = made(overlap=True)
@@ -248,6 +271,25 @@ def test_attach_with_overlap_gives_the_bits_of_one_without(beside) -> None:
                 optimizer.zero_grad()
             found.append(ema.full_state_dict())
     assert_alike(*found)
+
+
+def test_load_state_of_accelerate_waits_before_it_loads_the_model(beside, tmp_path) -> None:
+    """Our hook may come too late for that; and a load that fails must leave the average as it was."""
+    with accelerator_of("plain") as accelerator:
+        model, _, _ = made()
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        other = attach(accelerator, model, optimizer, SCHEDULE, name="other", overlap=True)
+        ema = attach(accelerator, model, optimizer, SCHEDULE, overlap=True)
+        other.detach()  # the first to wrap is the first to go
+        naive = NaiveAverage(SCHEDULE.momentum)
+        for _ in range(3):
+            accelerator.backward(model(torch.ones(1, 4)).square().sum())
+            optimizer.step()
+            naive.update(dict(model.named_parameters()))
+        accelerator.register_load_state_pre_hook(lambda models, folder: nn.init.zeros_(models[0][0].weight))
+        with pytest.raises(DistEMAError):
+            accelerator.load_state(str(tmp_path))
+        assert_alike(ema.full_state_dict(), naive.values)
 
 
 def in_every_layout(layout: str) -> bool:
@@ -296,6 +338,85 @@ def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, ove
     found = ema.full_state_dict("one")
     assert len(ema._state._updater._blocks) > 4 and len(ema._state._updater._landings) == 2
     assert_alike(found, naive.values)
+
+
+def test_a_copy_of_fetched_averages_prepares_its_own_lists(monkeypatch) -> None:
+    """Those of the first hold events, which cannot be copied."""
+    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    model, ema, _ = made()
+    ema.update()
+    ema.update()
+    twin, other = copy.deepcopy((model, ema))
+    before = other.full_state_dict()
+    nn.init.zeros_(twin[0].weight)
+    other.update()
+    assert torch.equal(other.full_state_dict()["0.weight"], before["0.weight"] * 0.75)
+    assert torch.equal(ema.full_state_dict()["0.weight"], before["0.weight"])
+
+
+def test_fetched_averages_prepared_in_inference_mode_are_updated_outside_it(monkeypatch) -> None:
+    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    _, ema, _ = made()
+    with torch.inference_mode():
+        ema.update()
+        ema.update()
+    ema.update()
+
+
+class Recorded:
+    """A device module of which every stream writes down what it waits for."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.current = "main"
+        self.made = 0
+
+    def Stream(self, device: object = None) -> Any:
+        self.made += 1
+        return self.named(f"side{self.made}")
+
+    def named(self, name: str) -> Any:
+        def wait(other: Any) -> None:
+            self.log.append((name, other.name))
+
+        return types.SimpleNamespace(name=name, wait_stream=wait, wait_event=wait)
+
+    def Event(self) -> Any:
+        event = types.SimpleNamespace(name="never recorded")
+        event.record = lambda stream: setattr(event, "name", f"end of {stream.name}")
+        return event
+
+    def current_stream(self, device: object) -> Any:
+        return self.named(self.current)
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+
+def test_every_stream_that_joins_waits_and_not_the_first_alone(monkeypatch) -> None:
+    device = Recorded()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    stream = SideStream(CPU)
+    stream.join()
+    assert device.log == []
+    stream.run(lambda: device.log.append(("work", "")))
+    for current in ("other", "main"):
+        device.current = current
+        stream.join()
+    assert device.log == [("side1", "main"), ("work", ""), ("other", "end of side1"), ("main", "end of side1")]
+
+
+def test_a_forked_process_does_not_wait_for_the_thread_of_its_parent() -> None:
+    stream, gate = HostThread(CPU), threading.Event()
+    stream.run(lambda: gate.wait(10))  # type: ignore[arg-type,return-value]
+    child = os.fork()
+    if child == 0:
+        stream.join()
+        os._exit(7)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    gate.set()
+    stream.join()
+    assert ended == 7
 
 
 def test_an_error_on_the_host_thread_is_raised_by_whoever_joins_it() -> None:

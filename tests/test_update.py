@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -126,6 +128,72 @@ def prepared(layout: str) -> list[int]:
 @pytest.mark.parametrize(("layout", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2)])
 def test_an_update_is_prepared_once_and_again_only_when_memory_was_replaced(world, layout, size) -> None:
     assert world(size).run(prepared, layout) == [[1, 2]] * size
+
+
+def prepared_under_fsdp1(layout: str) -> list[int]:
+    """How often in all after each of five updates, with forwards, a swap and a step between them."""
+    calls: list[int] = []
+    counts = []
+    prepare = Updater._prepare
+    try:
+        Updater._prepare = lambda self: (calls.append(1), prepare(self))[1]  # type: ignore[method-assign]
+        model = build_layout(layout)
+        ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+        model(torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+        for _ in range(5):
+            model(torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            ema.update()
+            with ema.average_parameters(), torch.no_grad():
+                model(torch.zeros(2, 3, dtype=torch.long))
+            counts.append(len(calls))
+        return counts
+    finally:
+        Updater._prepare = prepare  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("layout", ["fsdp1_orig", "fsdp1_flat", "fsdp1_grad_op"])
+def test_under_fsdp1_an_update_is_prepared_once(world, layout) -> None:
+    assert world(2).run(prepared_under_fsdp1, layout) == [[0, 1, 1, 1, 1]] * 2
+
+
+def test_weights_that_were_replaced_are_not_kept_alive() -> None:
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    ema.update()
+    ema.update()
+    first = weakref.ref(model.weight)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    ema.update()
+    gc.collect()
+    assert first() is None
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_host_memory_is_host_memory_whatever_the_default_device_is(world, size, tmp_path) -> None:
+    assert world(size).run(used_under_a_default_device, str(tmp_path)) == [True] * size
+
+
+def used_under_a_default_device(folder: str) -> bool:
+    """Every call with a default device whose tensors hold nothing; a GPU as default would be as wrong."""
+    model = build_layout("ddp")
+    with torch.device("meta"):
+        ema = ShardedEMA(model, {"a": ConstantSchedule(momentum=0.5)}, skip_nonfinite=True)
+        ema.update()
+        ema.update(found_inf=torch.zeros(1, device="cpu"))
+        ema.save(f"{folder}/one")
+        ema.save(f"{folder}/two", background=True)
+        ema.wait()
+        ema.load(f"{folder}/two")
+        ema.start_from(f"{folder}/one")
+        ema.consolidate(f"{folder}/export", dtype=torch.bfloat16)
+        ema.metrics()
+        ema.num_refused()
+        ema.load_sharded_state_dict(ema.sharded_state_dict())
+        with ema.average_parameters():
+            pass
+        whole = ema.full_state_dict()
+    return not any(value.is_meta for value in whole.values())
 
 
 def random_walk(steps: int, decay: float, ema: ShardedEMA, model: nn.Module) -> torch.Tensor:

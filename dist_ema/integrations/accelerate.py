@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -140,23 +141,33 @@ def attach(
                 _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
     if background:
-        _wait_before_the_end(accelerator, ema)
+        _wait_before(accelerator, "end_training", ema)  # which destroys the process group
+    if options.get("overlap"):
+        _wait_before(accelerator, "load_state", ema)  # which under FSDP loads the model before it calls our hook
     ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
 
 
-def _wait_before_the_end(accelerator: Accelerator, ema: ShardedEMA) -> None:
-    """Have `accelerator.end_training()`, which destroys the process group, wait for a save that is under way."""
-    end_training = accelerator.end_training
+def _wait_before(accelerator: Accelerator, method: str, ema: ShardedEMA) -> None:
+    """Have a method of the accelerator wait first for what `ema` does beside training."""
+    former = getattr(accelerator, method)
+    attached = [ema]
 
-    def wait_and_end() -> None:
-        ema.wait()
-        end_training()
+    @functools.wraps(former)
+    def wait_first(*args: Any, **kwargs: Any) -> Any:
+        for each in attached:
+            each.wait()
+        return former(*args, **kwargs)
 
-    accelerator.end_training = wait_and_end
-    ema.on_detach(lambda: setattr(accelerator, "end_training", end_training))
+    def undo() -> None:
+        attached.clear()
+        if getattr(accelerator, method) is wait_first:  # else a later average has wrapped it in turn
+            setattr(accelerator, method, former)
+
+    setattr(accelerator, method, wait_first)
+    ema.on_detach(undo)
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

@@ -133,7 +133,7 @@ class _LocalValues:
         self._attribute = named.attribute
         self._sharded: DTensor = named.source
         self._place: tuple[int, tuple[int, ...]] = (0, ())
-        self._view = torch.empty(0)
+        self._view = torch.empty(0, device="cpu")
 
     def is_sharded(self) -> bool:
         """Whether the name resolves to the sharded tensor, or to one that replaced it."""

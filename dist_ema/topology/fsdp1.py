@@ -8,13 +8,12 @@ is a few boxes: a partial row, whole rows, a partial row.
     rank 1 holds                     [..................]            weight: its last elements, bias, part of next
 
 FSDP1 tells of this only through private attributes of its handle. All of them are read in `_flat_slices`,
-`reshard_fsdp1` and `_local_run`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
+`reshard_fsdp1` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -139,7 +138,7 @@ def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
     piece: FlatSlice = named.source
     whole = Box(named.fqns[0], (0,) * len(piece.shape), piece.shape)
     pieces = [
-        Piece(box, functools.partial(_local_run, piece.handle, piece.offset + skipped, box.sizes))
+        Piece(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes))
         for skipped, box in boxes_of_run(whole, piece.start, piece.numel)
     ]
     shard_group = piece.handle.process_group
@@ -163,5 +162,20 @@ def _local_shard(handle: Any) -> torch.Tensor:
     return shard
 
 
-def _local_run(handle: Any, offset: int, sizes: tuple[int, ...]) -> torch.Tensor:
-    return _local_shard(handle).detach()[offset : offset + math.prod(sizes)].view(sizes)
+class _LocalRun:
+    """A run of the flat shard, in the sizes of a box; the same object as long as the memory behind it is."""
+
+    def __init__(self, handle: Any, offset: int, sizes: tuple[int, ...]) -> None:
+        self._handle = handle
+        self._offset = offset
+        self._sizes = sizes
+        self._place: tuple[object, ...] = ()
+        self._view = torch.empty(0, device="cpu")
+
+    def __call__(self) -> torch.Tensor:
+        shard = _local_shard(self._handle)
+        place = shard.data_ptr(), shard.numel(), shard.dtype, shard.device
+        if place != self._place:
+            run = shard.detach()[self._offset : self._offset + math.prod(self._sizes)]
+            self._place, self._view = place, run.view(self._sizes)
+        return self._view

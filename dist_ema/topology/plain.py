@@ -65,7 +65,7 @@ class _PlainValues:
         self._is_parameter = not named.is_buffer
         self._seen: Any = None
         self._place: tuple[int, torch.Size, tuple[int, ...]] = (0, torch.Size(), ())
-        self._view = torch.empty(0)
+        self._view = torch.empty(0, device="cpu")
 
     def __call__(self) -> torch.Tensor:
         values: Any = getattr(self._owner, self._attribute)

@@ -113,8 +113,15 @@ def peak_bytes(reset: bool = False) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def extra_mib(call: Callable[[], object]) -> float:
-    """By how much resident memory grows during a call, at most."""
+def extra_mib(call: Callable[[], object], device: str = "cpu") -> float:
+    """By how much resident memory, or memory in use on the device, grows during a call, at most."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        used = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - used) / 2**20
     before = peak_bytes(reset=True)
     call()
     return (peak_bytes() - before) / 2**20

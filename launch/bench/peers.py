@@ -49,7 +49,7 @@ def made(model: nn.Module) -> tuple[dict[str, Callable[[], object]], dict[str, s
 
 def rows(case: Case) -> list[Mapping[str, Cell]]:
     calls, why = made(case.build())
-    extra = {name: extra_mib(call) for name, call in calls.items()}
+    extra = {name: extra_mib(call, case.device) for name, call in calls.items()}
     seconds = measure(calls, case.rounds, case.device)
     measured: list[Mapping[str, Cell]] = [
         {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = benchmark_parser("Share of a training step that the average adds.", rounds=100)
+    parser = benchmark_parser("Share of a training step that the average adds.", rounds=None)
     parser.add_argument("--repeats", type=int, default=4, help="of all rounds, with everything made anew")
     for name, size in {"width": 128, "depth": 2, "heads": 4, "context": 64, "batch-size": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -83,12 +84,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overlap", action="store_true", help="have updates run beside training")
     parser.add_argument("--offload", action="store_true", help="keep the averages in host memory")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (1 if options.device == "cpu" else 10)
+    on_cpu = options.device == "cpu"
+    options.steps = options.steps or (1 if on_cpu else 10)
+    options.rounds = options.rounds or (100 if on_cpu else 10)
     report = Report("step", options)
+    calls: dict[str, Callable[[], object]] = {}
     found: dict[str, list[float]] = {"plain": [], "averaging": [], "update": []}
+    run: Run | None = None
     for _ in range(options.repeats):
+        calls.clear()
+        run = None
+        gc.collect()  # the former one is a cycle of hooks
         run = Run(options)
-        calls: dict[str, Callable[[], object]] = {
+        numel = sum(parameter.numel() for parameter in run.model.parameters())
+        calls |= {
             "plain": functools.partial(run.steps, run.plain),
             "averaging": functools.partial(run.steps, run.averaging),
             "update": run.updates,
@@ -98,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     added = [100 * (own / base - 1) for own, base in zip(found["averaging"], found["plain"], strict=True)]
     shares = [100 * own / base for own, base in zip(found["update"], found["plain"], strict=True)]
     report.add(
-        f"{sum(parameter.numel() for parameter in run.model.parameters()):,} parameters, batches of "
+        f"{numel:,} parameters, batches of "
         f"{options.batch_size} x {options.context}, {options.repeats} times {options.rounds} rounds",
         [
             {

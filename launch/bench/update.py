@@ -65,7 +65,7 @@ def rows(case: Case) -> list[Mapping[str, Cell]]:
     calls = candidates(model)
     live = [parameter.detach() for parameter in model.parameters()]
     numel, live_bytes = sum(value.numel() for value in live), sum(value.nbytes for value in live)
-    extra = {name: extra_mib(call) for name, call in calls.items()}
+    extra = {name: extra_mib(call, case.device) for name, call in calls.items()}
     seconds = measure(calls, case.rounds, case.device)
     moved = {name: 8 * numel + (live_bytes if name in (OURS, RAW, RAW_FLAT) else 4 * numel) for name in calls}
     moved[COPY] = 8 * numel
