@@ -5,6 +5,7 @@ The same code paths run on a CPU in test_rank_streams.py and test_update.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
-from dist_ema.workers import share_out
+from dist_ema.streams import HostThread
+from dist_ema.update import Updater
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -43,14 +45,24 @@ def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.fixture
 def slow_updates(monkeypatch) -> Iterator[None]:
-    """The device sleeps before it moves the averages, on whatever stream that is."""
+    """The device sleeps before it moves the averages, or fetches for them, on whatever stream that is."""
+    move = Updater._move_all
 
-    def late(*arguments: Any) -> None:
+    def late(self: Updater, *arguments: Any) -> None:
         torch.cuda._sleep(SLOW_CYCLES)
-        share_out(*arguments)
+        move(self, *arguments)
 
-    monkeypatch.setattr("dist_ema.update.share_out", late)
+    monkeypatch.setattr(Updater, "_move_all", late)
     yield
+
+
+def warmed_up(ema: ShardedEMA) -> ShardedEMA:
+    """After updates whose kernels were loaded, which may wait for the whole device."""
+    for _ in range(3):
+        ema.update()
+    ema.restart()
+    torch.cuda.synchronize()
+    return ema
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -62,21 +74,23 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @FP32_AND_BF16
 @OVERLAP
+@pytest.mark.parametrize("flagged", [False, True], ids=["", "found_inf"])
 @pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}, {"compensated": True}], ids=["", "skip", "comp"])
-def test_an_update_does_not_wait_for_the_device(dtype, overlap, options) -> None:
+def test_an_update_does_not_wait_for_the_device(dtype, overlap, options, flagged) -> None:
     model = model_on_gpu(dtype)
     ema = ShardedEMA(model, {"one": SCHEDULE, "two": SCHEDULE}, overlap=overlap, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    flag = torch.zeros(1, device="cuda") if flagged else None
     for _ in range(3):
         step_by_hand(model, optimizer)
-        ema.update()
+        ema.update(found_inf=flag)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             step_by_hand(model, optimizer)
-            ema.update()
+            ema.update(found_inf=flag)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -95,9 +109,10 @@ def test_an_update_takes_no_memory(dtype, overlap) -> None:
 
 
 @FP32_AND_BF16
-def test_a_slow_update_does_not_see_the_weights_of_the_next_step(slow_updates, dtype) -> None:
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_slow_update_does_not_see_the_weights_of_the_next_step(slow_updates, dtype, device) -> None:
     model = model_on_gpu(dtype)
-    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    ema = warmed_up(ShardedEMA(model, SCHEDULE, device=device, overlap=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     naive = NaiveAverage(SCHEDULE.momentum)
     for _ in range(4):
@@ -110,7 +125,7 @@ def test_a_slow_update_does_not_see_the_weights_of_the_next_step(slow_updates, d
 def test_a_slow_update_runs_beside_what_comes_next(slow_updates) -> None:
     """That there is an overlap at all: the training stream is free while the side stream sleeps."""
     model = model_on_gpu()
-    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    ema = warmed_up(ShardedEMA(model, SCHEDULE, overlap=True))
     ema.update()
     ema.update()
     training = torch.cuda.Event()
@@ -121,6 +136,19 @@ def test_a_slow_update_runs_beside_what_comes_next(slow_updates) -> None:
     ema.wait()
     torch.cuda.current_stream().synchronize()
     assert side.query()
+
+
+def test_a_slow_update_is_waited_for_on_every_stream_that_joins_it(slow_updates) -> None:
+    model = model_on_gpu()
+    ema = warmed_up(ShardedEMA(model, SCHEDULE, overlap=True))
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(3):
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            ema.wait()  # the first to join, and not the one that writes
+        step_by_hand(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    close(ema.full_state_dict(), naive.values)
 
 
 def test_every_reader_waits_for_a_slow_update(slow_updates, tmp_path: Path) -> None:
@@ -164,7 +192,9 @@ def test_averages_in_host_memory_are_those_of_a_cpu_bit_for_bit(dtype, overlap) 
         step_by_hand(model, optimizer)
         ema.update()
         naive.update({name: value.detach().cpu() for name, value in model.named_parameters()})
-    assert all(landing.is_pinned() for landing in ema._state._updater._landings)
+    landings = ema._state._updater._landings
+    assert len(landings) == 2 and all(landing.is_pinned() for landing in landings)
+    copy.deepcopy((model, ema))[1].update()
     for name, value in ema.full_state_dict().items():
         assert torch.equal(value, naive.values[name]), name
 
@@ -194,14 +224,27 @@ def test_a_step_that_a_fused_optimizer_skipped_is_not_averaged(overlap, device) 
 def test_memory_that_a_slow_update_reads_is_not_given_to_others(slow_updates) -> None:
     """The weights are replaced, and their memory taken for something else, while the update has yet to begin."""
     model = nn.Linear(1000, 1000, bias=False).cuda()
-    ema = ShardedEMA(model, SCHEDULE, overlap=True)
+    ema = warmed_up(ShardedEMA(model, SCHEDULE, overlap=True))
     ema.update()
     nn.init.ones_(model.weight)
     expected = ema.full_state_dict()["weight"].lerp(torch.ones(1000, 1000), 0.25)
     ema.update()
-    model.load_state_dict({"weight": torch.zeros(1000, 1000, device="cuda")}, assign=True)
-    ema._state._updater._guard = None  # as the next update would: nobody refers to the first weights any more
+    model.weight.data = torch.zeros(1000, 1000, device="cuda")
+    # As the next update would have it: nobody refers to the first weights any more.
+    ema._state._updater._guard = None
     ema._state._updater._blocks = []
+    ema._state.shards[0].live()
     others = [torch.full((1000, 1000), 7.0, device="cuda") for _ in range(20)]
     close(ema.full_state_dict(), {"weight": expected})
     assert all(bool((each == 7.0).all()) for each in others)
+
+
+def test_the_thread_of_averages_in_host_memory_is_on_the_device_of_the_weights() -> None:
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    stream = HostThread(last)
+    found: list[int] = []
+    stream.run(lambda: found.append(torch.cuda.current_device()))
+    stream.join()
+    stream.run(lambda: found.append(torch.cuda.current_stream(last) == stream._stream))
+    stream.join()
+    assert found == [last.index, True]
