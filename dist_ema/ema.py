@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -123,6 +123,10 @@ class ShardedEMA(Stored):
         if overlap:
             self.on_detach(join_before_steps(self._state))
             self.on_detach(self._state.stop_overlapping)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy: the hooks are those of the first, and stay so."""
+        return self.__dict__ | {"_on_detach": []}
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -334,8 +338,10 @@ class ShardedEMA(Stored):
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""
-        while self._on_detach:
-            self._on_detach.pop()()
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for undo in self._on_detach:
+                stack.callback(undo)
+            self._on_detach = []
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Have `detach` call `undo`; for integrations that register hooks. No communication."""

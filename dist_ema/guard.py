@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ from dist_ema.layout import Held
 
 __all__ = ["Guard"]
 
-_shape = operator.attrgetter("shape")
+# Kinds of devices for which torch has `Tensor.is_set_to` itself.
+_COMPARED_BY_TORCH = ("cpu", "cuda", "mps")
 
 
 class Guard:
@@ -30,29 +30,23 @@ class Guard:
         self._tables = [place.table for place in places]
         self._keys = [place.key for place in places]
         self._tensors: list[torch.Tensor] = list(map(operator.getitem, self._tables, self._keys))
-        self._dense = [each for each in self._tensors if each.is_contiguous()]
-        self._strided = [each for each in self._tensors if not each.is_contiguous()]
-        self._told = self._tell()
+        # Not addresses: memory that was freed since may have been taken again at the same one.
+        self._kept = [each.detach() for each in self._tensors]
+        by_torch = all(each.device.type in _COMPARED_BY_TORCH for each in self._tensors)
+        self._compare = torch.Tensor.is_set_to if by_torch else _lie_alike
 
     def holds(self) -> bool:
-        """Whether all of it is still there: as many elements, in the same order."""
+        """Whether all of it is still there, in the same shape and strides."""
         try:
             now = map(operator.getitem, self._tables, self._keys)
             alike = all(map(operator.is_, now, self._tensors))
         except KeyError:  # moved or removed: for the view to tell
             return False
-        return alike and self._tell() == self._told and self._views_hold()
-
-    def _tell(self) -> tuple[Any, ...]:
-        # A dense tensor is followed element by element whatever its shape is, so that need not be asked: shapes and
-        # strides are made anew at each asking. That another shape is another model is told at the next save or swap.
-        return (
-            list(map(torch.Tensor.data_ptr, self._tensors)),
-            list(map(torch.Tensor.numel, self._dense)),
-            all(map(torch.Tensor.is_contiguous, self._dense)),
-            list(map(_shape, self._strided)),
-            list(map(torch.Tensor.stride, self._strided)),
-        )
+        return alike and all(map(self._compare, self._tensors, self._kept)) and self._views_hold()
 
     def _views_hold(self) -> bool:
         return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))
+
+
+def _lie_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and (one.shape, one.stride()) == (other.shape, other.stride())

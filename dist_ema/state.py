@@ -100,8 +100,10 @@ class AveragedState:
 
     def stop_overlapping(self) -> None:
         """Have further updates run in line."""
-        self.join()
-        self._updater.stream = Stream()
+        try:
+            self.join()
+        finally:
+            self._updater.stream = Stream()
 
     @property
     def num_updates(self) -> int:

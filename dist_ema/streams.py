@@ -58,6 +58,7 @@ class SideStream(Stream):
         self._of: Any = torch.get_device_module(device)
         self._stream: Any = self._of.Stream() if device.type == "cpu" else self._of.Stream(device=device)
         self._done: Any = None
+        self._process = os.getpid()
 
     def __deepcopy__(self, memo: object) -> Stream:
         """In line: a copy of an average has no hook that would join it."""
@@ -75,7 +76,8 @@ class SideStream(Stream):
 
     def join(self) -> None:
         """Have the current stream wait for the work; the host does not."""
-        if self._done is not None:  # each time: the current stream may be another one than that which joined first
+        if self._done is not None and os.getpid() == self._process:  # a forked one has no device
+            # Each time: the current stream may be another one than that which joined first.
             self._of.current_stream(self._device).wait_event(self._done)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -127,7 +129,7 @@ class HostThread(SideStream):
         try:
             running.result()
         finally:
-            if running.done():  # else the wait was interrupted
+            if running.done() and self._running is running:  # else the wait was interrupted
                 self._running = None
 
 

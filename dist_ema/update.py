@@ -197,6 +197,7 @@ class Updater:
 
     def _prepare(self) -> None:
         """Make the blocks of an update, for the memory that the live tensors have now."""
+        self._guard = None  # until all is made: an exception midway must not leave half of it in use
         live = [shard.live() for shard in self._shards]
         filled = [index for index, value in enumerate(live) if value.numel()]
         live = [live[index] for index in filled]
@@ -205,7 +206,7 @@ class Updater:
             rows += [track.residuals for track in self._tracks]
         tracks = [[row[index] for index in filled] for row in rows]
         others = [held for track in self._tracks for held in track.held()]
-        self._guard = Guard(list(dict.fromkeys([*(shard.held for shard in self._shards), *others])))
+        guard = Guard(list(dict.fromkeys([*(shard.held for shard in self._shards), *others])))
         on_cpu = all(value.device.type == "cpu" for values in (live, *tracks) for value in values)
         numel = sum(value.numel() for values in tracks for value in values)
         # Refused values are counted in one place: not for several threads.
@@ -227,6 +228,7 @@ class Updater:
                 block.land_in(self._landings[index % 2])
         scratches = itertools.chain(*self._scratches.values())
         self.stream.keep([*live, *itertools.chain(*tracks), *scratches])
+        self._guard = guard
 
     def _allocate(self, wanted: Mapping[torch.device, torch.dtype]) -> dict[torch.device, list[torch.Tensor]]:
         numel = max((block.scratch_numel for block in self._blocks), default=0)

@@ -18,6 +18,7 @@ from layouts_zoo import build_layout, set_whole
 from oracle import NaiveAverage
 from test_accelerate import accelerator_of
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dist_ema.ema
 import dist_ema.state
@@ -432,6 +433,62 @@ def test_an_error_on_the_host_thread_is_raised_by_whoever_joins_it() -> None:
     stream.run(done.set)
     stream.join()
     assert done.is_set()
+
+
+def test_threads_that_join_at_once_do_not_trip_over_each_other() -> None:
+    stream = HostThread(CPU)
+    failures: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            stream.join()
+        except BaseException as error:
+            failures.append(error)
+
+    for _ in range(100):
+        stream.run(lambda: time.sleep(0.0005))
+        threads = [threading.Thread(target=join) for _ in range(3)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert not failures
+
+
+def test_detach_after_a_failed_update_ends_the_overlap_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Slow(CPU))
+    model, ema, _ = made(overlap=True)
+    ema.update()
+    with monkeypatch.context() as patched:
+        patched.setattr("dist_ema.update.share_out", lambda *_: 1 / 0)
+        ema.update()
+        with pytest.raises(ZeroDivisionError):
+            ema.detach()
+    before = ema.full_state_dict()["0.weight"]
+    nn.init.zeros_(model[0].weight)
+    ema.update()
+    nn.init.ones_(model[0].weight)
+    assert torch.equal(ema.full_state_dict()["0.weight"], before * 0.75)
+
+
+def test_a_copy_leaves_the_hooks_to_the_first() -> None:
+    """Those of others may be bound to what cannot be copied."""
+
+    class Locked:
+        def __init__(self) -> None:
+            self.own = threading.Lock()
+
+        def hook(self, *_: object) -> None:
+            pass
+
+    handle = register_optimizer_step_pre_hook(Locked().hook)
+    try:
+        model, ema, optimizers = made(overlap=True)
+        copy.deepcopy((model, ema))[1].detach()
+        trained(ema, model, optimizers)
+        assert len(ema._on_detach) == 2
+    finally:
+        handle.remove()
 
 
 def test_streams_are_chosen_by_where_weights_and_averages_lie() -> None:

@@ -17,6 +17,7 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA, after
+from dist_ema.guard import Guard
 from dist_ema.update import Updater
 from dist_ema.workers import share_out
 
@@ -302,6 +303,41 @@ def test_a_vocabulary_cut_in_place_is_told_at_the_next_update(into) -> None:
         ema.update()
 
 
+def test_new_memory_at_the_address_of_the_former_is_followed() -> None:
+    """A storage resized in place gives its memory back, and what is assigned next may get it."""
+    repeated = 0
+    for _ in range(50):
+        model = nn.Linear(8, 8, bias=False)
+        ema = ShardedEMA(model, ConstantSchedule(momentum=0.25))
+        ema.update()
+        ema.update()
+        expected, address = model.weight.detach().clone(), model.weight.data_ptr()
+        new = torch.randn(8, 8)
+        model.weight.untyped_storage().resize_(0)
+        model.weight.data = new.clone()
+        repeated += model.weight.data_ptr() == address
+        ema.update()
+        assert torch.equal(ema.full_state_dict()["weight"], expected.lerp(new, 0.25))
+    assert repeated
+
+
+def test_an_interrupted_preparation_is_made_again(monkeypatch) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    ema.update()
+    before = model.weight.detach().clone()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("dist_ema.update.make_blocks", interrupted)
+        ema.update()
+    nn.init.zeros_(model.weight)
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["weight"], before * 0.5)
+
+
 def test_a_square_matrix_turned_in_place_is_followed() -> None:
     """The same memory, elements and shape, in another order."""
     model = nn.Linear(4, 4, bias=False)
@@ -314,19 +350,31 @@ def test_a_square_matrix_turned_in_place_is_followed() -> None:
     assert torch.equal(ema.full_state_dict()["weight"], before.lerp(before.t(), 0.5))
 
 
-def test_memory_seen_in_another_shape_is_averaged_element_by_element_and_not_saved(tmp_path) -> None:
+def test_memory_seen_in_another_shape_is_told_at_the_next_update() -> None:
     model = nn.Linear(4, 6, bias=False)
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
     ema.update()
     ema.update()
-    before = model.weight.detach().clone()
     model.weight.data = model.weight.data.view(8, 3)
-    nn.init.zeros_(model.weight)
-    ema.update()
-    with pytest.raises(ModelChangedError, match="weight was added, removed, tied, reshaped"):
-        ema.save(tmp_path / "ema")
-    model.weight.data = model.weight.data.view(6, 4)
-    assert torch.equal(ema.full_state_dict()["weight"], before * 0.5)
+    with pytest.raises(ModelChangedError, match=r"weight now has \[8, 3\]"):
+        ema.update()
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_a_device_whose_tensors_torch_cannot_compare_is_guarded_too(monkeypatch, by_torch) -> None:
+    if not by_torch:
+        monkeypatch.setattr("dist_ema.guard._COMPARED_BY_TORCH", ())
+    weight = nn.Parameter(torch.randn(4, 4))
+    model = nn.ParameterDict({"weight": weight})
+    guard = Guard(ShardedEMA(model, ConstantSchedule(momentum=0.5))._state.plan.divisions[0].held)
+    assert guard.holds()
+    for change in (weight.data.t(), weight.data.clone(), weight.data[:2], weight.data.view(2, 8)):
+        former, weight.data = weight.data, change
+        assert not guard.holds()
+        weight.data = former
+        assert guard.holds()
+    model["weight"] = nn.Parameter(weight.data)
+    assert not guard.holds()
 
 
 def test_tiny_tensors_of_a_teacher_that_lie_end_to_end_in_storages_of_their_own_are_averaged() -> None:

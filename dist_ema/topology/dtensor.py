@@ -132,7 +132,6 @@ class _LocalValues:
         self._owner = named.owner
         self._attribute = named.attribute
         self._sharded: DTensor = named.source
-        self._place: tuple[int, tuple[int, ...]] = (0, ())
         self._view = torch.empty(0, device="cpu")
 
     def is_sharded(self) -> bool:
@@ -153,8 +152,10 @@ class _LocalValues:
             self._sharded = current
         with torch.no_grad():
             local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
-        if (local.data_ptr(), local.stride()) != self._place or local.shape != self._view.shape:
-            self._place, self._view = (local.data_ptr(), local.stride()), local
+        # The kept view's address, not a number: that may belong to other memory by now.
+        kept = self._view
+        if local.data_ptr() != kept.data_ptr() or local.stride() != kept.stride() or local.shape != kept.shape:
+            self._view = local
         return self._view
 
 

@@ -169,13 +169,14 @@ class _LocalRun:
         self._handle = handle
         self._offset = offset
         self._sizes = sizes
-        self._place: tuple[object, ...] = ()
+        self._shard = torch.empty(0, device="cpu")
         self._view = torch.empty(0, device="cpu")
 
     def __call__(self) -> torch.Tensor:
         shard = _local_shard(self._handle)
-        place = shard.data_ptr(), shard.numel(), shard.dtype, shard.device
-        if place != self._place:
-            run = shard.detach()[self._offset : self._offset + math.prod(self._sizes)]
-            self._place, self._view = place, run.view(self._sizes)
+        # The kept shard's address, not a number: that may belong to other memory by now.
+        kept = self._shard
+        if shard.data_ptr() != kept.data_ptr() or shard.numel() != kept.numel() or shard.dtype != kept.dtype:
+            self._shard = shard.detach()
+            self._view = self._shard[self._offset : self._offset + math.prod(self._sizes)].view(self._sizes)
         return self._view

@@ -64,15 +64,16 @@ class _PlainValues:
         self._attribute = named.attribute
         self._is_parameter = not named.is_buffer
         self._seen: Any = None
-        self._place: tuple[int, torch.Size, tuple[int, ...]] = (0, torch.Size(), ())
+        self._place: tuple[torch.Size, tuple[int, ...]] = (torch.Size(), ())
         self._view = torch.empty(0, device="cpu")
 
     def __call__(self) -> torch.Tensor:
         values: Any = getattr(self._owner, self._attribute)
         if values is not self._seen:
             self._check(values)
-        place = values.data_ptr(), values.shape, values.stride()
-        if values is not self._seen or place != self._place:
+        place = values.shape, values.stride()
+        # The view's address, not a number: that may belong to other memory by now.
+        if values is not self._seen or place != self._place or values.data_ptr() != self._view.data_ptr():
             self._seen, self._place, self._view = values, place, values.detach()
         return self._view
 
