@@ -18,27 +18,19 @@ sum). Its operations are single ones, not fused, so that the bits do not depend 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from dist_ema.averages import Averages
-from dist_ema.blocks import Block, make_blocks
-from dist_ema.guard import Guard
+from dist_ema.blocks import Block
 from dist_ema.layout import Shard
+from dist_ema.prepared import Prepared
 from dist_ema.skipped import weight_unless
 from dist_ema.streams import Stream
-from dist_ema.workers import SERIAL_NUMEL, num_workers, share_out
 
 __all__ = ["Updater"]
-
-# Elements of a piece of a compensated average, so that its temporaries stay in the cache (measured: half the time).
-_COMPENSATED_NUMEL = 2**17
-
-# Elements of all averages together that are worth waking other threads for.
-_FEWEST_SHARED_NUMEL = 2**20
 
 
 class Updater:
@@ -66,18 +58,13 @@ class Updater:
         self._skip_nonfinite = skip_nonfinite
         self._uncounted = frozenset(uncounted) if skip_nonfinite else frozenset()
         self.stream = Stream() if stream is None else stream
-        self._compensated = bool(self._tracks) and any(track.residuals for track in self._tracks)
+        self._compensated = any(track.residuals for track in self._tracks)
         self._refused: dict[torch.device, torch.Tensor] = {}
-        self._guard: Guard | None = None
-        self._blocks: list[Block] = []
-        self._workers = 1
-        # One for each thread, on each device.
-        self._scratches: dict[torch.device, list[torch.Tensor]] = {}
-        self._landings: list[torch.Tensor] = []
+        self._prepared: Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which prepares its own lists; events could not be copied."""
-        return self.__dict__ | {"_guard": None, "_blocks": [], "_scratches": {}, "_landings": []}
+        """For a copy, which prepares its own lists; the events of these could not be copied."""
+        return self.__dict__ | {"_prepared": None}
 
     @property
     def nbytes(self) -> int:
@@ -131,39 +118,38 @@ class Updater:
         if not active:
             return
         self.stream.join()
-        if self._guard is None or not self._guard.holds():
-            self._prepare()
+        prepared = self._ready()
         flag = None if unless is None else self.stream.hold(unless)
-        self.stream.run(lambda: self._move_all(active, flag))
+        self.stream.run(lambda: self._move_all(prepared, active, flag))
 
-    def _move_all(self, active: Sequence[tuple[int, float]], unless: torch.Tensor | None) -> None:
+    def _ready(self) -> Prepared:
+        if self._prepared is None or not self._prepared.holds():
+            self._prepared = None  # its memory goes before the new one comes
+            self._prepared = Prepared(
+                self._shards,
+                self._tracks,
+                skip_nonfinite=self._skip_nonfinite,
+                uncounted=self._uncounted,
+            )
+            self.stream.keep(self._prepared.used())
+        return self._prepared
+
+    def _move_all(self, prepared: Prepared, active: Sequence[tuple[int, float]], unless: torch.Tensor | None) -> None:
         """The part of an update that touches tensors only."""
+        if prepared.is_fetched and unless is not None:
+            # Told once, before copies are under way that the flag would come after.
+            if unless.item() != 0.0:
+                return
+            unless = None
 
-        def work(block: Block, worker: int) -> None:
-            values = block.values(self._scratches[block.tracks[0][0].device][worker])
+        def work(block: Block, live: list[torch.Tensor]) -> None:
             if self._skip_nonfinite:
-                self._lerp_finite(block, values, active, unless)
+                self._lerp_finite(block, live, active, unless)
                 return
             for index, momentum in active:
-                self._move(block, index, values, momentum, unless)
+                self._move(block, index, live, momentum, unless)
 
-        if not self._landings:
-            share_out(work, self._blocks, self._workers)
-            return
-        # Once, and before copies are under way that it would wait for.
-        if unless is not None and unless.item() != 0.0:
-            return
-        unless = None
-        for block in self._fetched():
-            work(block, 0)
-
-    def _fetched(self) -> Iterator[Block]:
-        """The blocks, the next one on its way while one is worked on: it lands where the one before has been used."""
-        self._blocks[0].fetch()
-        for block, following in zip(self._blocks, [*self._blocks[1:], None], strict=True):
-            if following is not None:
-                following.fetch()
-            yield block
+        prepared.for_each(work)
 
     def _lerp_finite(
         self,
@@ -194,57 +180,6 @@ class Updater:
             _compensated_lerp(block.tracks[index], residuals, live, momentum, unless)
         else:
             _lerp(block.tracks[index], live, momentum, unless)
-
-    def _prepare(self) -> None:
-        """Make the blocks of an update, for the memory that the live tensors have now."""
-        self._guard = None  # until all is made: an exception midway must not leave half of it in use
-        live = [shard.live() for shard in self._shards]
-        filled = [index for index, value in enumerate(live) if value.numel()]
-        live = [live[index] for index in filled]
-        rows = [track.values for track in self._tracks]
-        if self._compensated:
-            rows += [track.residuals for track in self._tracks]
-        tracks = [[row[index] for index in filled] for row in rows]
-        others = [held for track in self._tracks for held in track.held()]
-        guard = Guard(list(dict.fromkeys([*(shard.held for shard in self._shards), *others])))
-        on_cpu = all(value.device.type == "cpu" for values in (live, *tracks) for value in values)
-        numel = sum(value.numel() for values in tracks for value in values)
-        # Refused values are counted in one place: not for several threads.
-        self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not self._skip_nonfinite else 1
-        self._blocks = []
-        for counted in (True, False):
-            chosen = [i for i, index in enumerate(filled) if (self._shards[index].fqn in self._uncounted) != counted]
-            self._blocks += make_blocks(
-                [live[index] for index in chosen],
-                [[row[index] for index in chosen] for row in tracks],
-                whole=len(tracks) == 1 and not self._skip_nonfinite,  # else there are temporaries, or several tracks
-                piece_numel=SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if self._compensated else None,
-                counted=counted,
-            )
-        self._scratches = self._allocate({value.device: value.dtype for value in (tracks[0] if tracks else ())})
-        self._landings = self._make_landings(pinned=not on_cpu)
-        with torch.inference_mode(False):
-            for index, block in enumerate(self._blocks if self._landings else ()):
-                block.land_in(self._landings[index % 2])
-        scratches = itertools.chain(*self._scratches.values())
-        self.stream.keep([*live, *itertools.chain(*tracks), *scratches])
-        self._guard = guard
-
-    def _allocate(self, wanted: Mapping[torch.device, torch.dtype]) -> dict[torch.device, list[torch.Tensor]]:
-        numel = max((block.scratch_numel for block in self._blocks), default=0)
-        # Neither another thread nor a later update could write to an inference tensor.
-        with torch.inference_mode(False):
-            return {
-                device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
-                for device, dtype in wanted.items()
-            }
-
-    def _make_landings(self, *, pinned: bool) -> list[torch.Tensor]:
-        nbytes = max((block.landing_bytes for block in self._blocks), default=0)
-        if nbytes == 0 or (self._landings and self._landings[0].numel() == nbytes):
-            return self._landings if nbytes else []
-        with torch.inference_mode(False):
-            return [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(2)]
 
 
 def _lerp(averaged: list[torch.Tensor], live: list[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:

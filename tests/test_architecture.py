@@ -22,6 +22,7 @@ LAYERS = [
     ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
+    ["prepared"],
     ["blocks", "guard", "workers", "groups"],
     ["averages", "streams"],
     ["topology.names"],

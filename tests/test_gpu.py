@@ -192,7 +192,7 @@ def test_averages_in_host_memory_are_those_of_a_cpu_bit_for_bit(dtype, overlap) 
         step_by_hand(model, optimizer)
         ema.update()
         naive.update({name: value.detach().cpu() for name, value in model.named_parameters()})
-    landings = ema._state._updater._landings
+    landings = ema._state._updater._prepared._landings
     assert len(landings) == 2 and all(landing.is_pinned() for landing in landings)
     copy.deepcopy((model, ema))[1].update()
     for name, value in ema.full_state_dict().items():
@@ -231,8 +231,7 @@ def test_memory_that_a_slow_update_reads_is_not_given_to_others(slow_updates) ->
     ema.update()
     model.weight.data = torch.zeros(1000, 1000, device="cuda")
     # As the next update would have it: nobody refers to the first weights any more.
-    ema._state._updater._guard = None
-    ema._state._updater._blocks = []
+    ema._state._updater._prepared = None
     ema._state.shards[0].live()
     others = [torch.full((1000, 1000), 7.0, device="cuda") for _ in range(20)]
     close(ema.full_state_dict(), {"weight": expected})

@@ -337,7 +337,8 @@ def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, ove
         naive.update(dict(model.named_parameters()))
         ema.update()
     found = ema.full_state_dict("one")
-    assert len(ema._state._updater._blocks) > 4 and len(ema._state._updater._landings) == 2
+    prepared = ema._state._updater._prepared
+    assert len(prepared._blocks) > 4 and len(prepared._landings) == 2
     assert_alike(found, naive.values)
 
 
@@ -460,7 +461,7 @@ def test_detach_after_a_failed_update_ends_the_overlap_all_the_same(monkeypatch)
     model, ema, _ = made(overlap=True)
     ema.update()
     with monkeypatch.context() as patched:
-        patched.setattr("dist_ema.update.share_out", lambda *_: 1 / 0)
+        patched.setattr("dist_ema.prepared.share_out", lambda *_: 1 / 0)
         ema.update()
         with pytest.raises(ZeroDivisionError):
             ema.detach()
