@@ -58,10 +58,12 @@ class SavedAverage:
         tracks = list(self.manifest.tracks)
         if name is None and len(tracks) == 1:
             return tracks[0]
-        if name is None or name not in tracks:
+        if name is None:
             raise CheckpointMismatchError(
-                f"track is {name!r}, but {self.folder} has others: name one of these: {', '.join(tracks)}"
+                f"{self.folder} holds {len(tracks)} tracks: name one of these by track= (--track): {', '.join(tracks)}"
             )
+        if name not in tracks:
+            raise CheckpointMismatchError(f"{self.folder} has no track {name!r}, expected one of: {', '.join(tracks)}")
         return name
 
 

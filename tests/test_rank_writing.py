@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -127,15 +129,25 @@ def test_exchanging_every_byte_stays_within_64_mib(world, tmp_path) -> None:
         assert saved < 64 and loaded < 64, f"MiB on top of the shards: save {saved:.0f}, load {loaded:.0f}"
 
 
+@contextmanager
+def on_disk(disk: Path) -> Iterator[str]:
+    """Gives a path that is the same on all ranks, and on each of them leads to its own `disk`."""
+    disk.mkdir(exist_ok=True)
+    former, real = os.getcwd(), os.path.realpath
+    os.chdir(disk)
+    os.path.realpath = os.path.abspath  # which is /proc/self/cwd and must stay unresolved
+    try:
+        yield "/proc/self/cwd"
+    finally:
+        os.chdir(former)
+        os.path.realpath = real
+
+
 def each_node_its_own_disk(root: str, num_sharing: int) -> tuple[list[str], list[str]]:
     """Ranks below `num_sharing` see one disk, every other its own, all under the same path."""
     rank = dist.get_rank()
     disk = Path(root) / ("shared" if rank < num_sharing else f"node{rank}")
-    disk.mkdir(exist_ok=True)
-    former, real = os.getcwd(), os.path.realpath
-    os.chdir(disk)
-    os.path.realpath = os.path.abspath  # /proc/self/cwd is the disk of this rank and must stay unresolved
-    try:
+    with on_disk(disk) as here:
         model = build_layout("fsdp2")
         ema = ShardedEMA(model, SCHEDULE)
         for step in range(2):
@@ -143,16 +155,13 @@ def each_node_its_own_disk(root: str, num_sharing: int) -> tuple[list[str], list
             ema.update()
         told = []
         with units(SIZES["tiny"]):
-            told.append(warnings_of(lambda: ema.save("/proc/self/cwd/ckpt/ema")))
+            told.append(warnings_of(lambda: ema.save(f"{here}/ckpt/ema")))
         again = ShardedEMA(build_layout("fsdp2", seed=1), SCHEDULE)
-        told.append(warnings_of(lambda: again.load("/proc/self/cwd/ckpt/ema")))
+        told.append(warnings_of(lambda: again.load(f"{here}/ckpt/ema")))
         state, loaded = ema.full_state_dict(), again.full_state_dict()
         if rank == 0:
             assert_same_bits(state, loaded)
         return told, sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
-    finally:
-        os.chdir(former)
-        os.path.realpath = real
 
 
 def warnings_of(call) -> str:
@@ -181,29 +190,22 @@ def stale_copies(root: str) -> None:
     """A node whose own disk has an older checkpoint under the same path must not load that."""
     rank = dist.get_rank()
     disk = Path(root) / f"node{rank}"
-    disk.mkdir(exist_ok=True)
-    former, real = os.getcwd(), os.path.realpath
-    os.chdir(disk)
-    os.path.realpath = os.path.abspath
-    try:
+    with on_disk(disk) as here:
         model = build_layout("ddp")
         ema = ShardedEMA(model, SCHEDULE)
         for step in range(3):
             set_whole(model, step)
             ema.update()
-            warnings_of(lambda: ema.save("/proc/self/cwd/ema"))
+            warnings_of(lambda: ema.save(f"{here}/ema"))
             if step == 0 and rank == 0:
                 shutil.copytree(disk / "ema", disk.parent / "node1" / "ema")
             dist.barrier()
         again = ShardedEMA(build_layout("ddp", seed=1), SCHEDULE)
-        assert warnings_of(lambda: again.load("/proc/self/cwd/ema")).count("do not see") == (rank == 0)
+        assert warnings_of(lambda: again.load(f"{here}/ema")).count("do not see") == (rank == 0)
         assert again.num_updates == 3
         state, loaded = ema.full_state_dict(), again.full_state_dict()
         if rank == 0:
             assert_same_bits(state, loaded)
-    finally:
-        os.chdir(former)
-        os.path.realpath = real
 
 
 def test_a_stale_copy_on_another_nodes_disk_is_not_loaded(world, tmp_path) -> None:
