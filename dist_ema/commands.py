@@ -152,11 +152,11 @@ def plot(chosen: argparse.Namespace) -> str:
         raise CheckpointMismatchError(f"{chosen.src} has a schedule that only its author can draw: {error}") from None
     schedules |= {text: schedule_from_text(text) for text in chosen.schedule}
     now = None if manifest is None else manifest.num_updates
-    steps = (
-        max([2 * (now or 0), 1000, *map(_total_steps, schedules.values())]) if chosen.steps is None else chosen.steps
-    )
+    steps = chosen.steps
+    if steps is None:
+        steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)
     draw_schedules(schedules, steps, chosen.out, now=now)
-    told = f"{chosen.out}: {len(schedules)} schedules over {steps:,} updates"
+    told = f"{chosen.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
     return told if now is None else f"{told}, now at {now:,}"
 
 

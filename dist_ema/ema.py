@@ -131,8 +131,8 @@ class ShardedEMA(Stored):
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
         return (
-            f"ShardedEMA({tracks}, num_updates={self.num_updates}, shards={len(self.shards)}, "
-            f"nbytes={self.nbytes}, rank={self._exchange.rank}, world_size={self._exchange.world_size})"
+            f"ShardedEMA({tracks}, num_updates={self.num_updates}, shards={len(self.shards)}, nbytes={self.nbytes}, "
+            f"{self._state.options.told()}rank={self._exchange.rank}, world_size={self._exchange.world_size})"
         )
 
     @property

@@ -76,8 +76,13 @@ class Options:
                 if not matches_any(names, [pattern]):
                     raise ConfigError(
                         f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
-                        f"({', '.join(names[:3])}, ...)"
+                        f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                     )
+
+    def told(self) -> str:
+        """Those that are not the default, as arguments: "interval=2, overlap=True, "."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)
 
     def to_json(self) -> dict[str, Any]:
         """The options that change the averaged values, for the digest and the manifest."""
@@ -107,10 +112,12 @@ def checked_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        if torch.device(device).type == "meta":  # type: ignore[call-overload]
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
+        if found.type == "meta":
             raise TypeError("it holds no values")
-        return torch.device(device)  # type: ignore[call-overload,no-any-return]
-    except (RuntimeError, TypeError) as error:
+        torch.empty(0, device=found)  # is there one?
+        return found
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None
 
 

@@ -183,9 +183,10 @@ def _check(
     accelerator: object, model: object, optimizer: object, name: str, world_size: int, options: Mapping[str, Any]
 ) -> None:
     folder_name("name", name)
-    unknown = sorted(set(options) - set(inspect.signature(ShardedEMA).parameters))
+    known = sorted(set(inspect.signature(ShardedEMA).parameters) - {"model", "schedule"})
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ConfigError(f"attach was given {unknown}, expected options of ShardedEMA")
+        raise ConfigError(f"attach was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
     if not isinstance(accelerator, Accelerator):
         raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
     if not isinstance(optimizer, AcceleratedOptimizer):

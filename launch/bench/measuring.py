@@ -30,10 +30,21 @@ T = TypeVar("T")
 def benchmark_parser(description: str, *, rounds: int | None) -> argparse.ArgumentParser:
     """With the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="each of which runs all candidates once")
+    told = "each of which runs all candidates once"
+    left_out = "" if rounds else "; as many as the case wants, if left out"
+    parser.add_argument("--rounds", type=int, default=rounds, help=told + left_out)
     parser.add_argument("--threads", type=int, default=1, help="of torch; one is timed by its CPU time")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    def device(name: str) -> str:
+        if name == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("there is no GPU")
+        return name
+
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
 
 
 def interleaved(candidates: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from measuring import add_device
 from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
@@ -119,7 +120,7 @@ def add_cases(parser: argparse.ArgumentParser, *, dtypes: tuple[str, ...] = ("fl
     """Options for one table of each model and dtype; without --rounds, as many as the model wants."""
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["gpt2", "resnet50", "tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=list(dtypes), help="live")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

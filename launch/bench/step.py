@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from measuring import Report, Spread, benchmark_parser, measure, milliseconds
+from measuring import Report, Spread, add_device, benchmark_parser, measure, milliseconds
 from torch import nn
 
 from dist_ema import CosineSchedule, attach
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=4, help="of all rounds, with everything made anew")
     for name, size in {"width": 128, "depth": 2, "heads": 4, "context": 64, "batch-size": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
     parser.add_argument("--steps", type=int, default=None, help="of a round; 1 on a CPU, 10 on a GPU if left out")
     parser.add_argument("--overlap", action="store_true", help="have updates run beside training")
     parser.add_argument("--offload", action="store_true", help="keep the averages in host memory")
