@@ -1,7 +1,7 @@
 """The averaged values of one track on this rank: where they lie, and how they are set as a whole. No communication.
 
-Those of all shards lie end to end in one flat buffer per device; each shard's averaged tensor is a view of it. The
-residuals of a compensated average (`dist_ema.update`) lie beside them in the same way.
+Those of all shards lie in one flat buffer per device, on a CPU end to end; each averaged tensor is a view of it.
+The residuals of a compensated average (`dist_ema.update`) lie beside them in the same way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 
 from dist_ema.layout import Held, Shard
 
-__all__ = ["Averages", "copy_each"]
+__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_each"]
+
+# Elements; 32 bytes or more for every averaged dtype.
+ALIGNED_NUMEL = 16
 
 
 class Averages:
@@ -34,15 +37,16 @@ class Averages:
     def _zeros(self, devices: Sequence[torch.device], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         flat: dict[torch.device, torch.Tensor] = {}
         for wanted in dict.fromkeys(devices):
-            numel = sum(shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted)
+            owned = [shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted]
+            numel = sum(_room(each, wanted) for each in owned)
             with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
                 flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
         filled = dict.fromkeys(flat, 0)
         views = []
         for shard, device in zip(self._shards, devices, strict=True):
             start = filled[device]
-            filled[device] = stop = start + shard.box.numel
-            views.append(flat[device][start:stop].view(shard.sizes))
+            filled[device] = start + _room(shard.box.numel, device)
+            views.append(flat[device][start : start + shard.box.numel].view(shard.sizes))
         return tuple(views)
 
     @property
@@ -81,6 +85,16 @@ class Averages:
                 averaged.copy_(value)
         for residual in self.residuals:
             residual.zero_()
+
+
+def _room(numel: int, device: torch.device) -> int:
+    """Elements that a tensor takes in a flat buffer: on a device the next one begins where its vector loads do."""
+    return numel if device.type == "cpu" else aligned(numel, ALIGNED_NUMEL)
+
+
+def aligned(size: int, grain: int) -> int:
+    """The multiple of `grain` from `size` on."""
+    return -(-size // grain) * grain
 
 
 def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False) -> None:

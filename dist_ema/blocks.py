@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dist_ema.averages import copy_each
+from dist_ema.averages import ALIGNED_NUMEL, aligned, copy_each
 from dist_ema.streams import has_streams
 
-__all__ = ["SCRATCH_NUMEL", "Block", "cut_alike", "make_blocks"]
+__all__ = ["SCRATCH_NUMEL", "Block", "by_strides", "cut_alike", "make_blocks"]
 
 # Elements of a block: 4 MiB of fp32 stay in a CPU's cache between the copy and the lerp that reads them, or from one
 # track to the next, and are long enough to stream (measured best: 0.5 to 1.5 million elements, for one track and for
@@ -23,7 +23,7 @@ _BLOCK_NUMEL = {"cuda": 4 * 2**20}
 _TINY_NUMEL = 2048
 _FEWEST_PACKED = 4
 
-_ALIGNMENT_BYTES = 64
+_ALIGNED_BYTES = 64
 
 
 class Block:
@@ -60,7 +60,7 @@ class _Staged(Block):
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         super().__init__(live, tracks)
-        self._sizes = [value.numel() for value in live]
+        self._sizes = [aligned(value.numel(), ALIGNED_NUMEL) for value in live]
         self.scratch_numel = sum(self._sizes)
         # The latest scratch, and that cut in parts: which takes longer than to copy a small tensor.
         self._cut: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
@@ -69,7 +69,7 @@ class _Staged(Block):
         known, parts = self._cut
         if known is not scratch:
             flat = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
-            parts = [part.view(value.shape) for part, value in zip(flat, self._live, strict=True)]
+            parts = [part[: value.numel()].view(value.shape) for part, value in zip(flat, self._live, strict=True)]
             self._cut = scratch, parts
         copy_each(parts, self._live)
         return parts
@@ -84,7 +84,9 @@ class _Fetched(_Staged):
         if all(value.dtype == own.dtype for value, own in zip(live, tracks[0], strict=True)):
             self.scratch_numel = 0
         # Each part begins where any dtype may.
-        *self._starts, self.landing_bytes = itertools.accumulate((_aligned(value.nbytes) for value in live), initial=0)
+        *self._starts, self.landing_bytes = itertools.accumulate(
+            (aligned(value.nbytes, _ALIGNED_BYTES) for value in live), initial=0
+        )
         modules = {value.device: torch.get_device_module(value.device) for value in live}
         # Waited for by sleeping: the first comes only when the device has done the step.
         options = {device: {"blocking": True} if device.type == "cuda" else {} for device in modules}
@@ -141,18 +143,15 @@ def make_blocks(
     """
     packs, rest = _packs(live, tracks)
     blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
-    fetched = [index for index in rest if _is_afar(live[index], tracks[0][index])]
-    near = [index for index in rest if index not in set(fetched)]
-    direct = [index for index in near if _alike(live[index], tracks[0][index])]
-    staged = [index for index in near if not _alike(live[index], tracks[0][index])]
-    if direct and whole and piece_numel is None:
-        blocks.append(Block(*_chosen(direct, live, tracks)))
-    elif direct:
-        numel = _block_numel(live[direct[0]])
-        blocks += [Block(*group) for group in _groups(*_chosen(direct, live, tracks), numel, piece_numel)]
-    for chosen, kind in ((staged, _Staged), (fetched, _Fetched)):
-        if chosen:
-            numel = _block_numel(tracks[0][chosen[0]])
+    kinds: dict[type[Block], list[int]] = {Block: [], _Staged: [], _Fetched: []}
+    for index in rest:
+        kinds[_kind(live[index], tracks[0][index])].append(index)
+    for kind, indices in kinds.items():
+        for chosen in by_strides(indices, live, tracks[0]):
+            if kind is Block and whole and piece_numel is None:
+                blocks.append(Block(*_chosen(chosen, live, tracks)))
+                continue
+            numel = _BLOCK_NUMEL.get(tracks[0][chosen[0]].device.type, SCRATCH_NUMEL)
             blocks += [kind(*group) for group in _groups(*_chosen(chosen, live, tracks), numel, piece_numel)]
     for block in blocks:
         block.counted = counted
@@ -165,20 +164,29 @@ def _chosen(
     return [live[index] for index in indices], [[averaged[index] for index in indices] for averaged in tracks]
 
 
-def _block_numel(value: torch.Tensor) -> int:
-    return _BLOCK_NUMEL.get(value.device.type, SCRATCH_NUMEL)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _kind(live: torch.Tensor, averaged: torch.Tensor) -> type[Block]:
+    if _is_afar(live, averaged):
+        return _Fetched
+    return Block if live.dtype == averaged.dtype and live.device == averaged.device else _Staged
 
 
 def _is_afar(live: torch.Tensor, averaged: torch.Tensor) -> bool:
     return averaged.device.type == "cpu" != live.device.type and has_streams(live.device)
 
 
-def _alike(live: torch.Tensor, averaged: torch.Tensor) -> bool:
-    return live.dtype == averaged.dtype and live.device == averaged.device
+def by_strides(
+    indices: Sequence[int], live: Sequence[torch.Tensor], averaged: Sequence[torch.Tensor]
+) -> list[list[int]]:
+    """The indices in groups for one call each: off the CPU, tensors that lie like their averages apart from others.
+
+    One pair that does not (channels_last, say) would have the whole list launched tensor by tensor.
+    """
+    alike: list[int] = []
+    others: list[int] = []
+    for index in indices:
+        on_cpu = live[index].device.type == "cpu"
+        (alike if on_cpu or live[index].stride() == averaged[index].stride() else others).append(index)
+    return [group for group in (alike, others) if group]
 
 
 def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:

@@ -23,7 +23,7 @@ class LateFlag:
             self._host = torch.empty(1, dtype=flag.dtype, pin_memory=True, device="cpu")
             self._host.copy_(flag.reshape(1), non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(flag.device))
         else:
             self._host = flag.detach().reshape(1).clone()
 

@@ -94,8 +94,9 @@ class AveragedState:
         self._updater.stream.join()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which must not begin before the averages are what they are to be."""
+        """For a copy, which must not begin before averages and counter are what they are to be."""
         self.join()
+        _ = self.num_updates  # takes a skipped step back; the event that it waits for could not be copied
         return self.__dict__
 
     def stop_overlapping(self) -> None:

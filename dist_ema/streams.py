@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "join_before_steps", "stream_beside"]
 
@@ -76,7 +77,10 @@ class SideStream(Stream):
 
     def join(self) -> None:
         """Have the current stream wait for the work; the host does not."""
-        if self._done is not None and os.getpid() == self._process:  # a forked one has no device
+        if self._done is None or os.getpid() != self._process:  # a forked one has no device
+            return
+        is_capturing = getattr(self._of, "is_current_stream_capturing", None)
+        if is_capturing is None or not is_capturing():  # what lies before a graph cannot be waited for within it
             # Each time: the current stream may be another one than that which joined first.
             self._of.current_stream(self._device).wait_event(self._done)
 
@@ -164,35 +168,35 @@ def join_before_steps(averages: Joinable) -> Callable[[], None]:
 
     Returns what undoes it; so does the end of `averages`, to which no reference is kept.
     """
+    global _hook
+    _beside.add(averages)
+    if _hook is None:
+        # One for all: removing one while a step walks through its hooks, as a finalizer might, would break that step. A
+        # compiled step traces its hooks too.
+        _hook = register_optimizer_step_pre_hook(torch.compiler.disable(lambda *_: join_all()))
     alive = weakref.ref(averages)
 
-    def before_step(*_: Any) -> None:
-        joined = alive()
-        if joined is not None:
-            joined.join()
-
-    # A compiled step traces its hooks too.
-    handle = register_optimizer_step_pre_hook(torch.compiler.disable(before_step))
-    weakref.finalize(averages, handle.remove).atexit = False
-    _beside.add(averages)
-
     def undo() -> None:
-        handle.remove()
+        global _hook
         joined = alive()
         if joined is not None:
             _beside.discard(joined)
+        if not _beside and _hook is not None:
+            _hook.remove()
+            _hook = None
 
     return undo
 
 
 def join_all() -> None:
-    """Join all averages that `join_before_steps` was given: before live weights are written other than by a step."""
+    """Join all averages that `join_before_steps` was given: before live weights are written."""
     for averages in list(_beside):
         averages.join()
 
 
 _beside: weakref.WeakSet[Joinable] = weakref.WeakSet()
 _host_threads: weakref.WeakSet[HostThread] = weakref.WeakSet()
+_hook: RemovableHandle | None = None
 _executor: ThreadPoolExecutor | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dist_ema.ema
 import dist_ema.state
-from dist_ema import ConfigError, ConstantSchedule, DistEMAError, ShardedEMA, attach
+from dist_ema import ConfigError, ConstantSchedule, DistEMAError, ShardedEMA, attach, streams
 from dist_ema.streams import HostThread, SideStream, Stream, stream_beside
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
@@ -503,14 +504,27 @@ def test_streams_are_chosen_by_where_weights_and_averages_lie() -> None:
 def test_the_hook_of_an_average_goes_with_it() -> None:
     from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
-    before = len(hooks)
-    _, ema, _ = made(overlap=True)
+    gc.collect()
+    before = len(hooks) - (streams._hook is not None)
+    _, first, _ = made(overlap=True)
+    _, second, _ = made(overlap=True)
     assert len(hooks) == before + 1
-    ema.detach()
+    first.detach()
+    assert len(hooks) == before + 1
+    second.detach()
     assert len(hooks) == before
-    _, ema, _ = made(overlap=True)
-    del ema
-    assert len(hooks) == before
+
+
+def test_an_average_that_ends_during_a_step_does_not_break_it() -> None:
+    """Torch walks through the hooks themselves: none may be removed meanwhile."""
+    model, ema, optimizers = made(overlap=True)
+    others = [made(overlap=True)[1] for _ in range(3)]
+    handle = register_optimizer_step_pre_hook(lambda *_: (others.clear(), gc.collect())[0])
+    try:
+        trained(ema, model, optimizers)
+    finally:
+        handle.remove()
+    assert not others
 
 
 def test_overlap_is_refused_where_the_next_forward_would_meet_the_update() -> None:

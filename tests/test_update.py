@@ -18,6 +18,8 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA, after
+from dist_ema.averages import Averages
+from dist_ema.blocks import by_strides
 from dist_ema.guard import Guard
 from dist_ema.prepared import Prepared
 from dist_ema.workers import share_out
@@ -324,6 +326,27 @@ def test_new_memory_at_the_address_of_the_former_is_noticed() -> None:
     address = model["weight"].data_ptr()
     model["weight"].data = other
     assert model["weight"].data_ptr() == address and not guard.holds()
+
+
+def test_off_the_cpu_tensors_that_lie_otherwise_than_their_averages_have_calls_of_their_own() -> None:
+    """Else torch would launch the whole list tensor by tensor."""
+    live = [torch.empty(2, 3, 4, 5, device="meta") for _ in range(4)]
+    live[2] = live[2].to(memory_format=torch.channels_last)
+    averaged = [torch.empty(2, 3, 4, 5, device="meta") for _ in live]
+    assert by_strides([0, 2, 3], live, averaged) == [[0, 3], [2]]
+    assert by_strides([], live, averaged) == []
+    on_cpu = [torch.empty_like(each, device="cpu") for each in live]
+    assert by_strides([0, 2, 3], on_cpu, averaged) == [[0, 2, 3]]
+
+
+def test_off_the_cpu_averages_begin_where_vector_loads_do() -> None:
+    """After a parameter of one element all others would be read element by element."""
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(size)) for name, size in {"a": 1, "b": 40}.items()})
+    shards = ShardedEMA(model, ConstantSchedule(momentum=0.5)).shards
+    for device, starts in (("meta", [0, 16]), ("cpu", [0, 1])):
+        averages = Averages(shards, dtype=torch.float32, device=torch.device(device))
+        assert [value.storage_offset() for value in averages.values] == starts
+        assert averages.nbytes == 41 * 4
 
 
 def test_an_interrupted_preparation_is_made_again(monkeypatch) -> None:
