@@ -33,7 +33,6 @@ def candidates(model: nn.Module) -> dict[str, Callable[[], object]]:
     flat_averaged, flat_live = torch.randn(numel, device=device), torch.randn(numel, device=device)
     ema = ShardedEMA(model, ConstantSchedule(momentum=MOMENTUM))
     ema.update()
-    ema.update()  # from now on all that it takes is there
     return {
         FLOOR: lambda: flat_averaged.add_(flat_live, alpha=MOMENTUM),
         COPY: lambda: flat_live.copy_(flat_averaged),
