@@ -169,7 +169,7 @@ class ShardedEMA(Stored):
             SwapError: the averaged weights are in the model.
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
-        self._state.begin("update")
+        self._state.refuse_while_swapped("update")
         _update(self._state, found_inf)
 
     @contextmanager
@@ -196,7 +196,6 @@ class ShardedEMA(Stored):
         values, backup = self._prepare_swap("average_parameters", track, prepare)
         state.swapped = state.track(track)
         try:
-            join_all()
             put_average(state.plan, values)
             yield
         finally:
@@ -223,9 +222,7 @@ class ShardedEMA(Stored):
             state.plan.verify()
             return state.values(track)
 
-        values = self._prepare_swap("copy_to_model", track, prepare)
-        join_all()
-        put_average(state.plan, values)
+        put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
 
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.

@@ -20,7 +20,7 @@ from dist_ema.plan import Plan
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
-from dist_ema.streams import Stream, stream_beside
+from dist_ema.streams import Stream, join_all, stream_beside
 from dist_ema.teacher import Teacher, TeacherAverages
 from dist_ema.update import Updater
 
@@ -128,6 +128,7 @@ class AveragedState:
         """One update of all tracks: see `ShardedEMA.update`."""
         step, options = self.num_updates, self.options
         if self.teacher is not None:
+            join_all()  # an average of the teacher itself, say
             self.teacher.settle()
             self.teacher.show_live()
         self._start_from_live()
@@ -262,7 +263,7 @@ class AveragedState:
 
     def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:
         """Every box this rank owns and its values: the averaged ones, then those that are always shown live."""
-        self.join()
+        join_all()
         self.plan.verify()
         dtypes = self.dtypes()
         averaged = zip(self.shards, self.values(track), strict=True)
@@ -272,7 +273,16 @@ class AveragedState:
         return [(shard.box, value) for shard, value in averaged] + live
 
     def begin(self, call: str) -> None:
-        """Begin a call that uses averages or writes live weights: after an update that runs beside training.
+        """Begin a call that uses averages or writes live weights: after all updates that run beside training.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+        """
+        self.refuse_while_swapped(call)
+        join_all()
+
+    def refuse_while_swapped(self, call: str) -> None:
+        """Refuse a call that would mix up averaged and live weights.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -282,7 +292,6 @@ class AveragedState:
                 f"{call}() was called while the averaged weights of track {self.swapped!r} are in the model: leave the "
                 "average_parameters() block first"
             )
-        self.join()
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""

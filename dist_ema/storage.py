@@ -22,6 +22,7 @@ from dist_ema.options import floating_dtype, name_patterns
 from dist_ema.replicas import warn_of_differing_replicas
 from dist_ema.sharded import take_sharded
 from dist_ema.state import AveragedState
+from dist_ema.streams import join_all
 from dist_ema.writing import Pieces
 
 __all__ = ["Stored"]
@@ -46,12 +47,12 @@ class Stored:
     def wait(self) -> None:
         """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
 
-        With `overlap`, also have what comes next on the current stream wait for the latest update.
+        Also have what comes next on the current stream wait for updates that run beside training, of any average.
 
         Raises:
             CheckpointError: that save failed; the same on all ranks.
         """
-        self._state.join()
+        join_all()
         self._background.wait()
 
     def save(self, path: PathLike, *, max_shard_size: int | str = "5GB", background: bool = False) -> None:

@@ -247,6 +247,34 @@ def test_a_second_average_that_swaps_waits_for_an_update_of_the_first(beside, ov
     assert_alike(first.full_state_dict(), naive.values)
 
 
+def test_a_teacher_that_is_averaged_itself_is_written_to_after_that_average_has_read_it() -> None:
+    model, _, _ = made()
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    ema, of_teacher = ShardedEMA(model, SCHEDULE, into=teacher), ShardedEMA(teacher, SCHEDULE, overlap=True)
+    of_teacher._state._updater.stream = Late()
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(4):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        ema.update()
+        of_teacher.update()
+        naive.update(dict(teacher.named_parameters()))
+    assert_alike(of_teacher.full_state_dict(), naive.values)
+
+
+def test_an_update_does_not_wait_for_that_of_another_average() -> None:
+    """Two attached to one optimizer: the second would have the next forward wait for the first."""
+    model, first, _ = made(overlap=True)
+    second = ShardedEMA(model, SCHEDULE, overlap=True)
+    for ema in (first, second):
+        ema._state._updater.stream = Late()
+        ema.update()
+        ema.update()
+    assert [len(ema._state._updater.stream.waiting) for ema in (first, second)] == [1, 1]
+    first.wait()
+    assert [len(ema._state._updater.stream.waiting) for ema in (first, second)] == [0, 0]
+
+
 def test_the_flag_of_a_skipped_step_may_be_used_again_before_the_update_reads_it(beside) -> None:
     """A GradScaler adds the flags of several optimizers up in place."""
     model, ema, _ = made(overlap=True)
