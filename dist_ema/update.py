@@ -117,7 +117,6 @@ class Updater:
         active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
         if not active:
             return
-        self.stream.join()
         prepared = self._ready()
         flag = None if unless is None else self.stream.hold(unless)
         self.stream.run(lambda: self._move_all(prepared, active, flag))

@@ -262,6 +262,32 @@ def test_a_teacher_that_is_averaged_itself_is_written_to_after_that_average_has_
     assert_alike(of_teacher.full_state_dict(), naive.values)
 
 
+def test_an_update_made_within_the_swap_of_another_average_sees_the_swapped_weights() -> None:
+    model, first, _ = made(overlap=True)
+    second = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    first._state._updater.stream = Late()
+    naive = NaiveAverage(SCHEDULE.momentum)
+    for _ in range(4):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        second.update()
+        with second.average_parameters():
+            first.update()
+            naive.update(dict(model.named_parameters()))
+    assert_alike(first.full_state_dict(), naive.values)
+
+
+def test_a_copy_of_the_live_values_comes_after_what_was_to_move_them() -> None:
+    model, ema, _ = made()
+    updater = ema._state._updater
+    averaged = ema._state.averages["ema"].values[0]
+    updater.stream = Late()
+    updater.stream.run(lambda: averaged.fill_(7.0))  # type: ignore[arg-type,return-value]
+    updater.copy_live()
+    updater.stream.join()
+    assert torch.equal(averaged, model[0].weight)
+
+
 def test_an_update_does_not_wait_for_that_of_another_average() -> None:
     """Two attached to one optimizer: the second would have the next forward wait for the first."""
     model, first, _ = made(overlap=True)
