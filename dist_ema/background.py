@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from dist_ema.averages import aligned
 from dist_ema.exchange import Exchange
 from dist_ema.layout import Box
 from dist_ema.writing import Pieces
@@ -44,7 +45,7 @@ class Background:
         starts, total = [], 0
         for _, values in pieces:
             starts.append(total)
-            total += -(-values.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            total += aligned(values.nbytes, _ALIGNMENT_BYTES)
         devices = {values.device for _, values in pieces if values.device.type != "cpu"}
         if self._host is None or self._host.numel() != total:
             self._host = None  # the former one goes before the new one comes

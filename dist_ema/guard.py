@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_ema.layout import Held
+from dist_ema.layout import Held, same_memory
 
 __all__ = ["Guard"]
 
@@ -33,7 +33,7 @@ class Guard:
         # Not addresses: memory that was freed since may have been taken again at the same one.
         self._kept = [each.detach() for each in self._tensors]
         by_torch = all(each.device.type in _COMPARED_BY_TORCH for each in self._tensors)
-        self._compare = torch.Tensor.is_set_to if by_torch else _lie_alike
+        self._compare = torch.Tensor.is_set_to if by_torch else same_memory
 
     def holds(self) -> bool:
         """Whether all of it is still there, in the same shape and strides."""
@@ -46,7 +46,3 @@ class Guard:
 
     def _views_hold(self) -> bool:
         return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))
-
-
-def _lie_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and (one.shape, one.stride()) == (other.shape, other.stride())

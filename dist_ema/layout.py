@@ -37,7 +37,18 @@ __all__ = [
     "boxes_of_run",
     "cut_points",
     "run_between",
+    "same_memory",
 ]
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both show the same elements at the same address, as they stand now.
+
+    Compare with a tensor that was kept, not with a number that was: that address may belong to other memory by now.
+    """
+    if one.data_ptr() != other.data_ptr() or one.dtype != other.dtype:
+        return False
+    return (one.shape, one.stride()) == (other.shape, other.stride())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,9 +204,9 @@ def _compensated_lerp(
         for residual in residuals:
             residual.mul_(0.0 if unless is None else 1.0 - weight_unless(unless, momentum, residual))
         return
-    skips = (
-        {} if unless is None else {at: (unless.reshape(()) != 0).to(at) for at in {each.device for each in averaged}}
-    )
+    skips: dict[torch.device, torch.Tensor] = {}
+    if unless is not None:
+        skips = {device: (unless.reshape(()) != 0).to(device) for device in {value.device for value in averaged}}
     for value, residual, new in zip(averaged, residuals, live, strict=True):
         step = (new - value).mul_(momentum)
         moved = residual.to(value.dtype).mul_(1.0 - momentum)

@@ -80,6 +80,11 @@ def made(**options: Any) -> tuple[nn.Sequential, ShardedEMA, list[torch.optim.Op
     return model, ShardedEMA(model, SCHEDULE, **options), optimizers
 
 
+def randomize(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+
+
 def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -236,8 +241,7 @@ def test_a_second_average_that_swaps_waits_for_an_update_of_the_first(beside, ov
     for _ in range(4):
         first.wait()
         second.wait()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter)
+        randomize(model)
         naive.update(dict(model.named_parameters()))
         first.update()
         second.update()
@@ -254,8 +258,7 @@ def test_a_teacher_that_is_averaged_itself_is_written_to_after_that_average_has_
     of_teacher._state._updater.stream = Late()
     naive = NaiveAverage(SCHEDULE.momentum)
     for _ in range(4):
-        for parameter in model.parameters():
-            nn.init.normal_(parameter)
+        randomize(model)
         ema.update()
         of_teacher.update()
         naive.update(dict(teacher.named_parameters()))
@@ -268,8 +271,7 @@ def test_an_update_made_within_the_swap_of_another_average_sees_the_swapped_weig
     first._state._updater.stream = Late()
     naive = NaiveAverage(SCHEDULE.momentum)
     for _ in range(4):
-        for parameter in model.parameters():
-            nn.init.normal_(parameter)
+        randomize(model)
         second.update()
         with second.average_parameters():
             first.update()
@@ -387,8 +389,7 @@ def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, ove
     naive = NaiveAverage(SCHEDULE.momentum)
     for _ in range(5):
         ema.wait()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter)
+        randomize(model)
         naive.update(dict(model.named_parameters()))
         ema.update()
     found = ema.full_state_dict("one")

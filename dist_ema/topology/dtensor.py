@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box
+from dist_ema.layout import Box, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["is_dtensor", "place_dtensor", "reshard_fsdp2"]
@@ -152,9 +152,7 @@ class _LocalValues:
             self._sharded = current
         with torch.no_grad():
             local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
-        # The kept view's address, not a number: that may belong to other memory by now.
-        kept = self._view
-        if local.data_ptr() != kept.data_ptr() or local.stride() != kept.stride() or local.shape != kept.shape:
+        if not same_memory(local, self._view):
             self._view = local
         return self._view
 

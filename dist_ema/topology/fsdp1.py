@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box, boxes_of_run
+from dist_ema.layout import Box, boxes_of_run, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["FlatSlice", "find_flat_slices", "place_flat", "reshard_fsdp1"]
@@ -174,9 +174,7 @@ class _LocalRun:
 
     def __call__(self) -> torch.Tensor:
         shard = _local_shard(self._handle)
-        # The kept shard's address, not a number: that may belong to other memory by now.
-        kept = self._shard
-        if shard.data_ptr() != kept.data_ptr() or shard.numel() != kept.numel() or shard.dtype != kept.dtype:
+        if not same_memory(shard, self._shard):
             self._shard = shard.detach()
             self._view = self._shard[self._offset : self._offset + math.prod(self._sizes)].view(self._sizes)
         return self._view

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box, Place
+from dist_ema.layout import Box, Place, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["holders_of_plain", "place_plain"]
@@ -64,17 +64,14 @@ class _PlainValues:
         self._attribute = named.attribute
         self._is_parameter = not named.is_buffer
         self._seen: Any = None
-        self._place: tuple[torch.Size, tuple[int, ...]] = (torch.Size(), ())
         self._view = torch.empty(0, device="cpu")
 
     def __call__(self) -> torch.Tensor:
         values: Any = getattr(self._owner, self._attribute)
         if values is not self._seen:
             self._check(values)
-        place = values.shape, values.stride()
-        # The view's address, not a number: that may belong to other memory by now.
-        if values is not self._seen or place != self._place or values.data_ptr() != self._view.data_ptr():
-            self._seen, self._place, self._view = values, place, values.detach()
+        if values is not self._seen or not same_memory(values, self._view):
+            self._seen, self._view = values, values.detach()
         return self._view
 
     def _check(self, values: object) -> None:
