@@ -64,6 +64,10 @@ ALONE = {
     "step": (1, ("--rounds", 1, "--repeats", 1, "--width", 16, "--heads", 2, "--context", 8, "--batch-size", 2)),
     "accuracy": (2, ("--updates", 20, "--elements", 8)),
     "export": (1, ("--rounds", 1, "--elements", 8000)),
+    "against": (
+        1,
+        ("--base", "HEAD", "--rounds", 2, "--models", "small", "--file-model", "small", "--calls", "update"),
+    ),
 }
 ON_RANKS = {
     "ranks": (2, ("--model", "small", "--rounds", 1)),
