@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dist_ema.checks import positive_integer, real_number
+from dist_ema.checks import positive_integer, real_number, shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import checked_momentum, fraction_between, warn_if_large
 
@@ -164,10 +164,13 @@ class _WarmUp:
     update_after_step: int = 0
 
     def __post_init__(self) -> None:
-        fraction_between("max_decay", self.max_decay, 0.0, 1.0)
-        fraction_between("min_decay", self.min_decay, 0.0, self.max_decay, closed=True)
-        if type(self.update_after_step) is not int or self.update_after_step < 0:
-            raise ConfigError(f"update_after_step is {self.update_after_step!r}, expected an integer of at least 0")
+        object.__setattr__(self, "max_decay", fraction_between("max_decay", self.max_decay, 0.0, 1.0))
+        least = fraction_between("min_decay", self.min_decay, 0.0, self.max_decay, closed=True)
+        object.__setattr__(self, "min_decay", least)
+        if type(self.update_after_step) is not int or not 0 <= self.update_after_step < 2**63:
+            raise ConfigError(
+                f"update_after_step is {shown(self.update_after_step)}, expected an integer of at least 0, below 2^63"
+            )
 
     def _decay(self, elapsed_steps: int) -> float:
         raise NotImplementedError
@@ -209,7 +212,7 @@ class InverseGammaSchedule(_WarmUp):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("inv_gamma", "power"):
-            fraction_between(name, getattr(self, name), 0.0, math.inf)
+            object.__setattr__(self, name, fraction_between(name, getattr(self, name), 0.0, math.inf))
 
     def _decay(self, elapsed_steps: int) -> float:
         return float(1.0 - (1.0 + elapsed_steps / self.inv_gamma) ** -self.power)
