@@ -1,4 +1,4 @@
-"""The runs whose folders an earlier version wrote (tests/fixtures/): models, schedules and options, without a random number.
+"""The runs whose folders an earlier version wrote (tests/fixtures/): models, schedules, options; nothing is random.
 
 The same code builds a run for the version that wrote and for the one that reads.
 """
