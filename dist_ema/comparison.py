@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from dist_ema.headers import TORCH_DTYPES, StoredTensor
-from dist_ema.saved import stored_bytes
+from dist_ema.checksums import checksum
+from dist_ema.errors import CheckpointCorruptError
+from dist_ema.headers import TORCH_DTYPES
+from dist_ema.saved import damage_told, stored_bytes
 from dist_ema.sources import Weights
 
 __all__ = ["Difference", "differences", "relative_distance"]
@@ -41,20 +42,30 @@ def relative_distance(difference: float, reference: float) -> float:
 
 
 def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
-    """The difference of each tensor that both have in the same shape, in our order; `theirs` is the reference."""
+    """The difference of each tensor that both have in the same shape, in our order; `theirs` is the reference.
+
+    Raises:
+        CheckpointCorruptError: a tensor is not the one that was saved.
+    """
     for name, stored in ours.model.tensors.items():
         other = theirs.model.tensors.get(name)
         if other is None or other.shape != stored.shape:
             continue
         difference = reference = 0.0
-        for a, b in zip(_chunks(ours.folder, stored), _chunks(theirs.folder, other), strict=True):
+        for a, b in zip(_chunks(ours, name), _chunks(theirs, name), strict=True):
             difference += float((a - b).square().sum())
             reference += float(b.square().sum())
         yield Difference(name, difference, reference)
 
 
-def _chunks(folder: Path, stored: StoredTensor) -> Iterator[torch.Tensor]:
+def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
+    """A tensor in pieces; its checksum is compared at the end, where there is one."""
+    stored = weights.model.tensors[name]
     dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
-    for piece in stored_bytes(folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
+    found = 0
+    for piece in stored_bytes(weights.folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
+        found = checksum(piece, found)
         values = torch.frombuffer(piece, dtype=dtype)
         yield torch.view_as_real(values).double() if values.is_complex() else values.double()
+    if weights.checksums.get(name, found) != found:
+        raise CheckpointCorruptError(damage_told(weights.folder / stored.file, [name]))

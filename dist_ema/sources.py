@@ -7,6 +7,7 @@ in it. Whoever gives the checkpoint to this package means the average; whoever m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema import commit
@@ -20,11 +21,19 @@ __all__ = ["Weights", "find_start", "find_weights"]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What was found: `place` is the file or folder to name to a reader, `folder` that of the files of `model`."""
+    """What was found.
+
+    Attributes:
+        place: the file or folder to name to a reader.
+        folder: of the files of `model`.
+        model: names, and where each tensor lies.
+        checksums: name -> CRC-32 of the whole tensor, where one was saved.
+    """
 
     place: Path
     folder: Path
     model: StoredModel
+    checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def find_weights(source: Path, track: str | None) -> Weights:
@@ -53,7 +62,8 @@ def find_weights(source: Path, track: str | None) -> Weights:
             f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
         ) from error
     chosen = saved.track(track)
-    return Weights(saved.folder_of(chosen), saved.folder_of(chosen), saved.models[chosen])
+    place, checksums = saved.folder_of(chosen), saved.manifest.checksums.get(chosen, {})
+    return Weights(place, place, saved.models[chosen], checksums)
 
 
 def find_start(source: Path) -> Weights:

@@ -225,11 +225,12 @@ def test_of_several_averages_in_a_checkpoint_one_has_to_be_named(checkpoint, tmp
     begun.start_from(checkpoint / "other" / "short")
     assert main(["diff", str(checkpoint / "other"), str(checkpoint / "ema")]) == 1
     assert "name one of these" in capsys.readouterr().err
-    assert main(["diff", str(checkpoint / "other"), str(checkpoint / "ema"), "--track", "short", "--track-b", "ema"]) == 0
+    tracks = ["--track", "short", "--track-b", "ema"]
+    assert main(["diff", str(checkpoint / "other"), str(checkpoint / "ema"), *tracks]) == 0
 
 
 def test_an_average_that_begins_at_a_checkpoint_begins_at_its_average(checkpoint) -> None:
-    model, ema = averaging()
+    _, ema = averaging()
     expected = load_file(checkpoint / "ema" / "model.safetensors")
     live = load_file(checkpoint / "model.safetensors")
     ema.start_from(checkpoint)

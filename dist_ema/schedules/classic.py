@@ -101,10 +101,16 @@ class ConstantSchedule:
             if not 0.0 < kept < 1.0:
                 raise ConfigError(f"decay is {kept!r}, expected a number strictly between 0 and 1")
             value = 1.0 - kept
-            warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
+            if value < 1.0:  # else it is refused below
+                warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
         else:
             value = checked_momentum("momentum", momentum)
             warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
+        if not 0.0 < value < 1.0:  # of a decay or half-life near its bounds; it could not be rebuilt from its record
+            raise ConfigError(
+                f"decay={decay!r}, half_life_steps={half_life_steps!r} is a momentum of {value:g} in float64, expected "
+                "one strictly between 0 and 1"
+            )
         object.__setattr__(self, "constant", value)
 
     def __repr__(self) -> str:
