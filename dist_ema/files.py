@@ -115,8 +115,8 @@ def plan_files(
         if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
         _check_text(fqn)
-    for alias in metadata:
-        _check_text(alias)
+    for name in metadata:
+        _check_text(name)
     ordered = {
         fqn: Entry(fqn, dtype, shape, start=0)
         for fqn, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema import commit
-from dist_ema.checks import file_name, folder_name
+from dist_ema.checks import file_name, folder_name, shown
 from dist_ema.checksums import checksum
 from dist_ema.errors import (
     CheckpointCorruptError,
@@ -120,8 +120,11 @@ class Manifest:
         Raises:
             UnsupportedModelError: it would be, with files and checksums.
         """
-        # A line of a checksum is its name, written as JSON, and less than 20 bytes more.
-        checksums_bytes = len(self.tracks) * sum(len(json.dumps(fqn)) + 20 for fqn in self.tensors)
+        # A line of a checksum is its name, written as JSON, and less than 20 bytes more; a tensor takes about 200.
+        names_bytes = sum(len(json.dumps(fqn)) for fqn in self.tensors) + 20 * len(self.tensors)
+        checksums_bytes = len(self.tracks) * names_bytes
+        if 2 * (checksums_bytes + names_bytes + 200 * len(self.tensors)) < LARGEST_RECORD_BYTES:
+            return
         num_bytes = len(self.to_bytes()) + checksums_bytes
         if num_bytes > LARGEST_RECORD_BYTES:
             raise UnsupportedModelError(
@@ -194,8 +197,8 @@ def read_manifest(folder: Path) -> Manifest:
             num_refused=_counter(record.get("num_refused", 0)),
             options=_object(record["options"]),
             tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
-            tensors={fqn: _tensor(saved) for fqn, saved in _filled(record["tensors"])},
-            aliases=_object(record["aliases"]),
+            tensors={_name(fqn): _tensor(saved) for fqn, saved in _filled(record["tensors"])},
+            aliases={_name(alias): _name(fqn) for alias, fqn in _object(record["aliases"]).items()},
             written_by=_object(record["written_by"]),
             files={_path(name): _file(saved) for name, saved in _object(record.get("files", {})).items()},
             checksums={
@@ -207,6 +210,9 @@ def read_manifest(folder: Path) -> Manifest:
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
+        for alias, fqn in manifest.aliases.items():
+            if fqn not in manifest.tensors or alias in manifest.tensors:
+                raise ValueError(f"{alias[:80]!r} is tied to {fqn[:80]!r}, expected a further name of a tensor")
     except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         lacks = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointCorruptError(
@@ -253,6 +259,14 @@ def _path(name: str) -> str:
         folder_name("track name", folder)
     file_name("files", file)
     return name
+
+
+def _name(value: object) -> str:
+    """The name of a tensor: text that a file can carry."""
+    if not isinstance(value, str):
+        raise ValueError(f"a name is {shown(value)}, expected text")
+    value.encode()  # half of a surrogate pair is a ValueError
+    return value
 
 
 def _file(value: object) -> SavedFile:

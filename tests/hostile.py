@@ -277,6 +277,15 @@ ONE_FILE: dict[str, tuple[Damage, type]] = {
         for name, record in SCHEDULES.items()
         if isinstance(record, dict)
     },
+    "aliases are a list": (manifest(aliases=[]), CORRUPT),
+    "alias of a number": (manifest(aliases={"tied": 5}), CORRUPT),
+    "alias of nothing": (manifest(aliases={"tied": "other"}), CORRUPT),
+    "alias of a tensor's name": (manifest(aliases={"bias": "weight"}), CORRUPT),
+    "alias that is no text": (manifest(aliases={"half\ud800": "weight"}), CORRUPT),
+    "tensor whose name is no text": (
+        edited(lambda record: record["tensors"].update({"half\ud800": record["tensors"]["weight"]})),
+        CORRUPT,
+    ),
     "counter is huge": (manifest(num_updates=HUGE), CORRUPT),
     "counter is infinite": (manifest(num_updates=math.inf), CORRUPT),
     "refused values are huge": (manifest(num_refused=HUGE), CORRUPT),

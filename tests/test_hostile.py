@@ -7,11 +7,12 @@ import json
 import math
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hostile import ONE_FILE, SEVERAL_FILES
+from hostile import ONE_FILE, SEVERAL_FILES, sealed
 from torch import nn
 
 from dist_ema import (
@@ -191,3 +192,46 @@ def test_whatever_a_schedule_says_it_works_or_is_refused() -> None:
             for interval in (1, 2**62):
                 momentum_of_update(schedule, step, interval=interval, interval_correction=interval > 1)
     assert accepted == {*_SIMPLE, *_COMBINED}
+
+
+def places(value: object) -> list[tuple[object, ...]]:
+    """Every place in a JSON value, as the keys that lead to it."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(), *((key, *rest) for key, each in inner for rest in places(each))]
+
+
+def put(value: object, place: tuple[object, ...], new: object) -> object:
+    if not place:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[place[0]] = put(copied[place[0]], place[1:], new)
+    return copied
+
+
+def test_a_manifest_with_any_value_at_any_place_is_used_or_refused(sound, tmp_path, capsys) -> None:
+    """Four random values at every place of the record, sealed; a reader does its work or says why not."""
+    rng = random.Random(0)
+    folder = tmp_path / "ema"
+    shutil.copytree(sound[True], folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    refused = used = 0
+    for place in places({key: value for key, value in content.items() if key != "checksum"}):
+        for new in rng.sample(VALUES, 4):
+            record = put(content, place, new)
+            (folder / "manifest.json").write_text(sealed(record) if isinstance(record, dict) else json.dumps(record))
+            _, ema = averaging(1)
+            for call in (
+                lambda ema=ema: ema.load(folder),
+                lambda: consolidate_checkpoint(folder, tmp_path / "out"),
+                lambda: synthesize(folder, tmp_path / "made", EQUAL),
+            ):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        call()
+                    used += 1
+                except DistEMAError:
+                    refused += 1
+            assert main(["inspect", str(folder)]) in (0, 1)
+            assert "Traceback" not in capsys.readouterr().err
+    assert refused > used > 0
