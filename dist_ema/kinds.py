@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["kind_of", "told_kind"]
 
 _CONVERT = (
-    "load it with torch.load(path, weights_only=True), save its tensors with safetensors.torch.save_file, and give "
+    "read it with torch's load(path, weights_only=True), save its tensors with safetensors.torch.save_file, and give "
     "that file"
 )
 _TORCH = f"it is a file of torch.save, which is not read here (a pickle may run code): {_CONVERT}"
