@@ -21,7 +21,7 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = (
         "it is a file of numpy.savez: save its arrays with safetensors.numpy.save_file",
     ),
     (re.compile(rb"PK\x03\x04"), f"it is a zip archive, as torch.save writes it, which is not read here: {_CONVERT}"),
-    # Protocol 2 to 5, and an opcode that may come first. A length of 640 to 1408 bytes begins alike, then with zeros.
+    # A pickle of protocol 2 to 5. The length of a header of 640 bytes begins alike, but goes on with zeros.
     (re.compile(rb"\x80[\x02-\x05](?!\x00\x00\x00\x00\x00\x00)"), _TORCH),
     (re.compile(rb"version https://git-lfs"), "it is a pointer of Git LFS, not the file itself: run git lfs pull"),
     (

@@ -13,7 +13,7 @@ import torch
 
 from dist_ema.checks import absolute, target_folder
 from dist_ema.checksums import checksum
-from dist_ema.errors import CheckpointCorruptError
+from dist_ema.errors import CheckpointCorruptError, ConfigError
 from dist_ema.exporting import plan_export, stored_dtypes, write_model_folder
 from dist_ema.files import FileLayout
 from dist_ema.headers import TORCH_DTYPES
@@ -55,6 +55,8 @@ def consolidate_checkpoint(
         CheckpointError: `dst` cannot be written.
     """
     target, converted = target_folder(dst), floating_dtype("dtype", dtype)
+    if not isinstance(link, bool):  # "no" must not link
+        raise ConfigError(f"link is {link!r}, expected True or False")
     saved = read_saved(absolute(src))
     name = saved.track(track)
     own = stored_dtypes(saved)

@@ -18,6 +18,7 @@ from dist_ema import (
     CheckpointCorruptError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
+    ConfigError,
     ConstantSchedule,
     ShardedEMA,
     attach,
@@ -124,6 +125,8 @@ def test_no_file_of_a_checkpoint_has_a_second_name_after_any_call(checkpoint, tm
 
 def test_a_link_is_made_only_where_it_is_asked_for(checkpoint, tmp_path, monkeypatch) -> None:
     stored = checkpoint / "ema" / "model.safetensors"
+    with pytest.raises(ConfigError, match="link is 'no'"):
+        consolidate_checkpoint(checkpoint, tmp_path / "a", link="no")
     consolidate_checkpoint(checkpoint, tmp_path / "a", link=True)
     assert (tmp_path / "a" / "model.safetensors").samefile(stored)
     assert main(["consolidate", str(checkpoint), str(tmp_path / "b"), "--link"]) == 0

@@ -79,6 +79,7 @@ def test_the_tools_read_an_average_of_an_earlier_version(written, tmp_path, caps
     for track in facts["tracks"]:
         export = tmp_path / f"export-{track}"
         consolidate_checkpoint(folder, export, track=track)
+        assert (export / "config.json").exists() == (name == "transformers")
         capsys.readouterr()
         assert main(["diff", str(folder), str(export), "--track", track, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["relative"] == 0.0
