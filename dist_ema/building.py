@@ -63,7 +63,9 @@ def build_state(
         if into is not None:
             _check_teacher(into, chosen, schedules)
             teacher = Teacher(plan, plan_one(into), chosen.dtype)
-        return AveragedState(plan, chosen, schedules, functools.partial(config_files, model), teacher)
+        state = AveragedState(plan, chosen, schedules, functools.partial(config_files, model), teacher)
+        state.manifest(exchange.world_size).check_size()
+        return state
 
     action = "building the average"
     state = exchange.agree(action, prepare)

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
+# "s3://bucket/x", what pathlib makes of it ("s3:/bucket/x"), and what fsspec chains ("simplecache::s3://bucket/x"). A
+# scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)(::[A-Za-z0-9+.-]+)*:/")
+_LONGEST_TARGET_NAME_BYTES = 200
+_LARGEST_INTEGER = 2**63 - 1
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 
@@ -48,8 +53,8 @@ def positive_integer(name: str, value: object) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = 0
-    if isinstance(value, bool) or number < 1:
-        raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
+    if isinstance(value, bool) or not 1 <= number <= _LARGEST_INTEGER:
+        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 1 (and below 2^63)")
     return number
 
 
@@ -66,7 +71,7 @@ def real_number(name: str, value: object) -> float:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{name} is {value!r}, expected a finite number")
+        raise ConfigError(f"{name} is {shown(value)}, expected a finite number")
     return number
 
 
@@ -85,17 +90,71 @@ def positive_number(name: str, value: object) -> float:
     return number
 
 
+def shown(value: object) -> str:
+    """The repr of a value in a message: short, also of a number with thousands of digits."""
+    try:
+        return repr(value)[:200]
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def local(path: object) -> Path:
+    """A path as it was given, of this machine's file systems and no URL.
+
+    Raises:
+        ConfigError: it is a URL, or not a path.
+    """
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+        if not text or not isinstance(text, str):
+            raise TypeError
+        os.fsencode(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"path is {shown(path)}, expected the name of a folder") from None
+    # Some paths of other libraries are a URL in their own eyes, and a cached copy in those of os.fspath.
+    for told in (text, text if isinstance(path, str) else str(path)):
+        found = _URL.match(told)
+        if found is not None:
+            raise ConfigError(_url_refusal(told, found[1]))
+    return Path(text)
+
+
+def _url_refusal(text: str, scheme: str) -> str:
+    if scheme.lower() == "file":
+        return f"path is {text!r}, which is a URL: give the path alone, without 'file://'"
+    return (
+        f"path is {text!r}, which is a URL, expected a folder that the operating system sees: save to a local or "
+        "shared folder and upload that, download before a load, or save sharded_state_dict with DCP's writer for "
+        "such places. A local folder of that name can be given by its absolute path"
+    )
+
+
 def absolute(path: object) -> Path:
     """A folder's path, absolute, links resolved, with `~` expanded.
 
     Raises:
-        ConfigError: it is not a path.
+        ConfigError: it is a URL, or not a path.
     """
+    given = local(path)
     try:
-        if not os.fspath(path):  # type: ignore[call-overload]
-            raise TypeError
-        return Path(os.path.realpath(os.path.expanduser(os.fspath(path))))  # type: ignore[call-overload]
+        return Path(os.path.realpath(os.path.expanduser(given)))
     except (TypeError, ValueError):
-        raise ConfigError(f"path is {path!r}, expected the name of a folder") from None
+        raise ConfigError(f"path is {shown(path)}, expected the name of a folder") from None
     except FileNotFoundError:
-        raise ConfigError(f"path is {path!r}, but the working folder was removed: give an absolute path") from None
+        raise ConfigError(f"path is {shown(path)}, but the working folder was removed: give an absolute path") from None
+
+
+def target_folder(path: object) -> Path:
+    """As `absolute`, of a folder to write: what is staged beside it has a longer name, which must be one too.
+
+    Raises:
+        ConfigError: it is a URL, not a path, or its name is too long.
+    """
+    target = absolute(path)
+    length = len(os.fsencode(target.name))
+    if length > _LONGEST_TARGET_NAME_BYTES:
+        raise ConfigError(
+            f"path ends in the name {target.name[:40]!r}..., which has {length} bytes, expected at most "
+            f"{_LONGEST_TARGET_NAME_BYTES}: the folder is staged under a longer name, and file systems take 255 bytes"
+        )
+    return target

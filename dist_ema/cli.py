@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.diff,
         "tell how far two sets of weights lie apart",
         "Relative L2 distance of A from B, ||a - b|| / ||b||, whole and for each tensor. Each is a saved average, a\n"
-        "model folder or a safetensors file. Exit code 1 if their names or shapes differ.",
+        "model folder or a safetensors file. Of a checkpoint that holds live weights and an average, the average is\n"
+        "read: give the file of the live ones. Exit code 1 if their names or shapes differ.",
         "dist-ema diff checkpoint-400 model/model.safetensors",
         source="a",
     )
@@ -131,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     consolidate.add_argument("dst", metavar="DST", type=Path, help="folder to write; a former export is replaced")
     consolidate.add_argument("--track", help="which average, where there are several")
+    consolidate.add_argument(
+        "--link",
+        action="store_true",
+        help="give unchanged files a second name instead of a copy: who writes into DST then writes into SRC",
+    )
     _add_export_options(consolidate, "keep")
     synthesize = _command(
         known,

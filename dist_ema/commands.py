@@ -12,20 +12,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_ema.checks import absolute
+from dist_ema.checks import local, target_folder
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
 from dist_ema.saved import check_files, damage_told, damaged_tensors, read_saved
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
+from dist_ema.sources import find_weights
 
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
 def verify(chosen: argparse.Namespace) -> str:
     """Read all of an average and compare its checksums."""
-    saved = read_saved(chosen.src)
+    saved = read_saved(local(chosen.src))
     if not saved.manifest.checksums:
         raise CheckpointMismatchError(
             f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
@@ -48,7 +49,7 @@ def consolidate(chosen: argparse.Namespace) -> str:
 
     from dist_ema.offline import consolidate_checkpoint
 
-    saved = read_saved(chosen.src)
+    saved = read_saved(local(chosen.src))
     track = saved.track(chosen.track)
     total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
     with _progress(total) as bar:
@@ -58,6 +59,7 @@ def consolidate(chosen: argparse.Namespace) -> str:
             track=track,
             dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
             max_shard_size=chosen.max_shard_size,
+            link=chosen.link,
             progress=bar.update,
         )
     return f"{chosen.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
@@ -65,27 +67,35 @@ def consolidate(chosen: argparse.Namespace) -> str:
 
 def diff(chosen: argparse.Namespace) -> str:
     """Tell how far two sets of weights lie apart."""
-    from dist_ema.comparison import differences, read_weights, relative_distance  # loads torch
+    from dist_ema.comparison import differences, relative_distance  # loads torch
 
-    ours = read_weights(chosen.a, chosen.track)
-    theirs = read_weights(chosen.b, chosen.track if chosen.track_b is None else chosen.track_b)
-    found = sorted(differences(ours, theirs), key=lambda each: -each.relative)
+    a = find_weights(local(chosen.a), chosen.track)
+    b = find_weights(local(chosen.b), chosen.track if chosen.track_b is None else chosen.track_b)
+    found = sorted(differences(a, b), key=lambda each: -each.relative)
     total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
+    ours, theirs = a.model.tensors, b.model.tensors
     apart = [
-        *(f"only in {chosen.a}: {name}" for name in ours if name not in theirs),
-        *(f"only in {chosen.b}: {name}" for name in theirs if name not in ours),
+        *(f"only in {a.place}: {name}" for name in ours if name not in theirs),
+        *(f"only in {b.place}: {name}" for name in theirs if name not in ours),
         *(
-            f"{name}: {list(ours[name][1].shape)} against {list(theirs[name][1].shape)}"
+            f"{name}: {list(ours[name].shape)} against {list(theirs[name].shape)}"
             for name in ours
-            if name in theirs and ours[name][1].shape != theirs[name][1].shape
+            if name in theirs and ours[name].shape != theirs[name].shape
         ),
     ]
     if chosen.json:
-        facts = {"relative": total, "tensors": {each.name: each.relative for each in found}, "apart": apart}
+        facts = {
+            "a": str(a.place),
+            "b": str(b.place),
+            "relative": total,
+            "tensors": {each.name: each.relative for each in found},
+            "apart": apart,
+        }
         told = json.dumps(facts, indent=1)
     else:
         lines = [f"{each.relative:10.3e}  {each.name}" for each in found[: max(chosen.top, 0)]]
-        told = "\n".join([f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
+        places = [f"a: {a.place}", f"b: {b.place}"]
+        told = "\n".join([*places, f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
     if apart:
         raise BadAnswer(told, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
     return told
@@ -97,6 +107,7 @@ def synthesize(chosen: argparse.Namespace) -> str:
 
     from dist_ema.synthesis import weigh, write
 
+    target = target_folder(chosen.out)
     wanted = (
         schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
     )
@@ -105,7 +116,7 @@ def synthesize(chosen: argparse.Namespace) -> str:
         warnings.simplefilter("always")
         made = write(
             weighed,
-            absolute(chosen.out),
+            target,
             dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
             max_shard_size=chosen.max_shard_size,
             progress=bar.update,
@@ -136,6 +147,7 @@ def synthesize(chosen: argparse.Namespace) -> str:
 
 def plot(chosen: argparse.Namespace) -> str:
     """Draw schedules, or the profile that snapshots can express."""
+    local(chosen.out)
     if chosen.sigma_rel is not None:
         if chosen.src is None or chosen.schedule or chosen.steps is not None:
             chosen.refuse("--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps")
@@ -144,7 +156,7 @@ def plot(chosen: argparse.Namespace) -> str:
         chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.plots import draw_schedules
 
-    manifest = None if chosen.src is None else read_manifest(find_saved(chosen.src))
+    manifest = None if chosen.src is None else read_manifest(find_saved(local(chosen.src)))
     tracks = {} if manifest is None else manifest.tracks
     try:
         schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
@@ -205,7 +217,7 @@ def _progress(total_bytes: int) -> tqdm[Any]:
 
 def inspect(chosen: argparse.Namespace) -> str:
     """Tell what a saved average is."""
-    folder = find_saved(chosen.src)
+    folder = find_saved(local(chosen.src))
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     facts = _facts(folder, manifest)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from dist_ema import commit
-from dist_ema.errors import CheckpointNotFoundError
-from dist_ema.headers import INDEX_NAME, ONE_FILE_NAME, TORCH_DTYPES, StoredTensor, read_header, read_model_folder
-from dist_ema.saved import read_saved, stored_bytes
+from dist_ema.checksums import checksum
+from dist_ema.errors import CheckpointCorruptError
+from dist_ema.headers import TORCH_DTYPES
+from dist_ema.saved import damage_told, stored_bytes
+from dist_ema.sources import Weights
 
-__all__ = ["Difference", "differences", "read_weights", "relative_distance"]
+__all__ = ["Difference", "differences", "relative_distance"]
 
 # Elements of both sides that are in memory at a time.
 _CHUNK_NUMEL = 2**20
@@ -41,45 +41,31 @@ def relative_distance(difference: float, reference: float) -> float:
     return math.sqrt(difference / reference)
 
 
-def read_weights(source: Path, track: str | None) -> dict[str, tuple[Path, StoredTensor]]:
-    """Name -> folder and place of each tensor of an average, a model folder, or a safetensors file.
+def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
+    """The difference of each tensor that both have in the same shape, in our order; `theirs` is the reference.
 
     Raises:
-        CheckpointNotFoundError: there is nothing.
-        CheckpointMismatchError: there is no such track.
-        CheckpointCorruptError: files are missing, damaged, or contradict each other.
+        CheckpointCorruptError: a tensor is not the one that was saved.
     """
-    if source.is_file():
-        return {name: (source.parent, stored) for name, stored in read_header(source).tensors.items()}
-    folder = commit.resolve(source)
-    if commit.has_manifest(folder) or not any((folder / name).exists() for name in (INDEX_NAME, ONE_FILE_NAME)):
-        try:
-            saved = read_saved(source)
-        except CheckpointNotFoundError:
-            raise CheckpointNotFoundError(
-                f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
-            ) from None
-        chosen = saved.track(track)
-        return {name: (saved.folder_of(chosen), stored) for name, stored in saved.models[chosen].tensors.items()}
-    return {name: (folder, stored) for name, stored in read_model_folder(folder).tensors.items()}
-
-
-def differences(
-    ours: dict[str, tuple[Path, StoredTensor]], theirs: dict[str, tuple[Path, StoredTensor]]
-) -> Iterator[Difference]:
-    """The difference of each tensor that both have in the same shape, in our order; `theirs` is the reference."""
-    for name, (folder, stored) in ours.items():
-        if name not in theirs or theirs[name][1].shape != stored.shape:
+    for name, stored in ours.model.tensors.items():
+        other = theirs.model.tensors.get(name)
+        if other is None or other.shape != stored.shape:
             continue
         difference = reference = 0.0
-        for a, b in zip(_chunks(folder, stored), _chunks(*theirs[name]), strict=True):
+        for a, b in zip(_chunks(ours, name), _chunks(theirs, name), strict=True):
             difference += float((a - b).square().sum())
             reference += float(b.square().sum())
         yield Difference(name, difference, reference)
 
 
-def _chunks(folder: Path, stored: StoredTensor) -> Iterator[torch.Tensor]:
+def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
+    """A tensor in pieces; its checksum is compared at the end, where there is one."""
+    stored = weights.model.tensors[name]
     dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
-    for piece in stored_bytes(folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
+    found = 0
+    for piece in stored_bytes(weights.folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
+        found = checksum(piece, found)
         values = torch.frombuffer(piece, dtype=dtype)
         yield torch.view_as_real(values).double() if values.is_complex() else values.double()
+    if weights.checksums.get(name, found) != found:
+        raise CheckpointCorruptError(damage_told(weights.folder / stored.file, [name]))

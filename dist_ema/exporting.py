@@ -19,6 +19,7 @@ from dist_ema.files import FileLayout, ModelFiles, host_bytes, plan_files, write
 from dist_ema.headers import INDEX_NAME, read_small
 from dist_ema.integrations.transformers import CONFIG_NAME, CONFIG_NAMES, config_with_dtype
 from dist_ema.saved import SavedAverage
+from dist_ema.sharing import clone, give_second_name
 
 __all__ = ["plan_export", "stored_dtypes", "write_model_folder"]
 
@@ -58,7 +59,12 @@ def plan_export(
 
 
 def write_model_folder(
-    target: Path, files: ModelFiles, values: Values, unchanged: Callable[[FileLayout], Path | None]
+    target: Path,
+    files: ModelFiles,
+    values: Values,
+    unchanged: Callable[[FileLayout], Path | None],
+    *,
+    link: bool = False,
 ) -> None:
     """Write the folder, whole or not at all; a former export is replaced.
 
@@ -66,15 +72,16 @@ def write_model_folder(
         target: the folder.
         files: its layout.
         values: of each tensor, converted on the way.
-        unchanged: an existing file to link in place of one that would be the same, or None. Its tensors are read too,
-            so that damage is found.
+        unchanged: an existing file that is the same as one to write, or None.
+        link: give such a file a second name, where the file system can. Else it is copied: one pass over its bytes
+            both compares the checksums and writes, or only compares, where the file system shares blocks.
 
     Raises:
         CheckpointError: there is something else at `target`, or it cannot be written.
     """
     try:
         staging = commit.stage(target, commit.is_export)
-        _fill(staging, files, values, unchanged)
+        _fill(staging, files, values, unchanged, link=link)
         commit.publish(target)
     except BaseException as error:
         with suppress(OSError):
@@ -84,16 +91,24 @@ def write_model_folder(
         raise
 
 
-def _fill(staging: Path, files: ModelFiles, values: Values, unchanged: Callable[[FileLayout], Path | None]) -> None:
+def _fill(
+    staging: Path,
+    files: ModelFiles,
+    values: Values,
+    unchanged: Callable[[FileLayout], Path | None],
+    *,
+    link: bool,
+) -> None:
+    share = give_second_name if link else clone
     for file in files.files:
         source = unchanged(file)
-        if source is None:
+        # Shared before it is read: a save that replaces the source in between is found by the checksums.
+        if source is None or not share(source, staging / file.name):
             _write(file, staging / file.name, values)
             continue
         for fqn in file.entries:
             for _ in values(fqn):
                 pass
-        commit.link(source, staging / file.name)
     if files.index is not None:
         write_whole(staging / INDEX_NAME, files.index)
     for name, content in files.texts.items():

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from dist_ema.errors import ConfigError, UnsupportedModelError
-from dist_ema.headers import TORCH_DTYPES
+from dist_ema.headers import LONGEST_HEADER_BYTES, TORCH_DTYPES
 
 __all__ = [
     "DTYPE_NAMES",
@@ -105,7 +105,7 @@ def plan_files(
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
-        UnsupportedModelError: a dtype has no name in the format.
+        UnsupportedModelError: a dtype has no name in the format, a name is no text, or a header would be too long.
     """
     if isinstance(max_shard_size, bool) or (isinstance(max_shard_size, int | float) and not max_shard_size >= 1):
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
@@ -114,6 +114,9 @@ def plan_files(
             raise UnsupportedModelError(f"a tensor is called {fqn!r}, which safetensors reserves: rename it")
         if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
+        _check_text(fqn)
+    for name in metadata:
+        _check_text(name)
     ordered = {
         fqn: Entry(fqn, dtype, shape, start=0)
         for fqn, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
@@ -138,6 +141,17 @@ def plan_files(
     return ModelFiles(files, json.dumps(index, indent=2).encode() + b"\n")
 
 
+def _check_text(fqn: str) -> None:
+    """JSON would write half a character as an escape, and no reader of the format would take the file."""
+    try:
+        fqn.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedModelError(
+            f"a tensor is called {fqn[:200]!r}, which UTF-8 cannot carry (half of a surrogate pair), so safetensors "
+            "cannot store it: rename the module or parameter"
+        ) from None
+
+
 def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:
     header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     ends = list(itertools.accumulate((entry.nbytes for entry in entries), initial=0))
@@ -149,6 +163,12 @@ def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str])
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > LONGEST_HEADER_BYTES:
+        raise UnsupportedModelError(
+            f"the header of {name} would have {len(text):,} bytes for {len(entries):,} tensors, and safetensors reads "
+            f"at most {LONGEST_HEADER_BYTES:,}: give a smaller max_shard_size, which makes more files with shorter "
+            "headers, or use fewer and shorter names"
+        )
     prefix = len(text).to_bytes(8, "little") + text
     placed = {
         entry.fqn: dataclasses.replace(entry, start=len(prefix) + start)

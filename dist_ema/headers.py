@@ -18,10 +18,12 @@ from typing import Any
 from dist_ema.checks import file_name
 from dist_ema.checksums import checksum
 from dist_ema.errors import CheckpointCorruptError, ConfigError
+from dist_ema.kinds import told_kind
 
 __all__ = [
     "INDEX_NAME",
     "ITEM_BYTES",
+    "LARGEST_RECORD_BYTES",
     "LONGEST_HEADER_BYTES",
     "ONE_FILE_NAME",
     "TORCH_DTYPES",
@@ -38,6 +40,11 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 ONE_FILE_NAME = "model.safetensors"
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+
+# Of a JSON file beside the tensors. The manifest is the longest: 120 bytes and the name for each tensor, 20 bytes and
+# the name for its checksum in each track. 100,000 tensors with names of 100 characters in 8 tracks make 118 MB; twice
+# that is left to whoever has more. A larger file is refused by its size: parsed it would take ten times the memory.
+LARGEST_RECORD_BYTES = 256 * 2**20
 
 # The dtypes that we write or read: the format's spelling -> torch's, and the bytes of an element.
 TORCH_DTYPES = {
@@ -115,8 +122,8 @@ def read_model_folder(folder: Path) -> StoredModel:
     if not os.path.lexists(index_path):
         if not os.path.lexists(folder / ONE_FILE_NAME):
             raise CheckpointCorruptError(
-                f"{folder} has neither {ONE_FILE_NAME} nor {INDEX_NAME}, expected a folder of safetensors: one of "
-                "them is missing, or it is another kind of folder"
+                f"{folder} has neither {ONE_FILE_NAME} nor {INDEX_NAME}, expected a folder of safetensors: "
+                f"{_other_weights(folder)}"
             )
         file = read_header(folder / ONE_FILE_NAME)
         return StoredModel({ONE_FILE_NAME: file}, file.tensors, None)
@@ -129,6 +136,24 @@ def read_model_folder(folder: Path) -> StoredModel:
             raise CheckpointCorruptError(f"{index_path} says that {fqn[:200]!r} is in {name}, but it is not")
         tensors[fqn] = files[name].tensors[fqn]
     return StoredModel(files, tensors, checksum(content))
+
+
+def _other_weights(folder: Path) -> str:
+    """What the folder has in place of what was expected, and what to do."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        names = []
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    if tensors:
+        return f"it has {', '.join(tensors[:3])}: give one of these files, if it holds the whole model"
+    for name in names:
+        if name.endswith(_PICKLED_ENDS):
+            return f"it has {name}{told_kind(folder / name)}"
+    return "one of them is missing, or it is another kind of folder"
+
+
+_PICKLED_ENDS = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".npz", ".gguf", ".h5")
 
 
 def read_header(path: Path) -> StoredFile:
@@ -146,8 +171,11 @@ def read_header(path: Path) -> StoredFile:
         prefix = os.pread(descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")  # somebody's number: checked before it is used
         if len(prefix) < 8 or length > min(size_bytes - 8, LONGEST_HEADER_BYTES):
+            told = told_kind(path)
             raise CheckpointCorruptError(
-                f"{path} is damaged: its header should be {length} bytes long, the file has {size_bytes}"
+                f"{path} is no safetensors file{told}"
+                if told
+                else f"{path} is damaged: its header should be {length} bytes long, the file has {size_bytes}"
             )
         text = os.pread(descriptor, length, 8)
     finally:
@@ -173,7 +201,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_small(path: Path) -> bytes:
-    """The whole content of a JSON file, of at most the size of a header.
+    """The whole content of a JSON file, of at most `LARGEST_RECORD_BYTES`; a larger one is not read.
 
     Raises:
         CheckpointCorruptError: it is missing, larger, or no regular file.
@@ -183,13 +211,13 @@ def read_small(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as file:
-        content = file.read(_LARGEST_SMALL_BYTES + 1)
-    if len(content) > _LARGEST_SMALL_BYTES:
-        raise CheckpointCorruptError(f"{path} is larger than any file of its kind")
+        size_bytes = os.fstat(descriptor).st_size
+        content = file.read(size_bytes) if size_bytes <= LARGEST_RECORD_BYTES else b""
+    if size_bytes > LARGEST_RECORD_BYTES:
+        raise CheckpointCorruptError(
+            f"{path} has {size_bytes:,} bytes, expected at most {LARGEST_RECORD_BYTES:,}: no file of its kind is larger"
+        )
     return content
-
-
-_LARGEST_SMALL_BYTES = 512 * 2**20
 
 
 def _parse(file: str, text: bytes, size_bytes: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:

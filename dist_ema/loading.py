@@ -19,12 +19,13 @@ import torch
 from dist_ema.checksums import PartialChecksums, checksum, whole_checksums
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, DistEMAError
 from dist_ema.exchange import Exchange
-from dist_ema.headers import TORCH_DTYPES, StoredModel, read_header, read_model_folder, read_small
+from dist_ema.headers import TORCH_DTYPES, StoredModel, read_header, read_small
 from dist_ema.layout import Shard
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.plan import Plan
 from dist_ema.reading import read_boxes
 from dist_ema.saved import SavedAverage, damage_told, read_saved
+from dist_ema.sources import find_start
 
 __all__ = ["Escapes", "load_average", "load_model"]
 
@@ -108,7 +109,7 @@ def load_model(
 
     Args:
         exchange: the control traffic of all ranks.
-        source: a model folder.
+        source: a model folder or a file; of a checkpoint that holds an average, that average.
         plan: the model as boxes; a tied tensor may be stored under any of its names.
         shards: the averaged shards this rank owns.
         escapes: the differences that are allowed.
@@ -124,12 +125,8 @@ def load_model(
     action = f"loading {source}"
 
     def find() -> tuple[Path, StoredModel, dict[str, str]]:
-        if source.is_file():
-            folder, file = source.parent, read_header(source)
-            model = StoredModel({source.name: file}, file.tensors, None)
-        else:
-            folder, model = source, read_model_folder(source)
-        return folder, model, _stored_names(source, model, plan, escapes)
+        found = find_start(source)
+        return found.folder, found.model, _stored_names(found.place, found.model, plan, escapes)
 
     folder, model, names = exchange.on_rank_0(action, find)
     blind = _blind_ranks(exchange, folder, lambda: _sees_model(folder, model))

@@ -12,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema import commit
-from dist_ema.checks import file_name, folder_name
+from dist_ema.checks import file_name, folder_name, shown
 from dist_ema.checksums import checksum
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, ConfigError
-from dist_ema.headers import read_small
-from dist_ema.schedules.records import schedule_text
+from dist_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedModelError,
+)
+from dist_ema.headers import LARGEST_RECORD_BYTES, read_small
+from dist_ema.kinds import told_kind
+from dist_ema.schedules.records import check_record, schedule_text
 
 __all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest"]
 
@@ -107,6 +114,25 @@ class Manifest:
         record = self.to_json()
         return json.dumps({**record, "checksum": _hex(_record_checksum(record))}, indent=1).encode() + b"\n"
 
+    def check_size(self) -> None:
+        """See that the file will not be longer than a reader takes. No communication.
+
+        Raises:
+            UnsupportedModelError: it would be, with files and checksums.
+        """
+        # A line of a checksum is its name, written as JSON, and less than 20 bytes more; a tensor takes about 200.
+        names_bytes = sum(len(json.dumps(fqn)) for fqn in self.tensors) + 20 * len(self.tensors)
+        checksums_bytes = len(self.tracks) * names_bytes
+        if 2 * (checksums_bytes + names_bytes + 200 * len(self.tensors)) < LARGEST_RECORD_BYTES:
+            return
+        num_bytes = len(self.to_bytes()) + checksums_bytes
+        if num_bytes > LARGEST_RECORD_BYTES:
+            raise UnsupportedModelError(
+                f"{MANIFEST_NAME} would have {num_bytes:,} bytes, for {len(self.tensors):,} tensors in "
+                f"{len(self.tracks)} tracks, expected at most {LARGEST_RECORD_BYTES:,}: use fewer tracks, or fewer "
+                "and shorter names"
+            )
+
 
 def find_saved(source: Path) -> Path:
     """The folder of the average at `source`: that folder itself, or the only one in a checkpoint that holds it.
@@ -114,6 +140,10 @@ def find_saved(source: Path) -> Path:
     Raises:
         CheckpointNotFoundError: there is none, or several to choose from.
     """
+    if source.is_file():
+        raise CheckpointNotFoundError(
+            f"{source} is a file, expected the folder of a saved average{told_kind(source) or _OF_A_FILE}"
+        )
     folder = commit.resolve(source)
     if (folder / MANIFEST_NAME).exists():
         return folder
@@ -128,6 +158,9 @@ def find_saved(source: Path) -> Path:
         "(consolidate, synthesize) has none: load its files with safetensors, or begin an average there with "
         "ShardedEMA.start_from"
     )
+
+
+_OF_A_FILE = ". One file has no manifest: begin an average at its weights with ShardedEMA.start_from"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -164,8 +197,8 @@ def read_manifest(folder: Path) -> Manifest:
             num_refused=_counter(record.get("num_refused", 0)),
             options=_object(record["options"]),
             tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
-            tensors={fqn: _tensor(saved) for fqn, saved in _filled(record["tensors"])},
-            aliases=_object(record["aliases"]),
+            tensors={_name(fqn): _tensor(saved) for fqn, saved in _filled(record["tensors"])},
+            aliases={_name(alias): _name(fqn) for alias, fqn in _object(record["aliases"]).items()},
             written_by=_object(record["written_by"]),
             files={_path(name): _file(saved) for name, saved in _object(record.get("files", {})).items()},
             checksums={
@@ -177,6 +210,9 @@ def read_manifest(folder: Path) -> Manifest:
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
+        for alias, fqn in manifest.aliases.items():
+            if fqn not in manifest.tensors or alias in manifest.tensors:
+                raise ValueError(f"{alias[:80]!r} is tied to {fqn[:80]!r}, expected a further name of a tensor")
     except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         lacks = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointCorruptError(
@@ -225,6 +261,14 @@ def _path(name: str) -> str:
     return name
 
 
+def _name(value: object) -> str:
+    """The name of a tensor: text that a file can carry."""
+    if not isinstance(value, str):
+        raise ValueError(f"a name is {shown(value)}, expected text")
+    value.encode()  # half of a surrogate pair is a ValueError
+    return value
+
+
 def _file(value: object) -> SavedFile:
     saved = dict(_filled(value))
     return SavedFile(_counter(saved["size_bytes"]), _from_hex(saved["checksum"]))
@@ -248,8 +292,7 @@ def _filled(value: object) -> list[tuple[Any, Any]]:
 
 def _schedule(value: object) -> dict[str, Any]:
     schedule = dict(_filled(value))
-    if not isinstance(schedule.get("type"), str):
-        raise ValueError("a schedule has no type")
+    check_record(schedule)
     return schedule
 
 
@@ -265,6 +308,6 @@ def _tensor(value: object) -> SavedTensor:
 
 
 def _counter(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"a count is {str(value)[:80]}, expected an integer of at least 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"a count is {str(value)[:80]}, expected an integer of at least 0 (and below 2^63)")
     return value

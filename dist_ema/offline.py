@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.checks import absolute
+from dist_ema.checks import absolute, target_folder
 from dist_ema.checksums import checksum
-from dist_ema.errors import CheckpointCorruptError
+from dist_ema.errors import CheckpointCorruptError, ConfigError
 from dist_ema.exporting import plan_export, stored_dtypes, write_model_folder
 from dist_ema.files import FileLayout
 from dist_ema.headers import TORCH_DTYPES
@@ -30,6 +30,7 @@ def consolidate_checkpoint(
     track: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    link: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write one track of a saved average as a plain model folder to ship. Any one process; no communication.
@@ -38,9 +39,12 @@ def consolidate_checkpoint(
         src: what `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it.
         dst: the folder to write; a former export is replaced, atomically.
         track: which average; may be left out if there is one.
-        dtype: floating-point tensors are converted to it; None keeps the averaged dtype, and then files that need no
-            change are linked where the file system can, else copied.
+        dtype: floating-point tensors are converted to it; None keeps the averaged dtype.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        link: give files that need no change a second name in the export (a hard link), where the file system can.
+            That takes no time and no space, but then there is one file: whoever writes into the export (`open(...,
+            "r+b")`, `safetensors.torch.save_file`, `numpy.memmap`) writes into the checkpoint. By default every file
+            is a copy, which shares blocks with the checkpoint only where the file system copies them on write.
         progress: called with the number of bytes of each piece that was read.
 
     Raises:
@@ -50,14 +54,16 @@ def consolidate_checkpoint(
         CheckpointCorruptError: it is damaged; nothing was written.
         CheckpointError: `dst` cannot be written.
     """
-    target, converted = absolute(dst), floating_dtype("dtype", dtype)
+    target, converted = target_folder(dst), floating_dtype("dtype", dtype)
+    if not isinstance(link, bool):  # "no" must not link
+        raise ConfigError(f"link is {link!r}, expected True or False")
     saved = read_saved(absolute(src))
     name = saved.track(track)
     own = stored_dtypes(saved)
     dtypes = {fqn: converted if converted and each.is_floating_point else each for fqn, each in own.items()}
     files = plan_export(saved, name, dtypes, max_shard_size, converted)
     work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
-    write_model_folder(target, files, work.values, work.unchanged)
+    write_model_folder(target, files, work.values, work.unchanged, link=link)
 
 
 class _Consolidation:

@@ -13,7 +13,7 @@ import torch
 
 from dist_ema.background import Background
 from dist_ema.checkpoint import model_files, write_average, write_export
-from dist_ema.checks import absolute, positive_integer
+from dist_ema.checks import absolute, positive_integer, target_folder
 from dist_ema.exchange import Exchange
 from dist_ema.files import ModelFiles
 from dist_ema.loading import Escapes, load_average, load_model
@@ -75,7 +75,7 @@ class Stored:
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
-        self._save("save", lambda state: absolute(path), None, max_shard_size, bool(background))
+        self._save("save", lambda state: target_folder(path), None, max_shard_size, bool(background))
 
     def snapshot(
         self,
@@ -198,8 +198,9 @@ class Stored:
         """Collective: every rank must call it. Begin every track at somebody else's weights.
 
         Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names.
-                Floating-point values of any dtype; there is no checksum to compare.
+            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
+                or one such file. Floating-point values of any dtype; there is no checksum to compare. Of a checkpoint
+                that holds live weights and an average, the average is taken: give the file of the live ones.
             num_updates: the number of updates that the average counts as having had, which is where its schedules go
                 on; at least 1, as the first update would copy the live weights.
             new: as in `load`.
@@ -246,7 +247,7 @@ class Stored:
             state = self._state
             state.begin("consolidate")
             dtypes, texts = state.dtypes(floating_dtype("dtype", dtype)), state.texts(dtype or state.options.dtype)
-            return absolute(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size, texts)
+            return target_folder(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size, texts)
 
         target, pieces, files = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}

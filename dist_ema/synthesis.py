@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.checks import absolute
+from dist_ema.checks import absolute, target_folder
 from dist_ema.checksums import checksum
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.exporting import plan_export, stored_dtypes, write_model_folder
@@ -136,7 +136,7 @@ def synthesize(
         >>> synthesize(f"{folder}/snapshots", f"{folder}/model", PowerSchedule(sigma_rel=0.075)).profile_error < 0.02
         True
     """
-    target, converted = absolute(out), floating_dtype("dtype", dtype)
+    target, converted = target_folder(out), floating_dtype("dtype", dtype)
     weighed = weigh(snapshots, schedule, num_updates)
     return write(weighed, target, dtype=converted, max_shard_size=max_shard_size, progress=progress)
 

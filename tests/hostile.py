@@ -6,6 +6,7 @@ Each case takes the folder of a sound average (one file, or several with an inde
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -168,6 +169,80 @@ def swapped(folder: Path) -> None:
     second.write_bytes(contents[0])
 
 
+def schedule(record: Any) -> Damage:
+    """Replace the record of the only schedule."""
+    return manifest(tracks={"ema": record})
+
+
+def nested(levels: int, **inner: Any) -> dict[str, Any]:
+    """A schedule within `levels` others."""
+    return {"type": "after", "start_step": 1, "schedule": nested(levels - 1, **inner)} if levels else inner
+
+
+def sparse(name: str, num_bytes: int) -> Damage:
+    """Lengthen a file to a size that nobody wrote, without a disk full of it."""
+    return lambda folder: os.truncate(folder / name, num_bytes)
+
+
+CONSTANT = {"type": "ConstantSchedule", "momentum": 0.5}
+HUGE = 10**400
+
+# Records of schedules that ours do not write; each within another one, too.
+SCHEDULES: dict[str, Any] = {
+    "momentum is text": {**CONSTANT, "momentum": "0.5"},
+    "momentum is a list": {**CONSTANT, "momentum": [0.5]},
+    "momentum is true": {**CONSTANT, "momentum": True},
+    "momentum is null": {**CONSTANT, "momentum": None},
+    "momentum is an object": {**CONSTANT, "momentum": {"type": "ConstantSchedule"}},
+    "momentum is huge": {**CONSTANT, "momentum": HUGE},
+    "momentum is infinite": {**CONSTANT, "momentum": math.inf},
+    "momentum is not a number": {**CONSTANT, "momentum": math.nan},
+    "momentum is minus zero": {**CONSTANT, "momentum": -0.0},
+    "momentum is negative": {**CONSTANT, "momentum": -1},
+    "momentum twice": {**CONSTANT, "decay": 0.5},
+    "no argument": {"type": "ConstantSchedule"},
+    "an argument too many": {**CONSTANT, "self": 1},
+    "steps are huge": {"type": "CosineSchedule", "momentum": 0.5, "total_steps": HUGE},
+    "steps are a fraction": {"type": "CosineSchedule", "momentum": 0.5, "total_steps": 1.5},
+    "steps are text": {"type": "CosineSchedule", "momentum": 0.5, "total_steps": "100"},
+    "steps are true": {"type": "CosineSchedule", "momentum": 0.5, "total_steps": True},
+    "steps are zero": {"type": "CosineSchedule", "momentum": 0.5, "total_steps": 0},
+    "gamma is a list": {"type": "PowerSchedule", "gamma": [1]},
+    "gamma is huge": {"type": "PowerSchedule", "gamma": HUGE},
+    "width is text": {"type": "PowerSchedule", "sigma_rel": "wide"},
+    "width is tiny": {"type": "PowerSchedule", "sigma_rel": 1e-300},
+    "half-life is huge": {"type": "HalfLifeSchedule", "fraction": HUGE},
+    "half-life is a list": {"type": "HalfLifeSchedule", "fraction": 0.5, "max_half_life_steps": []},
+    "inv_gamma is text": {"type": "InverseGammaSchedule", "inv_gamma": "1"},
+    "ramp begins at a huge step": {"type": "RampSchedule", "update_after_step": HUGE},
+    "equal weights of text": {"type": "EqualSchedule", "every_steps": "7"},
+    "after nothing": {"type": "after", "start_step": 5},
+    "after text": {"type": "after", "start_step": 5, "schedule": "ConstantSchedule"},
+    "after a list": {"type": "after", "start_step": 5, "schedule": [CONSTANT]},
+    "after null": {"type": "after", "start_step": 5, "schedule": None},
+    "after a huge step": {"type": "after", "start_step": HUGE, "schedule": CONSTANT},
+    "after a record without a type": {"type": "after", "start_step": 5, "schedule": {"momentum": 0.5}},
+    "after a type that is a list": {"type": "after", "start_step": 5, "schedule": {"type": ["ConstantSchedule"]}},
+    "every billion": {"type": "every", "num_steps": 10**12, "schedule": CONSTANT},
+    "a batch of text": {"type": "scaled_batch", "kappa": "2", "schedule": CONSTANT},
+    "a batch that is huge": {"type": "scaled_batch", "kappa": HUGE, "schedule": CONSTANT},
+    "wrong around one that only its author knows": {
+        "type": "after",
+        "start_step": -1,
+        "schedule": {"type": "their.Schedule", "repr": "Schedule()"},
+    },
+    "25 within each other": nested(25, **CONSTANT),
+    "40 within each other": nested(40, **CONSTANT),
+    "40 within each other, unknown": nested(40, type="their.Schedule"),
+    "type is null": {"type": None},
+    "type is a number": {"type": 5},
+    "type is an object": {"type": {"type": "ConstantSchedule"}},
+    "is a list": [CONSTANT],
+    "is text": "ConstantSchedule",
+    "is null": None,
+    "is empty": {},
+}
+
 # Of an average in one file.
 ONE_FILE: dict[str, tuple[Damage, type]] = {
     "no manifest": (removed(MANIFEST), NOT_FOUND),
@@ -196,6 +271,30 @@ ONE_FILE: dict[str, tuple[Damage, type]] = {
     "track leaves the folder": (manifest(tracks={"../../etc": {"type": "CosineSchedule"}}), CORRUPT),
     "track without a type": (manifest(tracks={"ema": {"momentum": 1}}), CORRUPT),
     "type is a list": (manifest(tracks={"ema": {"type": []}}), CORRUPT),
+    **{f"schedule: {name}": (schedule(record), CORRUPT) for name, record in SCHEDULES.items()},
+    **{
+        f"inner schedule: {name}": (schedule(nested(2, **record)), CORRUPT)
+        for name, record in SCHEDULES.items()
+        if isinstance(record, dict)
+    },
+    "aliases are a list": (manifest(aliases=[]), CORRUPT),
+    "alias of a number": (manifest(aliases={"tied": 5}), CORRUPT),
+    "alias of nothing": (manifest(aliases={"tied": "other"}), CORRUPT),
+    "alias of a tensor's name": (manifest(aliases={"bias": "weight"}), CORRUPT),
+    "alias that is no text": (manifest(aliases={"half\ud800": "weight"}), CORRUPT),
+    "tensor whose name is no text": (
+        edited(lambda record: record["tensors"].update({"half\ud800": record["tensors"]["weight"]})),
+        CORRUPT,
+    ),
+    "counter is huge": (manifest(num_updates=HUGE), CORRUPT),
+    "counter is infinite": (manifest(num_updates=math.inf), CORRUPT),
+    "refused values are huge": (manifest(num_refused=HUGE), CORRUPT),
+    "manifest has a number of 5,000 digits": (
+        replaced(MANIFEST, '{"format": "dist_ema", "format_version": 2, "num_updates": ' + "9" * 5000 + "}"),
+        CORRUPT,
+    ),
+    "manifest is huge": (sparse(MANIFEST, 2**40), CORRUPT),
+    "manifest is larger than any": (sparse(MANIFEST, 360_000_000), CORRUPT),
     "negative counter": (manifest(num_updates=-1), CORRUPT),
     "counter is text": (manifest(num_updates="many"), CORRUPT),
     "options are a list": (manifest(options=[]), CORRUPT),
@@ -256,6 +355,7 @@ ONE_FILE: dict[str, tuple[Damage, type]] = {
 
 # Of an average in several files with an index.
 SEVERAL_FILES: dict[str, tuple[Damage, type]] = {
+    "index is huge": (sparse(INDEX, 2**40), CORRUPT),
     "a file of several is missing": (lambda folder: sorted(folder.glob("model-*"))[-1].unlink(), CORRUPT),
     "two files exchanged": (swapped, CORRUPT),
     "index missing": (removed(INDEX), CORRUPT),

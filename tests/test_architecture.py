@@ -19,7 +19,7 @@ LAYERS = [
     ["ema"],
     ["building", "storage", "distance"],
     ["offline", "synthesis", "comparison", "plots", "background", "checkpoint", "loading", "state"],
-    ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
+    ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots", "sources"],
     ["swap"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["prepared"],
@@ -36,6 +36,7 @@ LAYERS = [
     ["schedules.base"],
     ["files"],
     ["headers"],
+    ["kinds", "sharing"],
     ["checks", "checksums"],
     ["errors", "_version"],
 ]

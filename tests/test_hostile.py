@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+import random
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hostile import ONE_FILE, SEVERAL_FILES
+from hostile import ONE_FILE, SEVERAL_FILES, sealed
 from torch import nn
 
-from dist_ema import CheckpointMismatchError, ConstantSchedule, DistEMAError, ShardedEMA, consolidate_checkpoint
+from dist_ema import (
+    CheckpointMismatchError,
+    ConfigError,
+    ConstantSchedule,
+    DistEMAError,
+    EqualSchedule,
+    ShardedEMA,
+    consolidate_checkpoint,
+    synthesize,
+)
 from dist_ema.cli import main
+from dist_ema.schedules.base import momentum_of_update
+from dist_ema.schedules.records import (
+    _COMBINED,
+    _SIMPLE,
+    check_record,
+    schedule_from_json,
+    schedule_text,
+    schedule_to_json,
+)
 
+EQUAL = EqualSchedule()
 CASES = {**ONE_FILE, **SEVERAL_FILES}
 
 
@@ -60,7 +84,23 @@ def test_damaged_and_hostile_checkpoints_are_refused_everywhere(sound, tmp_path,
         consolidate_checkpoint(folder, tmp_path / "out")
     assert type(caught.value) is error, caught.value
 
-    for command in (["verify", str(folder)], ["consolidate", str(folder), str(tmp_path / "out")]):
+    with pytest.raises(DistEMAError) as caught:
+        synthesize(folder, tmp_path / "out", EQUAL)
+    assert isinstance(caught.value, error if case != "no manifest" else ConfigError), caught.value
+
+    commands = [
+        ["verify", str(folder)],
+        ["consolidate", str(folder), str(tmp_path / "out")],
+        ["synthesize", "--schedule", "EqualSchedule()", str(folder), str(tmp_path / "out")],
+    ]
+    if case != "no manifest":  # then it is a plain model
+        commands.append(["diff", str(folder), str(sound[False])])
+    if "schedule" in case or "manifest" in case:  # these look at nothing else
+        commands += [
+            ["inspect", str(folder)],
+            ["plot", str(folder), "--out", str(tmp_path / "out.svg")],
+        ]
+    for command in commands:
         assert main(command) == 1
         told = capsys.readouterr()
         assert told.out == "" and told.err.startswith("dist-ema: ") and "Traceback" not in told.err
@@ -68,7 +108,13 @@ def test_damaged_and_hostile_checkpoints_are_refused_everywhere(sound, tmp_path,
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    return {str(path): beginning(path) if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def beginning(path: Path) -> bytes:
+    """All of a file, unless it is of those that are too large to be read."""
+    with open(path, "rb") as file:
+        return file.read(2**20)
 
 
 def test_the_corpus_starts_from_sound_averages(sound, tmp_path, capsys) -> None:
@@ -109,3 +155,83 @@ def test_every_flipped_bit_is_refused(sound, tmp_path) -> None:
                 pass
         path.write_bytes(content)
     assert accepted == []
+
+
+VALUES = [0, 1, 2, -1, 7, 0.5, -0.0, 1.0, 1e-300, 1e300, 1e18, 2**53, 2**62, 10**300, 10**400, math.inf, math.nan]
+VALUES += [True, None, "", "0.5", "ConstantSchedule", [], [1], {}, {"type": "ConstantSchedule"}]
+FITTING = {name: [*inspect.signature(kind).parameters] for name, kind in {**_SIMPLE, **_COMBINED}.items()}
+NAMES = sorted({name for names in FITTING.values() for name in names} | {"repr", "type"})
+
+
+def test_whatever_a_schedule_says_it_works_or_is_refused() -> None:
+    """20,000 records of random types, arguments and values; what is accepted can be drawn, told and used anywhere."""
+    rng = random.Random(0)
+    accepted = set()
+
+    def record(depth: int) -> dict[str, object]:
+        kind = rng.choice([*_SIMPLE, *_COMBINED, "their.Schedule"])
+        fitting = FITTING.get(kind, NAMES)
+        chosen = rng.sample(fitting if rng.random() < 0.9 else NAMES, rng.randint(0, min(3, len(fitting))))
+        made: dict[str, object] = {"type": kind, **{name: rng.choice(VALUES) for name in chosen}}
+        if kind in _COMBINED and rng.random() < 0.9:
+            made["schedule"] = record(depth + 1) if depth < 3 else {"type": "EqualSchedule"}
+        return made
+
+    for _ in range(20_000):
+        saved = record(0)
+        assert isinstance(schedule_text(saved), str)
+        try:
+            check_record(saved)
+            schedule = schedule_from_json(saved)
+        except ConfigError:
+            continue
+        accepted.add(saved["type"])
+        again = schedule_from_json(json.loads(json.dumps(schedule_to_json(schedule))))
+        assert again == schedule and isinstance(schedule_text(schedule_to_json(schedule)), str) and repr(schedule)
+        for step in (0, 1, 2, 10, 10**9, 2**62):
+            for interval in (1, 2**62):
+                momentum_of_update(schedule, step, interval=interval, interval_correction=interval > 1)
+    assert accepted == {*_SIMPLE, *_COMBINED}
+
+
+def places(value: object) -> list[tuple[object, ...]]:
+    """Every place in a JSON value, as the keys that lead to it."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(), *((key, *rest) for key, each in inner for rest in places(each))]
+
+
+def put(value: object, place: tuple[object, ...], new: object) -> object:
+    if not place:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[place[0]] = put(copied[place[0]], place[1:], new)
+    return copied
+
+
+def test_a_manifest_with_any_value_at_any_place_is_used_or_refused(sound, tmp_path, capsys) -> None:
+    """Four random values at every place of the record, sealed; a reader does its work or says why not."""
+    rng = random.Random(0)
+    folder = tmp_path / "ema"
+    shutil.copytree(sound[True], folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    refused = used = 0
+    for place in places({key: value for key, value in content.items() if key != "checksum"}):
+        for new in rng.sample(VALUES, 4):
+            record = put(content, place, new)
+            (folder / "manifest.json").write_text(sealed(record) if isinstance(record, dict) else json.dumps(record))
+            _, ema = averaging(1)
+            for call in (
+                lambda ema=ema: ema.load(folder),
+                lambda: consolidate_checkpoint(folder, tmp_path / "out"),
+                lambda: synthesize(folder, tmp_path / "made", EQUAL),
+            ):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        call()
+                    used += 1
+                except DistEMAError:
+                    refused += 1
+            assert main(["inspect", str(folder)]) in (0, 1)
+            assert "Traceback" not in capsys.readouterr().err
+    assert refused > used > 0

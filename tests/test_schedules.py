@@ -301,3 +301,30 @@ def test_a_record_that_is_too_deep_or_incomplete_is_refused() -> None:
     for bad in (record, {"type": "every", "num_steps": 2}, {"type": ["every"]}, {"type": "PowerSchedule", "x": 1}):
         with pytest.raises(ConfigError):
             schedule_from_json(bad)
+
+
+def test_a_schedule_that_could_not_be_read_back_is_refused_when_it_is_made() -> None:
+    """A checkpoint of it would be refused at the resume, when it is too late."""
+    for arguments in ({"decay": 1e-300}, {"half_life_steps": 1e-3}):
+        with pytest.raises(ConfigError, match="in float64"):
+            ConstantSchedule(**arguments)
+    deepest = ConstantSchedule(momentum=0.1)
+    for _ in range(20):
+        deepest = after(1, deepest)
+    assert schedule_from_json(schedule_to_json(deepest)) == deepest
+    with pytest.raises(ConfigError, match="more than 20 schedules"):
+        scaled_batch(2.0, deepest)
+    with pytest.raises(ConfigError, match="at most 1,000,000"):
+        every(10**6 + 1, ConstantSchedule(momentum=0.1))
+    for build in (lambda: CosineSchedule(total_steps=10**400), lambda: RampSchedule(update_after_step=10**5000)):
+        with pytest.raises(ConfigError, match=r"below 2\^63"):
+            build()
+
+
+def test_a_reader_is_not_warned_of_what_the_user_was_warned_of(recwarn) -> None:
+    with pytest.warns(UserWarning, match="usually small"):
+        large = ConstantSchedule(momentum=0.9)
+    recwarn.clear()
+    assert schedule_from_json(schedule_to_json(large)) == large
+    assert schedule_from_json({"type": "CosineSchedule", "momentum": 0.6, "total_steps": 1e9}).total_steps == 10**9
+    assert not recwarn.list

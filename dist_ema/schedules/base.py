@@ -11,14 +11,17 @@ shifted accordingly; each schedule says how.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from dist_ema.checks import real_number
 from dist_ema.errors import ConfigError
 
-__all__ = ["Schedule", "checked_momentum", "fraction_between", "momentum_of_update", "warn_if_large"]
+__all__ = ["Schedule", "checked_momentum", "fraction_between", "momentum_of_update", "rebuilding", "warn_if_large"]
 
 
 @runtime_checkable
@@ -45,9 +48,22 @@ def checked_momentum(name: str, value: object) -> float:
     return momentum
 
 
+_is_rebuilding: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_rebuilding", default=False)
+
+
+@contextlib.contextmanager
+def rebuilding() -> Iterator[None]:
+    """What is built within was warned of when its user built it: a reader of the record need not hear it again."""
+    token = _is_rebuilding.set(True)
+    try:
+        yield
+    finally:
+        _is_rebuilding.reset(token)
+
+
 def warn_if_large(momentum: float, given: str, meant: str) -> None:
     """The two ends of [0, 1] are easily confused: the weight of the new value is usually small."""
-    if momentum > 0.5:
+    if momentum > 0.5 and not _is_rebuilding.get():
         warnings.warn(
             f"{given} gives the new value a weight of {momentum:g}, which is usually small; did you mean {meant}?",
             UserWarning,

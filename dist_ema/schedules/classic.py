@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dist_ema.checks import positive_integer, real_number
+from dist_ema.checks import positive_integer, real_number, shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import checked_momentum, fraction_between, warn_if_large
 
@@ -101,10 +101,16 @@ class ConstantSchedule:
             if not 0.0 < kept < 1.0:
                 raise ConfigError(f"decay is {kept!r}, expected a number strictly between 0 and 1")
             value = 1.0 - kept
-            warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
+            if value < 1.0:  # else it is refused below
+                warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
         else:
             value = checked_momentum("momentum", momentum)
             warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
+        if not 0.0 < value < 1.0:  # of a decay or half-life near its bounds; it could not be rebuilt from its record
+            raise ConfigError(
+                f"decay={decay!r}, half_life_steps={half_life_steps!r} is a momentum of {value:g} in float64, expected "
+                "one strictly between 0 and 1"
+            )
         object.__setattr__(self, "constant", value)
 
     def __repr__(self) -> str:
@@ -164,10 +170,13 @@ class _WarmUp:
     update_after_step: int = 0
 
     def __post_init__(self) -> None:
-        fraction_between("max_decay", self.max_decay, 0.0, 1.0)
-        fraction_between("min_decay", self.min_decay, 0.0, self.max_decay, closed=True)
-        if type(self.update_after_step) is not int or self.update_after_step < 0:
-            raise ConfigError(f"update_after_step is {self.update_after_step!r}, expected an integer of at least 0")
+        object.__setattr__(self, "max_decay", fraction_between("max_decay", self.max_decay, 0.0, 1.0))
+        least = fraction_between("min_decay", self.min_decay, 0.0, self.max_decay, closed=True)
+        object.__setattr__(self, "min_decay", least)
+        if type(self.update_after_step) is not int or not 0 <= self.update_after_step < 2**63:
+            raise ConfigError(
+                f"update_after_step is {shown(self.update_after_step)}, expected an integer of at least 0, below 2^63"
+            )
 
     def _decay(self, elapsed_steps: int) -> float:
         raise NotImplementedError
@@ -209,7 +218,7 @@ class InverseGammaSchedule(_WarmUp):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("inv_gamma", "power"):
-            fraction_between(name, getattr(self, name), 0.0, math.inf)
+            object.__setattr__(self, name, fraction_between(name, getattr(self, name), 0.0, math.inf))
 
     def _decay(self, elapsed_steps: int) -> float:
         return float(1.0 - (1.0 + elapsed_steps / self.inv_gamma) ** -self.power)

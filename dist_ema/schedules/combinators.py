@@ -10,7 +10,14 @@ from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, fraction_between
 
-__all__ = ["After", "Every", "ScaledBatch", "after", "every", "scaled_batch"]
+__all__ = ["DEEPEST", "After", "Every", "ScaledBatch", "after", "every", "scaled_batch"]
+
+
+# Schedules within each other. Whoever reads a record, or draws one, walks down as many levels.
+DEEPEST = 20
+
+# Of `every`: the momentum of one update is made of as many of the inner schedule.
+_MOST_STEPS = 10**6
 
 
 def after(step: int, schedule: Schedule) -> After:
@@ -26,7 +33,7 @@ def every(steps: int, schedule: Schedule) -> Every:
     """One update in `steps`, which forgets as much as all of them would have.
 
     Raises:
-        ConfigError: `steps` is not an integer of at least 1.
+        ConfigError: `steps` is not an integer from 1 to 1,000,000.
     """
     return Every(steps, schedule)
 
@@ -49,6 +56,11 @@ class _Combined:
             raise ConfigError(
                 f"schedule is {self.schedule!r}, expected a schedule such as ConstantSchedule(decay=0.999)"
             )
+        depth, inner = 1, self.schedule
+        while isinstance(inner, _Combined) and depth <= DEEPEST:
+            depth, inner = depth + 1, inner.schedule
+        if depth > DEEPEST:
+            raise ConfigError(f"there are more than {DEEPEST} schedules within each other, expected at most that many")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -86,6 +98,8 @@ class Every(_Combined):
 
     def __init__(self, num_steps: int, schedule: Schedule) -> None:
         object.__setattr__(self, "num_steps", positive_integer("num_steps", num_steps))
+        if self.num_steps > _MOST_STEPS:
+            raise ConfigError(f"num_steps is {self.num_steps}, expected at most {_MOST_STEPS:,}")
         object.__setattr__(self, "schedule", schedule)
         self.__post_init__()
 

@@ -18,6 +18,8 @@ _WIDEST_SIGMA_REL = 12.0**-0.5
 
 def sigma_rel_of_gamma(gamma: float) -> float:
     """Width of a power-function profile relative to the run, `sqrt((g + 1) / ((g + 2)^2 (g + 3)))` (EDM2, eq. 123)."""
+    if gamma > 1e50:  # the cube would overflow; the limit is the same to the last digit
+        return 1.0 / gamma
     return math.sqrt((gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)))
 
 
@@ -112,9 +114,10 @@ class HalfLifeSchedule:
     max_half_life_steps: float | None = None
 
     def __post_init__(self) -> None:
-        fraction_between("fraction", self.fraction, 0.0, math.inf)
-        if self.max_half_life_steps is not None:
-            fraction_between("max_half_life_steps", self.max_half_life_steps, 0.0, math.inf)
+        for name in ("fraction", "max_half_life_steps"):
+            value = getattr(self, name)
+            if value is not None or name == "fraction":
+                object.__setattr__(self, name, fraction_between(name, value, 0.0, math.inf))
 
     def momentum(self, step: int) -> float:
         """Weight of the live values in update number `step`."""

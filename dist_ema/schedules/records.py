@@ -6,8 +6,9 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from dist_ema.checks import shown
 from dist_ema.errors import ConfigError
-from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.base import Schedule, rebuilding
 from dist_ema.schedules.classic import (
     AnnealedSchedule,
     ConstantSchedule,
@@ -15,10 +16,10 @@ from dist_ema.schedules.classic import (
     InverseGammaSchedule,
     RampSchedule,
 )
-from dist_ema.schedules.combinators import After, Every, ScaledBatch, after, every, scaled_batch
+from dist_ema.schedules.combinators import DEEPEST, After, Every, ScaledBatch, after, every, scaled_batch
 from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule, sigma_rel_of_gamma
 
-__all__ = ["is_known", "schedule_from_json", "schedule_from_text", "schedule_text", "schedule_to_json"]
+__all__ = ["check_record", "is_known", "schedule_from_json", "schedule_from_text", "schedule_text", "schedule_to_json"]
 
 _SIMPLE: dict[str, Any] = {
     each.__name__: each
@@ -34,7 +35,6 @@ _SIMPLE: dict[str, Any] = {
     )
 }
 _COMBINED: dict[str, Any] = {"after": After, "every": Every, "scaled_batch": ScaledBatch}
-_DEEPEST = 20
 _CALLS: dict[str, Any] = {**_SIMPLE, "after": after, "every": every, "scaled_batch": scaled_batch}
 _LONGEST_TEXT = 1000  # characters
 _LARGEST_NUMBER = 2.0**53
@@ -61,7 +61,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 
 def schedule_text(saved: Mapping[str, Any]) -> str:
     """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
-    kind = saved.get("type")
+    kind = str(saved.get("type"))  # a record within another may say anything
     if kind == PowerSchedule.__name__ and isinstance(saved.get("gamma"), float) and saved["gamma"] >= 0.0:
         return f"{kind}(sigma_rel={sigma_rel_of_gamma(saved['gamma']):.6g})"  # as users choose it
     told = {name: _value_text(value) for name, value in saved.items() if name != "type"}
@@ -75,27 +75,55 @@ def _value_text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def schedule_from_json(saved: Mapping[str, Any], *, _depth: int = 0) -> Schedule:
-    """The schedule that `schedule_to_json` wrote.
+def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
+    """The schedule that `schedule_to_json` wrote. Of what its user was warned of, nobody is warned again.
 
     Raises:
         ConfigError: the type is not one of this package's schedules, or an argument is wrong.
     """
-    arguments = dict(saved)
-    kind = arguments.pop("type", None)
+    with rebuilding():
+        return _rebuilt(saved, 0, None)
+
+
+def check_record(saved: Mapping[str, Any]) -> None:
+    """See that a record of one of ours rebuilds it; a record of another type passes, only its author can judge it.
+
+    Raises:
+        ConfigError: it is not what `schedule_to_json` writes.
+    """
+    with rebuilding():
+        _rebuilt(saved, 0, EqualSchedule())
+
+
+def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
+    """The schedule of a record; `unknown` stands for one of a type that is none of ours."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("type"), str):
+        raise ConfigError(f"a schedule is {shown(saved)}, expected an object with the name of its type")
+    if depth > DEEPEST:
+        raise ConfigError(f"a schedule has more than {DEEPEST} schedules within each other")
+    kind, arguments = saved["type"], {name: _argument(value) for name, value in saved.items() if name != "type"}
+    if kind not in _COMBINED and kind not in _SIMPLE:
+        if unknown is not None:
+            return unknown
+        raise ConfigError(
+            f"schedule type {shown(kind)} cannot be rebuilt, expected one of {sorted((*_SIMPLE, *_COMBINED))}"
+        )
     try:
-        if kind in _COMBINED and _depth < _DEEPEST:
-            inner = schedule_from_json(arguments.pop("schedule"), _depth=_depth + 1)
-            rebuilt: Schedule = _COMBINED[kind](**arguments, schedule=inner)
-            return rebuilt
         if kind in _SIMPLE:
-            rebuilt = _SIMPLE[kind](**arguments)
+            rebuilt: Schedule = _SIMPLE[kind](**arguments)
             return rebuilt
-    except (TypeError, KeyError, ValueError) as error:
+        rebuilt = _COMBINED[kind](**{**arguments, "schedule": _rebuilt(arguments.get("schedule"), depth + 1, unknown)})
+        return rebuilt
+    except (TypeError, KeyError, ValueError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{kind} cannot be rebuilt from {arguments!r}: {error!r}") from error
-    raise ConfigError(f"schedule type {kind!r} cannot be rebuilt, expected one of {sorted((*_SIMPLE, *_COMBINED))}")
+        raise ConfigError(f"{kind} cannot be rebuilt from {shown(arguments)}: {shown(error)}") from error
+
+
+def _argument(value: object) -> object:
+    """A whole number that another JSON writer wrote as 1e9 is a whole number."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_NUMBER
+    return int(value) if is_whole else value  # type: ignore[call-overload]
 
 
 def schedule_from_text(text: str) -> Schedule:
@@ -120,8 +148,8 @@ def _schedule_of(node: ast.expr, text: str, depth: int) -> Schedule:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _CALLS:
         raise _refusal(node, text, f"a call of one of {', '.join(sorted(_CALLS))}")
     names = {each.arg for each in node.keywords}
-    if depth > _DEEPEST or None in names or len(names) < len(node.keywords):
-        raise _refusal(node, text, f"each argument once, no '**', at most {_DEEPEST} schedules within each other")
+    if depth > DEEPEST or None in names or len(names) < len(node.keywords):
+        raise _refusal(node, text, f"each argument once, no '**', at most {DEEPEST} schedules within each other")
     arguments = [_argument_of(each, text, depth) for each in node.args]
     named = {str(each.arg): _argument_of(each.value, text, depth) for each in node.keywords}
     try:

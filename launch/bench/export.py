@@ -121,6 +121,9 @@ def offline(rounds: int, elements: int) -> Samples:
             "consolidate_checkpoint, as it is": lambda: timed(
                 "same", lambda path: consolidate_checkpoint(folder / "ema", path)
             ),
+            "consolidate_checkpoint, as it is, link=True": lambda: timed(
+                "linked", lambda path: consolidate_checkpoint(folder / "ema", path, link=True)
+            ),
             "consolidate_checkpoint, as it is, in several files": lambda: timed(
                 "several", lambda path: consolidate_checkpoint(folder / "ema", path, max_shard_size="300MB")
             ),

@@ -1,0 +1,58 @@
+"""What a file is that is no safetensors file, told by its first bytes. Nothing is unpickled. No communication."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+__all__ = ["kind_of", "told_kind"]
+
+_CONVERT = (
+    "read it with torch's load(path, weights_only=True), save its tensors with safetensors.torch.save_file, and give "
+    "that file"
+)
+_TORCH = f"it is a file of torch.save, which is not read here (a pickle may run code): {_CONVERT}"
+
+# The first bytes -> what writes them, and what to do.
+_KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        re.compile(rb"PK\x03\x04.{26}[^\x00]*?\.npy", re.DOTALL),
+        "it is a file of numpy.savez: save its arrays with safetensors.numpy.save_file",
+    ),
+    (re.compile(rb"PK\x03\x04"), f"it is a zip archive, as torch.save writes it, which is not read here: {_CONVERT}"),
+    # A pickle of protocol 2 to 5. The length of a header of 640 bytes begins alike, but goes on with zeros.
+    (re.compile(rb"\x80[\x02-\x05](?!\x00\x00\x00\x00\x00\x00)"), _TORCH),
+    (re.compile(rb"version https://git-lfs"), "it is a pointer of Git LFS, not the file itself: run git lfs pull"),
+    (
+        re.compile(rb"GGUF"),
+        "it is a GGUF file, which holds other tensors under other names: give its source",
+    ),
+    (re.compile(rb"\x89HDF\r\n\x1a\n"), "it is an HDF5 file (Keras, h5py): save its arrays with safetensors"),
+    (re.compile(rb"\x93NUMPY"), "it is a file of numpy.save: save its arrays with safetensors.numpy.save_file"),
+    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ\x00"), "it is compressed: decompress it first"),
+    (
+        re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+        "it is a web page, not the file that was to be downloaded: download it again",
+    ),
+    (re.compile(rb"\s*[{\[]\s*[\"{\[\]}\d]"), "it is a JSON file: give the folder it lies in, or a safetensors file"),
+)
+_LONGEST = 512  # bytes
+
+
+def kind_of(start: bytes) -> str | None:
+    """What a file with these first bytes is, and what to do; None if nothing is known."""
+    return next((told for pattern, told in _KINDS if pattern.match(start)), None)
+
+
+def told_kind(path: Path) -> str:
+    """What to add to a refusal of the file: ": it is ...", or nothing if it cannot be read or told."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            told = kind_of(os.pread(descriptor, _LONGEST, 0))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return ""
+    return "" if told is None else f": {told}"
