@@ -20,10 +20,10 @@ LAYERS = [
     ["building", "storage", "distance"],
     ["offline", "synthesis", "comparison", "plots", "background", "checkpoint", "loading", "state"],
     ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots"],
-    ["swap"],
+    ["swap", "calls"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
-    ["prepared"],
-    ["blocks", "guard", "workers", "groups"],
+    ["prepared", "arrival"],
+    ["blocks", "guard", "workers", "groups", "notice"],
     ["averages", "streams"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
@@ -36,7 +36,7 @@ LAYERS = [
     ["schedules.base"],
     ["files"],
     ["headers"],
-    ["checks", "checksums"],
+    ["checks", "checksums", "differences"],
     ["errors", "_version"],
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
