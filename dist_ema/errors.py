@@ -6,7 +6,7 @@
     ├── AttachError                              model, optimizer and accelerator do not belong together
     ├── ModelChangedError                        the model is no longer the one that was planned
     ├── SwapError                                not allowed while the averaged weights are in the model
-    ├── CommunicationError                       other ranks died or made another call
+    ├── CommunicationError                       other ranks died, left the call, or made another one
     ├── RankMismatchError                        the ranks disagree about model, options or counter
     └── CheckpointError                          a folder could not be written or read
         ├── CheckpointNotFoundError              there is nothing to read at the path
@@ -60,7 +60,7 @@ class SwapError(DistEMAError):
 
 
 class CommunicationError(DistEMAError):
-    """The other ranks are gone, or did not make the same call in time."""
+    """The other ranks are gone, have left the call, or did not make it in time."""
 
 
 class RankMismatchError(DistEMAError):

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ class Trial:
     def in_memory(self) -> str:
         """What is wrong with the average in memory; collective, and itself a call after a failure."""
         state = self.ema.full_state_dict()
-        found = {float(value) for name, values in state.items() if "count" not in name for value in values.unique()}
+        parameters = (values for name, values in state.items() if name not in ("running", "count"))
+        found = {float(value) for values in parameters for value in values.unique()}
         return "" if found <= {self.value} else f"the average holds {sorted(found)[:4]}, expected {self.value}"
 
 
@@ -139,11 +140,6 @@ def in_background(trial: Trial, folder: Path) -> None:
         trial.ema.wait()
 
 
-def swapped(trial: Trial, folder: Path) -> None:
-    with trial.ema.average_parameters():
-        pass
-
-
 ACTIONS = {
     "save": Action(lambda trial, folder: trial.ema.save(folder), "ema"),
     "save to a new folder": Action(lambda trial, folder: trial.ema.save(folder), "new", anew=True),
@@ -160,15 +156,15 @@ ACTIONS = {
 class Sweep:
     """All points of all actions, on this rank. Collective: every rank must make it and call its methods."""
 
-    def __init__(self, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path, tick: Callable[[], None] = lambda: None, faults: Faults | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._folder = folder
         self._tick = tick
-        self._faults = Faults()
+        self.faults = faults or Faults()
         self._trials: dict[str, Trial] = {}
         self._number = 0
 
-    def run(self, layout: str, name: str, every: int = 1, first: int = 0) -> Row:
+    def run(self, layout: str, name: str, every: int = 1, first: int = 0, call: str = "") -> Row:
         """Each point of an action, or one in `every`, from number `first`; the same row on every rank."""
         if layout not in self._trials:
             self._trials[layout] = Trial(layout, self._folder)
@@ -178,16 +174,17 @@ class Sweep:
         if not action.anew and action.writes is not None and self.rank == 0:
             (target / ADDED).write_text(ADDED_TEXT)
         self._undisturbed(trial, action, self._target(trial, action))
-        counts = self._everywhere(dict(self._faults.counts))
+        counts = self._everywhere(dict(self.faults.counts))
         points = [
-            (rank, call, number)
+            (rank, name, number)
             for rank in range(self.size)
-            for call in sorted(counts[rank])
-            for number in range(1, 1 + counts[rank][call])
+            for name in sorted(counts[rank])
+            for number in range(1, 1 + counts[rank][name])
+            if call in ("", name)
         ]
-        for rank, call, number in points[first::every]:
+        for point in points[first::every]:
             self._tick()
-            self._point(trial, action, row, (rank, call, number))
+            self._point(trial, action, row, point)
         return row
 
     def _target(self, trial: Trial, action: Action) -> Path:
@@ -205,21 +202,17 @@ class Sweep:
     def _undisturbed(self, trial: Trial, action: Action, target: Path) -> str:
         """Do it, and nothing fails. Returns what is wrong then, the same on every rank."""
         trial.step()
-        with self._faults.counting():
+        with self.faults.counting():
             kind, text, _ = caught(lambda: action.run(trial, target))
         return self._judged(trial, action, target, [(kind, text)], returned=True)
 
     def _point(self, trial: Trial, action: Action, row: Row, point: tuple[int, str, int]) -> None:
         rank, call, number = point
-        if os.environ.get("FAULTS_TRACE"):
-            print("point", self.rank, point, trial.value, file=sys.stderr, flush=True)
         target, former = self._target(trial, action), trial.value
         trial.step()
-        with self._faults.counting((call, number) if rank == self.rank else None):
+        with self.faults.counting((call, number) if rank == self.rank else None):
             ended = caught(lambda: action.run(trial, target))
-        if os.environ.get("FAULTS_TRACE"):
-            print("ended", self.rank, ended, file=sys.stderr, flush=True)
-        results = self._everywhere((*ended, bool(self._faults.failed)))
+        results = self._everywhere((*ended, bool(self.faults.failed)))
         told = {(kind, text) for kind, text, _, _ in results}
         seconds = max(result[2] for result in results)
         row.points += 1
@@ -322,10 +315,21 @@ def value_of(target: Path) -> int:
     return int(found.pop())
 
 
-def sweep_here(folder: str, layout: str, actions: Sequence[str], every: int, first: int) -> list[Row]:
-    """Collective: every rank must call it. Rows of some actions; for ranks that somebody else has started."""
-    sweep = Sweep(Path(folder))
-    return [sweep.run(layout, action, every, first) for action in actions]
+_sweeps: list[Sweep] = []
+
+
+def sweep_here(folder: str, layout: str, every: Mapping[str, int], call: str = "") -> list[Row]:
+    """Collective: every rank must call it. Rows of some actions, for ranks that somebody else has started.
+
+    Args:
+        folder: an empty one, the same on every rank.
+        layout: of the model.
+        every: action -> one in how many points.
+        call: only those of this operation.
+    """
+    sweep = Sweep(Path(folder), faults=_sweeps[0].faults if _sweeps else None)
+    _sweeps[:] = [sweep]
+    return [sweep.run(layout, action, number, call=call) for action, number in every.items()]
 
 
 def live(rank: int, size: int, folder: str, options: argparse.Namespace, ticks: Any, rows: Any) -> None:
