@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from contextlib import nullcontext
 
 from dist_ema.checks import seconds_from_environment
 from dist_ema.errors import CommunicationError, agreed, error_class
 from dist_ema.groups import Farewell, World, this_world
-from dist_ema.notice import noticed
+from dist_ema.notice import Deed, watch
 
 __all__ = ["arrival_seconds", "present_world", "wait_for_all"]
 
+_log = logging.getLogger(__name__)
+
 _NOTICE_SECONDS = 30.0
+# A wait that goes on is told again when it has become this many times as long.
+_GROWTH = 10.0
+# A rank that has waited for so long lets the others know where it is.
+_COME_SECONDS = 1.0
 # Ranks that a message names.
 _MOST_NAMED = 8
 
@@ -64,20 +70,22 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
     """
     began = time.monotonic()
 
-    def come() -> None:
-        world.come(call)
-
-    def told(waited: float) -> str:
-        return (
-            f"{call}: rank 0 has waited {waited:.0f} s for {_missing(world)}, and waits on, {seconds:.0f} s at most. "
-            "Every rank must make the same call"
+    def tell(waited: float) -> None:
+        _log.warning(
+            "%s: rank 0 has waited %.0f s for %s, and waits on, %.0f s at most. Every rank must make the same call",
+            *(call, waited, _missing(world), seconds),
         )
 
-    with noticed(notice_seconds, told) if world.rank == 0 else nullcontext():
+    # Nobody asks who has come before somebody has waited for long.
+    deeds = [Deed(min(_COME_SECONDS, notice_seconds / 4, seconds / 4), lambda waited: world.come(call))]
+    if world.rank == 0:
+        deeds.append(Deed(notice_seconds, tell, growth=_GROWTH))
+    watch.begin(deeds)
+    try:
         while True:
             try:
-                world.link.make(began + seconds - time.monotonic(), come)
-                world.link.arrive(began + seconds - time.monotonic(), come)
+                world.link.make(began + seconds - time.monotonic())
+                world.link.arrive(began + seconds - time.monotonic())
                 return
             except RuntimeError as error:
                 waited = time.monotonic() - began
@@ -89,6 +97,8 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
                 # A rank may have left the call before this one at its very end, where the others had done with it.
                 if not said.lives or said.call >= world.num_calls:
                     raise agreed(error_class(said.kind)(said.message)) from error
+    finally:
+        watch.end()
 
 
 def _missed(world: World, call: str, waited: float) -> str:
@@ -109,5 +119,5 @@ def _missing(world: World) -> str:
         return "ranks that cannot be named: the store of the process group is gone"
     if not missing:
         return "ranks that came and are gone"
-    named = [f"rank {rank} (last seen in {last or 'no call'})" for rank, last in list(missing.items())[:_MOST_NAMED]]
+    named = [f"rank {rank}" for rank in missing[:_MOST_NAMED]]
     return ", ".join(named) + (f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else "")

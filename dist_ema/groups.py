@@ -65,27 +65,25 @@ class Link:
         self._size = size
         self._group: Any = None
         self._left: Farewell | None = None
+        # Of arrivals: the other rank, and a byte that is sent or taken.
+        others = range(1, size) if rank == 0 else (0, 0)
+        self._messages = [(other, torch.zeros(1, dtype=torch.uint8, device="cpu")) for other in others]
 
     @property
     def is_made(self) -> bool:
         """Whether the group can be used, as far as this rank knows."""
         return self._group is not None
 
-    def make(self, seconds: float, here: Callable[[], None] = lambda: None) -> None:
+    def make(self, seconds: float) -> None:
         """Collective: every rank must call it. Make the group, unless it is there.
 
         In a thread, because the wait for the other ranks can neither be ended by a signal nor told that one has left.
-
-        Args:
-            seconds: how long it may take.
-            here: called before it.
 
         Raises:
             RuntimeError: some rank did not come in time, or has left.
         """
         if self._group is not None:
             return
-        here()
         if self.farewell() is not None:
             raise RuntimeError("a rank has left the group that is to be made")
         made: list[Any] = []
@@ -154,42 +152,23 @@ class Link:
             raise
         return self._left or said
 
-    def arrive(self, seconds: float, here: Callable[[], None]) -> None:
-        """Collective: every rank must call it. Wait until all ranks are here.
-
-        Args:
-            seconds: how long.
-            here: called once the others can see that this rank has come.
+    def arrive(self, seconds: float) -> None:
+        """Collective: every rank must call it. Wait until all ranks are here, for so long at most.
 
         Raises:
             RuntimeError: some rank did not come in time, or is gone.
         """
         deadline = time.monotonic() + seconds
-        message = torch.zeros(1, dtype=torch.uint8, device="cpu")
-        others = range(1, self._size) if self._rank == 0 else (0,)
-        works: list[Any] = []
-
-        def wait() -> None:
-            while works:
-                left_seconds = max(deadline - time.monotonic(), 0.001)
-                works[0].wait(datetime.timedelta(seconds=left_seconds))
-                works.pop(0)
-
-        try:
-            if self._rank != 0:
-                works.append(self._live().send([message], 0, _COMING))
-                here()
-                wait()
-                works.append(self._live().recv([message], 0, _READY))
-                wait()
-                return
-            works += [self._live().recv([torch.empty_like(message)], other, _COMING) for other in others]
-            here()
-            wait()
-            works += [self._live().send([message], other, _READY) for other in others]
-            wait()
-        finally:
-            works.clear()
+        if self._rank == 0:
+            group = self._live()
+            works = [group.recv([message], other, _COMING) for other, message in self._messages]
+            del group
+            _wait(works, deadline)
+            works = [self._live().send([message], other, _READY) for other, message in self._messages]
+        else:
+            (_, message), (_, answer) = self._messages
+            works = [self._live().send([message], 0, _COMING), self._live().recv([answer], 0, _READY)]
+        _wait(works, deadline)
 
     def reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """Collective: every rank must call it. Combine a CPU tensor over the ranks, in place."""
@@ -251,6 +230,16 @@ class Link:
         return self._group
 
 
+def _wait(works: list[Any], deadline: float) -> None:
+    """Wait for all works, and forget them, whatever comes."""
+    try:
+        for work in works:
+            work.wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+    finally:
+        works.clear()
+        work = None
+
+
 class World:
     """What all ranks of one default process group share.
 
@@ -285,14 +274,14 @@ class World:
         """Tell the other ranks that this one has come to the call number `num_calls`. No answer is waited for."""
         self._store.set(f"at/{self.rank}", f"{self.num_calls} {call}")
 
-    def missing(self) -> dict[int, str]:
-        """The other ranks that have not come to the present call of this one, and the last call that each came to."""
-        found = {}
+    def missing(self) -> list[int]:
+        """The other ranks that have not told that they have come to the present call of this one."""
+        found = []
         for rank in range(self.size):
             key = f"at/{rank}"
-            number, _, call = (self._store.get(key).decode() if self._store.check([key]) else "0 ").partition(" ")
+            number = self._store.get(key).split()[0] if self._store.check([key]) else 0
             if rank != self.rank and int(number) < self.num_calls:
-                found[rank] = call
+                found.append(rank)
         return found
 
     def beside(self, newest: Callable[[int], int]) -> Link:
@@ -320,12 +309,13 @@ _num_worlds = 0
 def this_world() -> World | None:
     """The world of the default process group; None without one, or alone in it. No communication."""
     global _num_worlds
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    group = dist.group.WORLD if dist.is_available() else None
+    if _worlds and _worlds[0].group is group:
+        return _worlds[0]
     if group is None or dist.get_world_size() == 1:
         return None
-    if not _worlds or _worlds[0].group is not group:
-        _num_worlds += 1  # keys may outlive a process group
-        _worlds[:] = [World(group, _num_worlds)]
+    _num_worlds += 1  # keys may outlive a process group
+    _worlds[:] = [World(group, _num_worlds)]
     return _worlds[0]
 
 

@@ -1,79 +1,83 @@
-"""Words for who watches a log while a call waits: one thread tells, after a while, what is being waited for."""
+"""What is done only where a wait gets long: one thread sees to it, so that a short wait costs nothing."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-__all__ = ["noticed"]
+__all__ = ["Deed", "watch"]
 
-_log = logging.getLogger(__name__)
-
-# A wait that goes on is told again when it has become this many times as long.
-_GROWTH = 10.0
+_REST_SECONDS = 1.0
 
 
-@contextmanager
-def noticed(seconds: float, tell: Callable[[float], str]) -> Iterator[None]:
-    """Log a warning if the block takes longer than `seconds`. No communication of its own.
+@dataclasses.dataclass
+class Deed:
+    """Something to do in another thread once a wait has taken `seconds`.
 
-    Args:
-        seconds: until the first warning.
-        tell: seconds waited so far -> the text; called in another thread.
+    Attributes:
+        seconds: from the beginning of the wait.
+        do: given the seconds waited so far. An error of it is dropped: the wait itself will tell.
+        growth: done again each time the wait has become so many times as long; 0 for never.
     """
-    _watch.begin(seconds, tell)
-    try:
-        yield
-    finally:
-        _watch.end()
+
+    seconds: float
+    do: Callable[[float], None]
+    growth: float = 0.0
 
 
-class _Watch:
-    """One wait at a time, and a thread that sleeps until it is worth a word; begun waits need not wake it."""
+class Watch:
+    """Does each deed if the wait between `begin` and `end` takes so long; one wait at a time in a process.
+
+    A thread that sleeps until a deed is due. A wait that begins need not wake it, unless it is due sooner.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._tell: Callable[[float], str] | None = None
-        self._began = self._due = 0.0
-        self._wakes = 0.0  # when the thread will look; 0 if there is none
+        self._deeds: list[Deed] = []
+        self._began = 0.0
+        self._wakes = 0.0
         self._thread: threading.Thread | None = None
 
-    def begin(self, seconds: float, tell: Callable[[float], str]) -> None:
+    def begin(self, deeds: Sequence[Deed]) -> None:
+        """A wait begins."""
         with self._changed:
             self._began = time.monotonic()
-            self._due = self._began + seconds
-            self._tell = tell
+            self._deeds = list(deeds)
+            due = self._due()
             if self._thread is None or not self._thread.is_alive():  # a fork has none
                 self._thread = threading.Thread(target=self._run, name="dist_ema-notice", daemon=True)
-                self._wakes = self._due
+                self._wakes = due
                 self._thread.start()
-            elif self._due < self._wakes:
+            elif due < self._wakes:
                 self._changed.notify()
 
     def end(self) -> None:
+        """It has ended."""
         with self._changed:
-            self._tell = None
+            self._deeds = []
+
+    def _due(self) -> float:
+        return min((self._began + deed.seconds for deed in self._deeds), default=float("inf"))
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 now = time.monotonic()
-                due = self._tell is not None and now >= self._due
-                if not due:
-                    # Idle it looks as rarely as for the wait before.
-                    self._wakes = self._due if self._tell is not None else now + max(self._due - self._began, 1.0)
+                if now < self._due():
+                    # Between waits it wakes now and then, so that the next need not wake it.
+                    self._wakes = min(self._due(), now + _REST_SECONDS)
                     self._changed.wait(self._wakes - now)
                     continue
-                tell, waited = self._tell, now - self._began
-                self._due = self._began + _GROWTH * waited
-            try:
-                text = tell(waited) if tell is not None else ""
-            except Exception:  # the store is gone: the wait itself will say so
-                continue
-            _log.warning("%s", text)
+                waited = now - self._began
+                deed = min(self._deeds, key=lambda each: each.seconds)
+                self._deeds.remove(deed)
+                if deed.growth:
+                    self._deeds.append(dataclasses.replace(deed, seconds=waited * deed.growth))
+            with suppress(Exception):
+                deed.do(waited)
 
 
-_watch = _Watch()
+watch = Watch()
