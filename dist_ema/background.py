@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from dist_ema.averages import aligned
-from dist_ema.exchange import Exchange
 from dist_ema.layout import Box
 from dist_ema.writing import Pieces
 
@@ -27,16 +26,9 @@ class Background:
     """The save that is under way, if there is one, and the host memory for the next; both are kept between saves."""
 
     def __init__(self) -> None:
-        self._exchange: Exchange | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._host: torch.Tensor | None = None
-
-    def exchange(self) -> Exchange:
-        """Collective at the first call: every rank must call it. The traffic of the thread."""
-        if self._exchange is None:
-            self._exchange = Exchange(separate=True)
-        return self._exchange
 
     @torch.no_grad()
     def copied(self, tracks: Mapping[str, Pieces]) -> dict[str, Pieces]:

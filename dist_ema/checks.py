@@ -75,19 +75,22 @@ def real_number(name: str, value: object) -> float:
     return number
 
 
-def positive_number(name: str, value: object) -> float:
-    """`value`, which may be text, as a finite float of at least 1.
+def seconds_from_environment(name: str, default: float) -> float:
+    """The environment variable `name` as seconds, at least 0.1; `default` where it is not set.
 
     Raises:
-        ConfigError: it is not such a number.
+        ConfigError: it is no such number.
     """
+    text = os.environ.get(name)
+    if text is None:
+        return default
     try:
-        number = real_number(name, float(value) if isinstance(value, str) else value)
+        seconds = float(text)
     except ValueError:
-        number = 0.0
-    if number < 1.0:
-        raise ConfigError(f"{name} is {value!r}, expected a number of at least 1")
-    return number
+        seconds = math.nan
+    if not 0.1 <= seconds < math.inf:
+        raise ConfigError(f"{name} is {text!r}, expected a number of seconds, at least 0.1")
+    return seconds
 
 
 def shown(value: object) -> str:
@@ -158,3 +161,11 @@ def target_folder(path: object) -> Path:
             f"{_LONGEST_TARGET_NAME_BYTES}: the folder is staged under a longer name, and file systems take 255 bytes"
         )
     return target
+
+
+def working_folder(path: object) -> str | None:
+    """The working folder, from which a relative path is taken; None for a path that needs none."""
+    try:
+        return None if os.path.isabs(os.path.expanduser(os.fspath(path))) else os.getcwd()  # type: ignore[call-overload]
+    except (TypeError, ValueError, OSError):
+        return None

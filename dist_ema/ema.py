@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_ema.building import build_state
+from dist_ema.calls import collective, together
 from dist_ema.distance import Groups, checked_groups, distances, metrics_of
 from dist_ema.exchange import Exchange
 from dist_ema.gather import whole_tensors
@@ -119,7 +120,10 @@ class ShardedEMA(Stored):
                 UserWarning,
                 stacklevel=2,
             )
-        super().__init__(exchange, build_state(exchange, model, schedule, options, into))
+        with together(exchange, "ShardedEMA"):
+            exchange.arrive("ShardedEMA")
+            state = build_state(exchange, model, schedule, options, into)
+        super().__init__(exchange, state)
         if overlap:
             self.on_detach(join_before_steps(self._state))
             self.on_detach(self._state.stop_overlapping)
@@ -205,6 +209,7 @@ class ShardedEMA(Stored):
             finally:
                 state.swapped = None
 
+    @collective
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
 
@@ -224,6 +229,7 @@ class ShardedEMA(Stored):
 
         put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
 
+    @collective
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
 
@@ -244,6 +250,7 @@ class ShardedEMA(Stored):
         """
         return self._distances("distance", [track], groups)[0]
 
+    @collective
     def metrics(self, *, prefix: str = "ema", groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. For a tracker: `accelerator.log(ema.metrics(), step=step)`.
 
@@ -277,6 +284,7 @@ class ShardedEMA(Stored):
         self._exchange.compare({"call": call, "tracks": names, "groups": told})
         return [distances(self._exchange, self._state, name, members) for name in names]
 
+    @collective
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
 
@@ -295,6 +303,7 @@ class ShardedEMA(Stored):
         self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
         return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
 
+    @collective
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.
 
@@ -348,7 +357,8 @@ class ShardedEMA(Stored):
         """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none."""
         if not self._state.plan.has_replicas:
             return prepare()
-        self._exchange.arrive(call)
-        prepared = self._exchange.agree(call, prepare)
-        self._exchange.compare({"call": call, "track": self._state.track(track)})
-        return prepared
+        with together(self._exchange, call):
+            self._exchange.arrive(call)
+            prepared = self._exchange.agree(call, prepare)
+            self._exchange.compare({"call": call, "track": self._state.track(track)})
+            return prepared

@@ -6,7 +6,7 @@
     ├── AttachError                              model, optimizer and accelerator do not belong together
     ├── ModelChangedError                        the model is no longer the one that was planned
     ├── SwapError                                not allowed while the averaged weights are in the model
-    ├── CommunicationError                       other ranks died or made another call
+    ├── CommunicationError                       other ranks died, left the call, or made another one
     ├── RankMismatchError                        the ranks disagree about model, options or counter
     └── CheckpointError                          a folder could not be written or read
         ├── CheckpointNotFoundError              there is nothing to read at the path
@@ -60,7 +60,7 @@ class SwapError(DistEMAError):
 
 
 class CommunicationError(DistEMAError):
-    """The other ranks are gone, or did not make the same call in time."""
+    """The other ranks are gone, have left the call, or did not make it in time."""
 
 
 class RankMismatchError(DistEMAError):
@@ -90,3 +90,26 @@ def error_class(name: str) -> type[DistEMAError]:
     """
     found = globals().get(name) if name in __all__ else None
     return found if isinstance(found, type) and issubclass(found, DistEMAError) else DistEMAError
+
+
+def agreed(error: DistEMAError) -> DistEMAError:
+    """The error, marked as one that all ranks raise. No communication."""
+    error._agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all ranks raise it. No communication."""
+    return getattr(error, "_agreed", False)
+
+
+def described(failure: Exception) -> tuple[str, str]:
+    """Name of the class and text of what all ranks raise for a failure of one. No communication."""
+    if isinstance(failure, DistEMAError):
+        return type(failure).__name__, str(failure)
+    if isinstance(failure, OSError):
+        return (
+            CheckpointError.__name__,
+            f"{type(failure).__name__}: {failure}. Check the path, its permissions and the space",
+        )
+    return DistEMAError.__name__, f"{type(failure).__name__}: {failure}"

@@ -5,15 +5,15 @@ A rank that fails before a collective leaves the others waiting for the process 
 by default). So work that can fail is done locally first, inside `Exchange.agree`: the ranks then compare one
 integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
 It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
+
+What ends a call in any other way (an interrupt, a defect) makes its rank leave the group of the calls, which tells
+the others at once: see [Note: leaving] in groups.py, and calls.py.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,72 +22,168 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_ema import groups
-from dist_ema.errors import CheckpointError, CommunicationError, DistEMAError, RankMismatchError, error_class
+from dist_ema.arrival import arrival_seconds, present_world, wait_for_all
+from dist_ema.differences import level_of_caller, told_difference
+from dist_ema.errors import (
+    CheckpointError,
+    CommunicationError,
+    DistEMAError,
+    RankMismatchError,
+    agreed,
+    described,
+    error_class,
+    is_agreed,
+)
+from dist_ema.groups import Farewell, Link, this_world
 
 __all__ = ["Exchange", "broadcast_from"]
 
 T = TypeVar("T")
 
+# The making of a group for a thread, at a place where all ranks are already.
+_BESIDE_SECONDS = 30.0
+# Modules whose exceptions are reasons of a failure; a class of the program's own (of a signal handler, say) goes on.
+_COMMON_ERRORS = ("builtins", "torch", "numpy", "json", "struct", "zlib", "pickle", "_pickle")
+
 
 class Exchange:
-    """Control traffic among all ranks of the default process group; trivial when there is none.
-
-    Construction is collective: every rank must make it.
+    """Control traffic among all ranks of the default process group; trivial when there is none. No communication.
 
     Args:
-        separate: use the group of background work, so that a thread may communicate beside the calls of the main
-            one. All ranks must be here already (`arrive`).
+        link: of a thread that communicates beside the calls of the main one; None for the link of the calls.
 
-    Raises:
-        CommunicationError: the group of its own could not be made; other ranks are gone.
+    Attributes:
+        world_size: how many ranks there are.
+        rank: of this process.
+        is_beside: whether it is that of a thread.
     """
 
-    def __init__(self, *, separate: bool = False) -> None:
+    def __init__(self, link: Link | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
-        made = groups.control_groups() if distributed else None
-        self._arrival = None if made is None else made.arrival
-        self._group = None if made is None else made.control
-        if separate and made is not None:
-            with self._together("preparing to save in the background"):
-                self._group = made.background()
+        self.is_beside = link is not None
+        self._link = link
+        self._world = this_world()
 
-    def arrive(self, call: str) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which comes to its calls by itself."""
+        return self.__dict__ | {"_link": None, "_world": None}
+
+    def arrive(self, call: str, *, hurried: bool = True) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same place.
 
-        A call that only some ranks make ends here, after `ARRIVAL_SECONDS`, instead of in the long timeout of a stage.
+        Rank 0 logs for whom it waits, after `DIST_EMA_NOTICE_SECONDS`.
+
+        Args:
+            call: what it is the beginning of.
+            hurried: end it after `DIST_EMA_ARRIVAL_SECONDS`, if that is set; otherwise, as without it, after the
+                default group's timeout.
 
         Raises:
-            CommunicationError: some rank did not come in time; these ranks cannot communicate through us any more.
+            CommunicationError: some rank did not come in time, or has left the call; the same on all ranks, also on
+                those that come later. The next call works.
+            ConfigError: one of the variables has a value that is none.
         """
-        if self._arrival is None:
-            return
-        begin = time.monotonic()
+        limits: tuple[float, float] | DistEMAError
         try:
-            timeout = datetime.timedelta(seconds=groups.ARRIVAL_SECONDS)
-            dist.monitored_barrier(group=self._arrival, timeout=timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            waited_seconds = time.monotonic() - begin
-            raise CommunicationError(
-                f"{call}: rank {self.rank} waited {waited_seconds:.0f} s, and not all {self.world_size} ranks "
-                "came; perhaps one died, or did something else. Every rank must make the same call, at the same place "
-                "of the program: do not put it under `if is_main_process`. If ranks may be further apart in time, set "
-                "DIST_EMA_ARRIVAL_SECONDS in the environment of all of them"
-            ) from error
+            limits = arrival_seconds()
+        except DistEMAError as error:
+            limits = error
+        if self.world_size == 1:
+            if isinstance(limits, DistEMAError):
+                raise limits
+            return
+        world = self._world = present_world(call, self.rank, self.world_size)
+        world.num_calls += 1
+        self._link = world.link
+        if isinstance(limits, DistEMAError):
+            raise self._left(call, limits)
+        notice_seconds, seconds = limits
+        wait_for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
+        self._link = world.link
+
+    def _leave(self, link: Link, kind: str, message: str, *, lives: bool) -> DistEMAError:
+        """Leave a link. Returns what all ranks raise."""
+        num_calls = 0 if self._world is None else self._world.num_calls
+        said = link.leave(Farewell(num_calls, kind, message, lives))
+        if self._world is not None and link is self._world.link:
+            self._world.renew()
+        return agreed(error_class(said.kind)(said.message))
+
+    def _left(self, call: str, error: BaseException) -> DistEMAError:
+        """Leave the call because of an error that only this rank may have. Returns what all ranks raise."""
+        if isinstance(error, DistEMAError):
+            kind, message = described(error)
+        else:
+            kind = (CheckpointError if isinstance(error, OSError) else CommunicationError).__name__
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            message = (
+                f"rank {self.rank} left {call} before its end ({reason}). The call has ended on all ranks, and may be "
+                "made again on all of them"
+            )
+        if self._link is None:
+            return error_class(kind)(message)
+        return self._leave(self._link, kind, message, lives=True)
+
+    def abandon(self, call: str, error: BaseException) -> None:
+        """Tell the other ranks that this one ends a call by an error that they may not have; they end it too.
+
+        Raises:
+            DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+        """
+        if self.world_size == 1 or is_agreed(error):
+            return
+        told = self._left(call, error)
+        if isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _COMMON_ERRORS:
+            raise told from error
+        if isinstance(error, DistEMAError):
+            raise told from error
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls this process has come to."""
+        return 0 if self._world is None else self._world.num_calls
+
+    def beside(self) -> Exchange:
+        """Collective: every rank must call it, within a call. An exchange for a thread beside the calls.
+
+        Raises:
+            CommunicationError: its group could not be made; other ranks are gone.
+        """
+        if self.world_size == 1 or self._world is None:
+            return self
+        action = "preparing to save in the background"
+        link = self._world.beside(lambda number: self._combine(action, [number], dist.ReduceOp.MAX)[0])
+
+        def make() -> None:
+            try:
+                link.make(min(arrival_seconds()[1] or _BESIDE_SECONDS, _BESIDE_SECONDS))
+            except RuntimeError as error:
+                raise CommunicationError(f"rank {self.rank} lost the other ranks: {_first_line(error)}") from error
+
+        self.agree(action, make)
+        return Exchange(link)
 
     @contextmanager
-    def _together(self, action: str) -> Iterator[None]:
-        """Tell what a broken connection or a timeout of the control group means here."""
+    def _together(self, action: str) -> Iterator[Link]:
+        """The link, where there are several ranks. Tells what a broken connection or a timeout means here."""
+        if not self.is_beside and (self._link is None or not self._link.is_made):
+            self.arrive(action)
+        link = self._link
+        if link is None:
+            raise CommunicationError(f"{action}: this copy of an average has no thread to communicate in")
         try:
-            yield
-        except (RuntimeError, ValueError) as error:  # ValueError: the process group was destroyed
-            raise CommunicationError(
+            if self._world is not None and self._world.group is not dist.group.WORLD:
+                raise RuntimeError("the process group was destroyed")
+            yield link
+        except (RuntimeError, ValueError) as error:
+            message = (
                 f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
                 f"call; perhaps one died, or did something else, or the process group was destroyed before wait() "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+                f"({_first_line(error)})"
+            )
+            raise self._leave(link, CommunicationError.__name__, message, lives=False) from error
 
     def agree(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
@@ -125,13 +221,13 @@ class Exchange:
             try:
                 told = (work(), None)
             except Exception as error:
-                kind, message = _describe(error)
+                kind, message = described(error)
                 known = isinstance(error, DistEMAError)
                 told = (None, (kind, message if known else f"{action}: rank 0 failed: {message}"))
                 cause = None if known else error
         result, failure = self.broadcast_object(told)
         if failure is not None:
-            raise error_class(failure[0])(failure[1]) from cause
+            raise agreed(error_class(failure[0])(failure[1])) from cause
         return result  # type: ignore[no-any-return]
 
     def warn(self, message: str) -> None:
@@ -139,7 +235,7 @@ class Exchange:
 
         def tell() -> None:
             if self.rank == 0:
-                warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
+                warnings.warn(message, UserWarning, stacklevel=level_of_caller())
 
         self.agree("warning", tell)
 
@@ -149,15 +245,12 @@ class Exchange:
         Raises:
             DistEMAError: as `agree` does.
         """
-        if self._group is None:
-            reports = [] if failure is None else [(0, *_describe(failure))]
+        if self.world_size == 1:
+            reports = [] if failure is None else [(0, *described(failure))]
         else:
-            flag = torch.tensor([0 if failure is None else 1], device="cpu")
-            with self._together(action):
-                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-            if not flag.item():
+            if not self._combine(action, [0 if failure is None else 1], dist.ReduceOp.MAX)[0]:
                 return
-            gathered = self.gather_objects(None if failure is None else _describe(failure))
+            gathered = self.gather_objects(None if failure is None else described(failure))
             reports = [(rank, *report) for rank, report in enumerate(gathered) if report is not None]
         if not reports:
             return
@@ -166,30 +259,30 @@ class Exchange:
             told = "; ".join(f"rank {rank}: {reason}" for rank, _, reason in reports)
             message = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
         # The cause is worth a second traceback only if the message does not tell it all.
-        raise error_class(kind)(message) from (None if isinstance(failure, DistEMAError) else failure)
+        raise agreed(error_class(kind)(message)) from (None if isinstance(failure, DistEMAError) else failure)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collective: every rank must call it. The values of all ranks, in rank order, on every rank."""
-        if self._group is None:
+        if self.world_size == 1:
             return [value]
-        gathered: list[Any] = [None] * self.world_size
-        with self._together("exchanging a message"):
-            dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        with self._together("exchanging a message") as link:
+            return link.gather(value)
 
     def broadcast_object(self, value: Any) -> Any:
         """Collective: every rank must call it. The value of rank 0, on every rank."""
-        if self._group is None:
+        if self.world_size == 1:
             return value
-        box = [value]
-        with self._together("exchanging a message"):
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        with self._together("exchanging a message") as link:
+            return link.broadcast(value)
 
-    def compare(self, told: Mapping[str, Any]) -> None:
+    def compare(self, told: Mapping[str, Any], working_folder: str | None = None) -> None:
         """Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
 
         Costs one gather of a digest; the texts themselves travel only where the digests differ.
+
+        Args:
+            told: what must be alike.
+            working_folder: from which a path in `told` was taken; named where paths differ.
 
         Raises:
             RankMismatchError: names the first difference; the same on all ranks.
@@ -198,68 +291,61 @@ class Exchange:
         digests = self.gather_objects(hashlib.sha256(text.encode()).hexdigest())
         if len(set(digests)) == 1:
             return
-        texts = self.gather_objects(text)
-        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        difference = _first_difference(json.loads(texts[0]), json.loads(texts[other]))
-        raise RankMismatchError(
-            f"rank 0 and rank {other} differ in {difference}. Build the same model, give the same schedule and "
-            "options, and call the same methods on every rank"
-        )
+        texts = self.gather_objects((text, working_folder))
+        raise agreed(RankMismatchError(told_difference(digests, texts)))
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The sums over the ranks, on every rank."""
-        return [int(value) for value in self._sum(torch.tensor(values, dtype=torch.int64, device="cpu"))]
+        return self._combine("adding up over the ranks", values, dist.ReduceOp.SUM)
 
     def sum_floats(self, values: Sequence[float]) -> list[float]:
         """Collective: every rank must call it. The sums over the ranks in float64, the same on every rank."""
-        return [float(value) for value in self._sum(torch.tensor(values, dtype=torch.float64, device="cpu"))]
-
-    def _sum(self, values: torch.Tensor) -> list[Any]:
-        if self._group is not None:
-            with self._together("adding up over the ranks"):
-                dist.all_reduce(values, group=self._group)
-        summed: list[Any] = values.tolist()
-        return summed
+        return self._combine("adding up over the ranks", values, dist.ReduceOp.SUM, torch.float64)
 
     def xor_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The exclusive-or over the ranks, on every rank."""
-        combined = torch.tensor(values, dtype=torch.int64, device="cpu")
-        if self._group is not None and values:
-            with self._together("combining the checksums"):
-                dist.all_reduce(combined, op=dist.ReduceOp.BXOR, group=self._group)
-        return [int(value) for value in combined.tolist()]
+        return self._combine("combining the checksums", values, dist.ReduceOp.BXOR)
+
+    def _combine(
+        self,
+        action: str,
+        values: Sequence[Any],
+        operation: dist.ReduceOp.RedOpType,
+        dtype: torch.dtype = torch.int64,
+    ) -> list[Any]:
+        combined = torch.tensor(values, dtype=dtype, device="cpu")
+        if self.world_size > 1 and len(values):
+            with self._together(action) as link:
+                link.reduce(combined, operation)
+        told: list[Any] = combined.tolist()
+        return told
 
     def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
         """Collective: every rank must call it. Row r goes to rank r; row r of the answer came from rank r."""
-        if self._group is None:
+        if self.world_size == 1:
             return rows
-        received = torch.empty_like(rows)
-        with self._together("planning an exchange"):
-            dist.all_to_all_single(received, rows, group=self._group)
+        with self._together("planning an exchange") as link:
+            received = torch.empty_like(rows)
+            link.transpose(received, rows)
         return received
 
     def send_bytes(self, values: torch.Tensor, target: int) -> None:
         """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
-        with self._together("sending tensors"):
-            dist.send(values, dst=target, group=self._group)
+        with self._together("sending tensors") as link:
+            link.send(values, target)
 
     def receive_bytes(self, values: torch.Tensor, source: int) -> None:
         """Point to point: `source` must call `send_bytes`. Fills a CPU uint8 tensor of the sent size."""
-        with self._together("receiving tensors"):
-            dist.recv(values, src=source, group=self._group)
+        with self._together("receiving tensors") as link:
+            link.receive(values, source)
 
     def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
         """Point to point, both ways at once: `target` must receive what is `sent`, `source` send what is `received`.
 
         CPU uint8 tensors; None where there is nothing to send or to receive.
         """
-        with self._together("exchanging tensors"):
-            work = [] if sent is None else [dist.isend(sent, dst=target, group=self._group)]
-            if received is not None:
-                dist.recv(received, src=source, group=self._group)
-            for each in work:
-                if each is not None:
-                    each.wait()
+        with self._together("exchanging tensors") as link:
+            link.pass_on(sent, target, received, source)
 
 
 def broadcast_from(
@@ -285,14 +371,6 @@ def broadcast_from(
             _broadcast(values, int(grid[carrier]), group)
 
 
-def _level_of_caller() -> int:
-    """The stack level, seen from the caller of this function, of the code that called this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("dist_ema."):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _place_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:
     return tuple((grid == rank).nonzero()[0].tolist())
 
@@ -307,24 +385,5 @@ def _broadcast(values: torch.Tensor, sender: int, group: dist.ProcessGroup | Non
         dist.broadcast(values, src=sender, group=group)
 
 
-def _describe(failure: Exception) -> tuple[str, str]:
-    if isinstance(failure, DistEMAError):
-        return type(failure).__name__, str(failure)
-    if isinstance(failure, OSError):
-        return (
-            CheckpointError.__name__,
-            f"{type(failure).__name__}: {failure}. Check the path, its permissions and the space",
-        )
-    return DistEMAError.__name__, f"{type(failure).__name__}: {failure}"
-
-
-def _first_difference(ours: Any, theirs: Any, place: str = "") -> str:
-    """Where two JSON values first differ, and how."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            if key not in ours or key not in theirs:
-                return f"{place}{key} (only on one of them)"
-            if ours[key] != theirs[key]:
-                return _first_difference(ours[key], theirs[key], f"{place}{key}: ")
-        return f"{place}the order of {len(ours)} entries"
-    return f"{place}{ours!r} against {theirs!r}"
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -32,21 +32,31 @@ def whole_tensors(
         "full_state_dict", lambda: [(box, host_bytes(values, dtypes[box.fqn])) for box, values in pieces]
     )
     boxes_by_rank: list[list[Box]] = exchange.gather_objects([box for box, _ in contents])
+
+    def allocate() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        if exchange.rank != 0:
+            return {}, torch.empty(0)
+        whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn], device="cpu") for spec in plan.specs}
+        for box, values in pieces:
+            whole[box.fqn][box.region] = values.detach().cpu()
+        boxes = [box for boxes in boxes_by_rank[1:] for box in boxes]
+        longest = max((box.numel * dtypes[box.fqn].itemsize for box in boxes), default=0)
+        return whole, torch.empty(longest, dtype=torch.uint8, device="cpu")
+
+    # Before the first message, since each that is sent must be taken.
+    whole, received = exchange.agree("full_state_dict", allocate)
     if exchange.rank != 0:
         for _, content in contents:
             if content.numel():
                 exchange.send_bytes(content, 0)
         return {}
-    whole = {spec.fqn: torch.empty(spec.shape, dtype=dtypes[spec.fqn], device="cpu") for spec in plan.specs}
-    for box, values in pieces:
-        whole[box.fqn][box.region] = values.detach().cpu()
     for rank, boxes in enumerate(boxes_by_rank):
         for box in boxes if rank != 0 else ():
             if box.numel:
                 dtype = dtypes[box.fqn]
-                received = torch.empty(box.numel * dtype.itemsize, dtype=torch.uint8, device="cpu")
-                exchange.receive_bytes(received, rank)
-                whole[box.fqn][box.region] = received.view(dtype).view(box.sizes)
+                part = received[: box.numel * dtype.itemsize]
+                exchange.receive_bytes(part, rank)
+                whole[box.fqn][box.region] = part.view(dtype).view(box.sizes)
     for alias, fqn in plan.aliases.items():
         whole[alias] = whole[fqn]
     return whole

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def _read(
                     checksums.add_rows(name, start - stored.start, strip.stride_bytes, rows)
                     if not direct:
                         part.copy_(host)
-    except Exception as error:
-        return error
-    finally:
         source.close()
+    except Exception as error:
+        with suppress(Exception):  # the first failure is told
+            source.close()
+        return error
     return None
 
 
@@ -137,9 +139,8 @@ class _Disk:
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
 
 # A request: file, start, stride_bytes, rows, bytes of a row; no rows end the service. The answer is the bytes.
@@ -151,36 +152,46 @@ class _RankZero:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
+        # Now, since an answer that was asked for must be taken.
+        self._request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
+        self._answer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
         """Have rank 0 read the rows."""
-        request = torch.tensor([file, start, stride_bytes, *rows.shape], device="cpu")
-        self._exchange.send_bytes(request.view(torch.uint8), 0)
-        answer = torch.empty(rows.size, dtype=torch.uint8, device="cpu")
-        self._exchange.receive_bytes(answer, 0)
-        rows[...] = answer.numpy().reshape(rows.shape)
+        answer = self._answer[: rows.size]
+        self._request[:] = (file, start, stride_bytes, *rows.shape)
+        self._ask()
+        self._exchange.receive_bytes(torch.from_numpy(answer), 0)
+        rows[...] = answer.reshape(rows.shape)
 
     def close(self) -> None:
         """Nothing is open here."""
 
     def finish(self) -> None:
         """Tell rank 0 that we have all."""
-        self._exchange.send_bytes(torch.zeros(_REQUEST_NUMEL, dtype=torch.int64, device="cpu").view(torch.uint8), 0)
+        self._request[:] = 0
+        self._ask()
+
+    def _ask(self) -> None:
+        self._exchange.send_bytes(torch.from_numpy(self._request).view(torch.uint8), 0)
 
 
 def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
     """Read for a rank that cannot; it gets answers of the right size even after a failure here."""
     failure: Exception | None = None
-    request = torch.empty(_REQUEST_NUMEL, dtype=torch.int64, device="cpu")
+    request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
+    answer = np.zeros(_CHUNK_BYTES, dtype=np.uint8)
     while True:
-        exchange.receive_bytes(request.view(torch.uint8), rank)
+        exchange.receive_bytes(torch.from_numpy(request).view(torch.uint8), rank)
         file, start, stride_bytes, count, run_bytes = request.tolist()
-        if count == 0:
-            disk.close()
-            return failure
-        rows = np.zeros((count, run_bytes), dtype=np.uint8)
+        rows = answer[: count * run_bytes]
         try:
-            disk.fill(file, start, stride_bytes, rows)
+            if count == 0:
+                disk.close()
+                return failure
+            disk.fill(file, start, stride_bytes, rows.reshape(count, run_bytes))
         except Exception as error:
-            failure = error
-        exchange.send_bytes(torch.from_numpy(rows).view(-1), rank)
+            failure = failure or error
+            if count == 0:
+                return failure
+        exchange.send_bytes(torch.from_numpy(rows), rank)

@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 
 from dist_ema.background import Background
+from dist_ema.calls import collective, together
 from dist_ema.checkpoint import model_files, write_average, write_export
-from dist_ema.checks import absolute, positive_integer, target_folder
+from dist_ema.checks import absolute, positive_integer, target_folder, working_folder
 from dist_ema.exchange import Exchange
 from dist_ema.files import ModelFiles
 from dist_ema.loading import Escapes, load_average, load_model
@@ -55,6 +56,7 @@ class Stored:
         join_all()
         self._background.wait()
 
+    @collective
     def save(self, path: PathLike, *, max_shard_size: int | str = "5GB", background: bool = False) -> None:
         """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
@@ -75,8 +77,9 @@ class Stored:
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
-        self._save("save", lambda state: target_folder(path), None, max_shard_size, bool(background))
+        self._save("save", path, lambda state: target_folder(path), None, max_shard_size, bool(background))
 
+    @collective
     def snapshot(
         self,
         path: PathLike,
@@ -108,7 +111,7 @@ class Stored:
         def place(state: AveragedState) -> Path:
             return absolute(path) / _SNAPSHOT.format(state.num_updates)
 
-        self._save("snapshot", place, dtype, max_shard_size, bool(background))
+        self._save("snapshot", path, place, dtype, max_shard_size, bool(background))
         if self._has_warned_of_later:
             return
         now = self._state.num_updates
@@ -123,6 +126,7 @@ class Stored:
     def _save(
         self,
         call: str,
+        path: PathLike,
         place: Callable[[AveragedState], Path],
         dtype: torch.dtype | None,
         max_shard_size: int | str,
@@ -140,15 +144,22 @@ class Stored:
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
         same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size), "background": background})
+        same = {**same, "max_shard_size": str(max_shard_size), "background": background}
+        self._exchange.compare(same, working_folder(path))
         warn_of_differing_replicas(self._exchange, self._state.plan)
         if not background:
             write_average(self._exchange, target, files, tracks, manifest)
             return
-        exchange = self._background.exchange()
+        exchange = self._exchange.beside()
         copies = self._exchange.agree(call, lambda: self._background.copied(tracks))
-        self._background.start(lambda: write_average(exchange, target, files, copies, manifest))
 
+        def write() -> None:
+            with together(exchange, call):
+                write_average(exchange, target, files, copies, manifest)
+
+        self._background.start(write)
+
+    @collective
     def load(
         self,
         path: PathLike,
@@ -187,6 +198,7 @@ class Stored:
         state.restore(filled, found, saved.num_updates)
         state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
 
+    @collective
     def start_from(
         self,
         path: PathLike,
@@ -221,6 +233,7 @@ class Stored:
         found = load_model(self._exchange, source, state.plan, state.shards, escapes, averaged)
         state.restore(dict.fromkeys(filled, first), found, start)
 
+    @collective
     def consolidate(
         self,
         path: PathLike,
@@ -251,9 +264,10 @@ class Stored:
 
         target, pieces, files = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)})
+        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)}, working_folder(path))
         write_export(self._exchange, target, files, pieces)
 
+    @collective
     def load_sharded_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
     ) -> None:
@@ -280,6 +294,7 @@ class Stored:
         self._exchange.compare({"call": "load_sharded_state_dict", "track": name, "num_updates": count})
         state.take_over(name, values, count)
 
+    @collective
     def num_refused(self) -> int:
         """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
         self._exchange.arrive("num_refused")
@@ -307,7 +322,8 @@ class Stored:
 
         target, escapes = self._together(call, prepare)
         told = {name: str(value) for name, value in same.items()}
-        self._exchange.compare({"call": call, "path": str(target), **dataclasses.asdict(escapes), **told})
+        told_same = {"call": call, "path": str(target), **dataclasses.asdict(escapes), **told}
+        self._exchange.compare(told_same, working_folder(path))
         return target, escapes
 
 

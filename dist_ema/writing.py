@@ -93,21 +93,29 @@ def write_tensors(
     Raises:
         CommunicationError: other ranks are gone.
     """
+    failure: Exception | None = None
+    by_file: dict[str, list[_Part]] = {}
+    try:
+        by_file = _parts_by_file(files, pieces, with_headers=exchange.rank == 0)
+    except Exception as error:
+        failure = error
+    for file in files.files:
+        # Also after a failure here: the other ranks count on our messages.
+        writing = _FileWriting(exchange, folder / file.name, file, writers, checksums, failure)
+        failure = writing.run(by_file.get(file.name, []))
+    return failure
+
+
+def _parts_by_file(files: ModelFiles, pieces: Pieces, *, with_headers: bool) -> dict[str, list[_Part]]:
     by_file: dict[str, list[_Part]] = {file.name: [] for file in files.files}
+    for file in files.files if with_headers else ():
+        header = torch.frombuffer(bytearray(file.header), dtype=torch.uint8)
+        by_file[file.name].append(_Part(Strip(0, header.numel(), header.numel(), 1), header.view(1, -1), torch.uint8))
     places = files.locate()
     for box, values in pieces:
         file, entry = places[box.fqn]
         by_file[file.name] += _parts_of_box(entry, box, values)
-    failure: Exception | None = None
-    for file in files.files:
-        writing = _FileWriting(exchange, folder / file.name, file, writers, checksums)
-        parts = by_file[file.name]
-        if exchange.rank == 0:
-            header = torch.frombuffer(bytearray(file.header), dtype=torch.uint8)
-            strip = Strip(0, header.numel(), header.numel(), 1)
-            parts = [_Part(strip, header.view(1, -1), torch.uint8), *parts]
-        failure = writing.run(parts) or failure
-    return failure
+    return by_file
 
 
 def _parts_of_box(entry: Entry, box: Box, values: torch.Tensor) -> Iterator[_Part]:
@@ -131,6 +139,7 @@ class _FileWriting:
         file: FileLayout,
         writers: Sequence[int],
         checksums: PartialChecksums | None,
+        failure: Exception | None,
     ) -> None:
         self._exchange = exchange
         self._path = path
@@ -141,22 +150,32 @@ class _FileWriting:
         self._checksums = checksums
         self._entries = sorted(file.entries.values(), key=lambda entry: entry.start)
         self._starts = [entry.start for entry in self._entries]
-        self._failure: Exception | None = None
+        self._failure = failure
         self._descriptor = -1
 
     def run(self, parts: list[_Part]) -> Exception | None:
-        """Collective. Write the parts; returns what failed here."""
-        direct, exchanged = self._divide(parts)
+        """Collective. Write the parts; returns the first that failed here."""
+        divided: list[list[_Part]] = []
         try:
+            self._guarded(lambda: divided.extend(self._divide(parts)))
+            direct, exchanged = divided or ([], [])
             self._guarded(self._write_direct, direct)
             if not self._alone:
                 self._write_exchanged(exchanged)
             if self._descriptor >= 0:
                 self._guarded(os.fsync, self._descriptor)
         finally:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
+            self._close()
         return self._failure
+
+    def _close(self) -> None:
+        """Close the file; network file systems may tell only now that a write has failed."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                os.close(descriptor)
+            except Exception as error:
+                self._failure = self._failure or error
 
     def _guarded(self, work: Any, *arguments: Any) -> None:
         """Run local work; keep its failure for later, since the other ranks count on our messages."""
@@ -214,29 +233,49 @@ class _FileWriting:
         """Collective: every rank must call it."""
         rank, world_size = self._exchange.rank, self._exchange.world_size
         num_rounds = -(-self._domain_bytes // _WINDOW_BYTES)
-        outbox: dict[tuple[int, int], list[_Part]] = {}
         sent_bytes = torch.zeros(world_size, num_rounds, dtype=torch.int64, device="cpu")
-        for part in parts:
-            for number, writer, cut in self._by_window(part):
-                outbox.setdefault((number, writer), []).append(cut)
+        outbox: dict[tuple[int, int], list[_Part]] = {}
+        self._guarded(self._sort, parts, outbox)
         for (number, writer), cuts in outbox.items():
             sent_bytes[writer, number] = _message_bytes(cuts)
         received_bytes = self._exchange.transpose_integers(sent_bytes)
+        sent_bytes[rank] = received_bytes[rank] = 0  # what stays here
+        # Before the first message, since each that was announced must be sent and taken.
+        message, inbox = self._exchange.agree(
+            f"writing {self._path.name}",
+            lambda: (
+                np.empty(int(sent_bytes.max()), dtype=np.uint8),
+                np.empty(int(received_bytes.sum(0).max()), dtype=np.uint8),
+            ),
+        )
         for number in range(num_rounds):
-            window = _Window()
+            window, taken = _Window(), 0
             for shift in range(world_size):
                 target, source = (rank + shift) % world_size, (rank - shift) % world_size
                 cuts = outbox.pop((number, target), [])
                 if shift == 0:
                     self._guarded(window.put_parts, cuts)
                     continue
-                message = self._packed(cuts) if cuts else None
+                sent = received = None
+                if cuts:
+                    packed = message[: int(sent_bytes[target, number])]
+                    packed[:8] = 0  # no strips, unless the packing gets so far
+                    self._guarded(_pack, packed, cuts)
+                    sent = torch.from_numpy(packed)
                 size = int(received_bytes[source, number])
-                answer = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
-                self._exchange.pass_on(message, target, answer, source)
-                if answer is not None:
-                    self._guarded(window.put_message, answer.numpy())
+                answer = inbox[taken : taken + size]
+                if size:
+                    received, taken = torch.from_numpy(answer), taken + size
+                self._exchange.pass_on(sent, target, received, source)
+                if size:
+                    self._guarded(window.put_message, answer)
             self._guarded(self._write_window, window)
+
+    def _sort(self, parts: Sequence[_Part], outbox: dict[tuple[int, int], list[_Part]]) -> None:
+        """Put the parts into the outbox, by round and writer."""
+        for part in parts:
+            for number, writer, cut in self._by_window(part):
+                outbox.setdefault((number, writer), []).append(cut)
 
     def _by_window(self, part: _Part) -> Iterator[tuple[int, int, _Part]]:
         """Round, writer and cut for each window that the part reaches into."""
@@ -248,12 +287,6 @@ class _FileWriting:
             for cut in part.between(at, end):
                 yield number, self._writers[domain], cut
             at = end
-
-    def _packed(self, cuts: Sequence[_Part]) -> torch.Tensor:
-        """The message; of its announced size even if its making fails."""
-        message = np.zeros(_message_bytes(cuts), dtype=np.uint8)
-        self._guarded(_pack, message, cuts)
-        return torch.from_numpy(message)
 
     def _write_window(self, window: _Window) -> None:
         for offset, content in window.stretches():

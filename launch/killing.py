@@ -31,8 +31,8 @@ from generations import ADDED, ADDED_TEXT, COPYING, MAX_SHARD_SIZE, beside, buil
 
 from dist_ema import CommunicationError, ShardedEMA
 
-# A survivor that has not ended by then hangs: ranks wait up to 30 s for the others to come to a call, and for minutes
-# within one. The slowest is told in the table.
+# A survivor that has not ended by then hangs: ranks wait for minutes for the others, unless a connection closes. The
+# slowest is told in the table.
 HANG_SECONDS = 40.0
 # For all else that a trial waits for.
 PATIENCE_SECONDS = 60.0

@@ -20,10 +20,10 @@ LAYERS = [
     ["building", "storage", "distance"],
     ["offline", "synthesis", "comparison", "plots", "background", "checkpoint", "loading", "state"],
     ["sharded", "gather", "replicas", "reading", "writing", "teacher", "exporting", "snapshots", "sources"],
-    ["swap"],
+    ["swap", "calls"],
     ["exchange", "update", "topology.planning", "integrations.transformers"],
-    ["prepared"],
-    ["blocks", "guard", "workers", "groups"],
+    ["prepared", "arrival"],
+    ["blocks", "guard", "workers", "groups", "notice"],
     ["averages", "streams"],
     ["topology.names"],
     ["topology.plain", "topology.dtensor", "topology.fsdp1"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["files"],
     ["headers"],
     ["kinds", "sharing"],
-    ["checks", "checksums"],
+    ["checks", "checksums", "differences"],
     ["errors", "_version"],
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -24,6 +24,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from dist_ema.calls import together
 from dist_ema.checks import folder_name
 from dist_ema.commit import was_begun
 from dist_ema.ema import ShardedEMA
@@ -101,7 +102,9 @@ def attach(
                 "written, while its average may still be under way. Set total_limit to 2 or more"
             )
 
-    exchange.agree("attach", check)
+    with together(exchange, "attach"):
+        exchange.arrive("attach")
+        exchange.agree("attach", check)
     ema = ShardedEMA(model, schedule, **options)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
@@ -176,7 +179,7 @@ def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
     Where ours is the first collective of `save_state` (DDP), a call on one rank only should be told soon: no waiting.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        exchange.settle("save_state or load_state", None)
+        exchange.arrive("save_state or load_state", hurried=False)
 
 
 def _check(

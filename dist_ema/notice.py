@@ -1,0 +1,83 @@
+"""What is done only where a wait gets long: one thread sees to it, so that a short wait costs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+__all__ = ["Deed", "watch"]
+
+_REST_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Deed:
+    """Something to do in another thread once a wait has taken `seconds`.
+
+    Attributes:
+        seconds: from the beginning of the wait.
+        do: given the seconds waited so far. An error of it is dropped: the wait itself will tell.
+        growth: done again each time the wait has become so many times as long; 0 for never.
+    """
+
+    seconds: float
+    do: Callable[[float], None]
+    growth: float = 0.0
+
+
+class Watch:
+    """Does each deed if the wait between `begin` and `end` takes so long; one wait at a time in a process.
+
+    A thread that sleeps until a deed is due. A wait that begins need not wake it, unless it is due sooner.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._deeds: list[Deed] = []
+        self._began = 0.0
+        self._wakes = 0.0
+        self._thread: threading.Thread | None = None
+
+    def begin(self, deeds: Sequence[Deed]) -> None:
+        """A wait begins."""
+        with self._changed:
+            self._began = time.monotonic()
+            self._deeds = list(deeds)
+            due = self._due()
+            if self._thread is None or not self._thread.is_alive():  # a fork has none
+                self._thread = threading.Thread(target=self._run, name="dist_ema-notice", daemon=True)
+                self._wakes = due
+                self._thread.start()
+            elif due < self._wakes:
+                self._changed.notify()
+
+    def end(self) -> None:
+        """It has ended."""
+        with self._changed:
+            self._deeds = []
+
+    def _due(self) -> float:
+        return min((self._began + deed.seconds for deed in self._deeds), default=float("inf"))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                if now < self._due():
+                    # Between waits it wakes now and then, so that the next need not wake it.
+                    self._wakes = min(self._due(), now + _REST_SECONDS)
+                    self._changed.wait(self._wakes - now)
+                    continue
+                waited = now - self._began
+                deed = min(self._deeds, key=lambda each: each.seconds)
+                self._deeds.remove(deed)
+                if deed.growth:
+                    self._deeds.append(dataclasses.replace(deed, seconds=waited * deed.growth))
+            with suppress(Exception):
+                deed.do(waited)
+
+
+watch = Watch()
