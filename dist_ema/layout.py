@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,7 +113,7 @@ class Form(Protocol):
 class Place(NamedTuple):
     """Where the model keeps a tensor: `table[key]`."""
 
-    table: Mapping[str, Any]
+    table: MutableMapping[str, Any]
     key: str
 
 
@@ -151,6 +151,18 @@ class Held:
                 "built: build a new ShardedEMA after changing a model"
             )
         return view
+
+    def restore(self, values: torch.Tensor) -> None:
+        """Give the live tensor these values again, a copy of what `view` showed.
+
+        A buffer that was made anew since, of another shape or none at all, is put back into its place.
+        """
+        if self.spec.is_buffer and self.place is not None:
+            current = self.place.table.get(self.place.key)
+            if not isinstance(current, torch.Tensor) or (current.shape, current.dtype) != (values.shape, values.dtype):
+                self.place.table[self.place.key] = values
+                return
+        self.view().copy_(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ LAYERS = [
     ["schedules.base"],
     ["files"],
     ["headers"],
+    ["tensor_checksums"],
     ["checks", "checksums"],
     ["errors", "_version"],
 ]
