@@ -39,11 +39,6 @@ class Division:
     single_owner: bool = False
     extra_state: bool = False
 
-    @property
-    def kept(self) -> bool:
-        """Whether a swap keeps the live values aside: it changes them, or a forward within it may (buffers)."""
-        return self.averaged or (self.single_owner and not self.extra_state)
-
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
         boxes, points = self._boxes, self._points

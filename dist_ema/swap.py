@@ -33,8 +33,12 @@ class LiveBackup:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         plan.verify()
-        self._held = [held for division in plan.divisions if division.kept for held in division.held]
+        self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
+        # Of these a swap changes those of other ranks, and a forward within it maybe all.
+        for division in plan.live_buffers(extra_state=False).divisions:
+            self._held += division.held
+            self._values += [torch.empty_like(live).copy_(live) for live in (held.values() for held in division.held)]
 
     @torch.no_grad()
     def restore(self) -> None:
