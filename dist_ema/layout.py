@@ -28,6 +28,7 @@ import torch
 from dist_ema.errors import ModelChangedError
 
 __all__ = [
+    "EXTRA_STATE",
     "Box",
     "Form",
     "Held",
@@ -39,6 +40,10 @@ __all__ = [
     "run_between",
     "same_memory",
 ]
+
+
+# How the names of what `module.get_extra_state()` returns end, in a state dict of torch.
+EXTRA_STATE = "_extra_state"
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

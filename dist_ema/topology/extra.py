@@ -13,15 +13,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box
+from dist_ema.layout import EXTRA_STATE, Box
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.placed import Named, Piece
 from dist_ema.topology.plain import PlainForm
 from dist_ema.topology.values import foreign_kind
 
 __all__ = ["extra_states", "place_extra"]
-
-_KEY = "_extra_state"
 
 
 def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
@@ -35,7 +33,7 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
     for raw_name, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is nn.Module.get_extra_state:
             continue
-        fqn = canonical_prefix(model, raw_name) + _KEY
+        fqn = canonical_prefix(model, raw_name) + EXTRA_STATE
         if excludes([fqn]):
             left_out.append(fqn)
             continue
@@ -47,10 +45,10 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
             raise UnsupportedModelError(
                 f"{fqn}, the extra state of a {type(module).__name__}, is a {type(state).__name__}, expected a plain "
                 "tensor: a safetensors file cannot hold it, and a model loaded from the files would lack it. Leave it "
-                f"out of them by choice with exclude={f'*{_KEY}'!r} and keep it yourself, or have get_extra_state() "
-                "return a tensor"
+                f"out of them by choice with exclude={f'*{EXTRA_STATE}'!r} and keep it yourself, or have "
+                "get_extra_state() return a tensor"
             )
-        found[id(module)] = Named([fqn], tuple(state.shape), state.dtype, state, True, module, _KEY)
+        found[id(module)] = Named([fqn], tuple(state.shape), state.dtype, state, True, module, EXTRA_STATE)
     return list(found.values()), left_out
 
 
@@ -77,7 +75,7 @@ class _ExtraValues:
             told = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
             raise ModelChangedError(
                 f"{self._fqn} is {told} now, a plain tensor of {list(self._shape)} when the average was built: build a "
-                f"new ShardedEMA, or leave it out of the files with exclude={f'*{_KEY}'!r}"
+                f"new ShardedEMA, or leave it out of the files with exclude={f'*{EXTRA_STATE}'!r}"
             )
         values: torch.Tensor = state.detach()
         return values
