@@ -40,9 +40,9 @@ def net() -> nn.Sequential:
 
 def simple_fsdp(mode: str, how: str) -> nn.Sequential:
     sizes = (2, dist.get_world_size() // 2) if mode == "hybrid_shard" else (dist.get_world_size(),)
-    mesh, gathered = init_device_mesh("cpu", sizes), Gathered()
+    mesh = init_device_mesh("cpu", sizes)
     model = net()
-    for module in model.modules():
+    for module in list(model.modules()):
         names = [name for name, _ in module.named_parameters(recurse=False)]
         for name in names:
             whole = module.get_parameter(name).data
@@ -50,9 +50,10 @@ def simple_fsdp(mode: str, how: str) -> nn.Sequential:
             module.register_parameter(name, sharded)
         if how == "parametrizations":
             for name in names:
-                parametrize.register_parametrization(module, name, gathered, unsafe=True)
+                parametrize.register_parametrization(module, name, Gathered(), unsafe=True)
         elif names:
-            properties = {name: property(lambda self, n=name: gathered(self._parameters[n])) for name in names}
+            gather = Gathered()
+            properties = {name: property(lambda self, n=name, g=gather: g(self._parameters[n])) for name in names}
             kind = type(module)
             module.__class__ = type(f"SimpleFSDP{kind.__name__}", (kind,), properties)
     return model
