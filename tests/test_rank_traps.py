@@ -306,6 +306,28 @@ def test_an_option_that_is_wrong_on_one_rank_is_refused_on_all(world) -> None:
     assert len(set(messages)) == 1 and "on 2 of 3 ranks" in messages[0]
 
 
+def replicas_that_differ(folder: str) -> None:
+    torch.manual_seed(dist.get_rank())
+    with pytest.raises(UnsupportedModelError, match="weight is not the same on rank 0 and rank 1"):
+        ShardedEMA(nn.Linear(3, 2), HALF)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ema = ShardedEMA(model, HALF)
+    with torch.no_grad():
+        model.weight.mul_(1 + 1e-5 * dist.get_rank())  # drifted apart
+    if dist.get_rank() == 0:
+        with pytest.warns(UserWarning, match="the worst is weight"):
+            ema.save(folder)
+    else:
+        ema.save(folder)
+    ShardedEMA(build_layout("ddp"), HALF).save(folder + "-alike")  # warnings are errors here
+
+
+def test_replicas_that_nothing_keeps_alike_are_warned_about(world, tmp_path) -> None:
+    """torchrun without DDP: the average would be a mosaic of different models, which is refused; drift is not."""
+    world(2).run(replicas_that_differ, str(tmp_path / "ema"))
+
+
 def more_ranks_than_rows(folder: str) -> int:
     model = nn.Linear(3, 1)
     fully_shard(model)
