@@ -60,11 +60,20 @@ class Replicas:
         self._has_compared = False
         self._has_warned = False
 
-    def check_once(self, call: str) -> None:
-        """Collective: every rank must call it. As `check`, but only before the first of the calls that use it."""
-        if not self._has_compared:
-            self.check(call)
-            self._has_compared = True
+    def check_once(self, call: str, num_updates: int) -> None:
+        """Collective: every rank must call it. As `check`, but only before the first of the calls that use it.
+
+        A call before training has moved anything tells nothing of experts that start alike, so it does not count.
+
+        Args:
+            call: as for `check`.
+            num_updates: so far, on this rank.
+        """
+        if self._has_compared:
+            return
+        self.check(call)
+        (num_trained,) = self._exchange.sum_integers([num_updates > 1])
+        self._has_compared = num_trained == self._exchange.world_size
 
     def check(self, call: str) -> None:
         """Collective: every rank must call it. Refuses replicas that are none; warns once of those that have drifted.

@@ -176,6 +176,8 @@ def experts_that_part(folder: str) -> None:
     for name, call in CALLS.items():
         model = Experts(own=False)
         ema = ShardedEMA(model, HALF)
+        with ema.average_parameters():  # an evaluation before training: they are alike
+            pass
         for step in range(3):
             with torch.no_grad():
                 model.expert.weight.add_(dist.get_rank() * step)
