@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import secrets
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from dist_ema.checkpoint import model_files
-from dist_ema.errors import ConfigError
+from dist_ema.coverage import Coverage
+from dist_ema.errors import ConfigError, RankMismatchError
 from dist_ema.exchange import Exchange
 from dist_ema.integrations.transformers import config_files
 from dist_ema.options import Options, checked_schedules
@@ -49,6 +52,7 @@ def build_state(
         plan_one = functools.partial(
             plan_model,
             averages=chosen.averages,
+            excludes=chosen.excludes,
             update_buffers=chosen.update_buffers,
             rank=exchange.rank,
             world_size=exchange.world_size,
@@ -70,10 +74,11 @@ def build_state(
     action = "building the average"
     state = exchange.agree(action, prepare)
     # The boxes of the ranks fit together only if all planned the same model with the same options.
+    told = state.manifest(exchange.world_size).to_json()
     live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
-    told = {"live_dtypes": live_dtypes, "into": into is not None}
-    exchange.compare({**state.manifest(exchange.world_size).to_json(), **told})
-    state.plan.check_covered(exchange.sum_integers(state.plan.owned_numels()))
+    _compare_models(exchange, {**{name: told.pop(name) for name in ("tensors", "aliases")}, "live_dtypes": live_dtypes})
+    exchange.compare({**told, "into": into is not None})
+    _check_covered(exchange, state.plan)
     exchange.agree(action, state.allocate)
     own = [schedule_text(schedule_to_json(each)) for each in state.schedules.values() if not is_known(each)]
     if own:
@@ -82,6 +87,25 @@ def build_state(
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
     return state
+
+
+def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:
+    """Collective: every rank must call it. Refuses ranks whose models have other names, shapes or dtypes."""
+    try:
+        exchange.compare(told)
+    except RankMismatchError as error:
+        raise RankMismatchError(
+            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: such a model is not "
+            "served by this version; a later one will. Until then average each stage in a process group of its own, or "
+            "shard the whole model with fully_shard"
+        ) from None
+
+
+def _check_covered(exchange: Exchange, plan: Plan) -> None:
+    """Collective: every rank must call it. Refuses boxes of all ranks that overlap or leave holes."""
+    coverage = Coverage(plan.specs, exchange.broadcast_object(secrets.randbits(64)))
+    owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
+    coverage.check(exchange.sum_integers(coverage.contribution(owned)))
 
 
 def _check_overlap(plan: Plan, into: nn.Module | None) -> None:

@@ -301,6 +301,7 @@ class ShardedEMA(Stored):
         self._exchange.arrive("full_state_dict")
         pieces = self._exchange.agree("full_state_dict", lambda: self._state.pieces(track))
         self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
+        self._replicas.check_once("full_state_dict", self.num_updates)
         return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
 
     @collective
@@ -361,4 +362,5 @@ class ShardedEMA(Stored):
             self._exchange.arrive(call)
             prepared = self._exchange.agree(call, prepare)
             self._exchange.compare({"call": call, "track": self._state.track(track)})
+            self._replicas.check_once(call, self.num_updates)
             return prepared

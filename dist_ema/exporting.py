@@ -17,7 +17,7 @@ from dist_ema import commit
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.files import FileLayout, ModelFiles, host_bytes, plan_files, write_all, write_whole
 from dist_ema.headers import INDEX_NAME, read_small
-from dist_ema.integrations.transformers import CONFIG_NAME, CONFIG_NAMES, config_with_dtype
+from dist_ema.integrations.transformers import CONFIG_NAME, CONFIG_NAMES, are_described, config_with_dtype
 from dist_ema.saved import SavedAverage
 from dist_ema.sharing import clone, give_second_name
 
@@ -55,7 +55,10 @@ def plan_export(
     tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
     metadata = {**saved.manifest.aliases, commit.MARK: commit.MARK_VALUE}
     files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
-    return dataclasses.replace(files, texts=_texts(saved.folder_of(track), config_dtype))
+    # A folder that an older version wrote may have one beside the names of an adapter.
+    described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
+    texts = _texts(saved.folder_of(track), config_dtype) if described else {}
+    return dataclasses.replace(files, texts=texts)
 
 
 def write_model_folder(

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,7 @@ import torch
 from dist_ema.errors import ModelChangedError
 
 __all__ = [
+    "EXTRA_STATE",
     "Box",
     "Form",
     "Held",
@@ -39,6 +40,10 @@ __all__ = [
     "run_between",
     "same_memory",
 ]
+
+
+# How the names of what `module.get_extra_state()` returns end, in a state dict of torch.
+EXTRA_STATE = "_extra_state"
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -113,7 +118,7 @@ class Form(Protocol):
 class Place(NamedTuple):
     """Where the model keeps a tensor: `table[key]`."""
 
-    table: Mapping[str, Any]
+    table: MutableMapping[str, Any]
     key: str
 
 
@@ -151,6 +156,18 @@ class Held:
                 "built: build a new ShardedEMA after changing a model"
             )
         return view
+
+    def restore(self, values: torch.Tensor) -> None:
+        """Give the live tensor these values again, a copy of what `view` showed.
+
+        A buffer that was made anew since, of another shape or none at all, is put back into its place.
+        """
+        if self.spec.is_buffer and self.place is not None:
+            current = self.place.table.get(self.place.key)
+            if not isinstance(current, torch.Tensor) or (current.shape, current.dtype) != (values.shape, values.dtype):
+                self.place.table[self.place.key] = values
+                return
+        self.view().copy_(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dist_ema.checksums import PartialChecksums, checksum, whole_checksums
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, DistEMAError
 from dist_ema.exchange import Exchange
 from dist_ema.headers import TORCH_DTYPES, StoredModel, read_header, read_small
-from dist_ema.layout import Shard
+from dist_ema.layout import EXTRA_STATE, Shard
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.plan import Plan
 from dist_ema.reading import read_boxes
@@ -217,8 +217,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
-    """The averaged tensors of this run that the checkpoint has as this run expects them."""
-    tensors = saved.manifest.tensors
+    """The averaged tensors of this run that the checkpoint has as this run expects them.
+
+    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it.
+    """
+    tensors = {fqn: tensor for fqn, tensor in saved.manifest.tensors.items() if not fqn.endswith(EXTRA_STATE)}
+    expected = {fqn: tensor for fqn, tensor in expected.items() if not fqn.endswith(EXTRA_STATE)}
     missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
     different = []
     extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
@@ -270,6 +274,7 @@ def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes
             found = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
             missing.append(f"{spec.fqn} {list(spec.shape)} (found {found})")
     known = {name for group in other_names.values() for name in group}
+    known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
     extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
     if missing or extra:
         raise CheckpointMismatchError(_other_model(folder, missing, extra))

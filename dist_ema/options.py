@@ -62,7 +62,11 @@ class Options:
     def averages(self, fqns: Sequence[str]) -> bool:
         """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
         included = not self.include or matches_any(fqns, self.include)
-        return included and not matches_any(fqns, self.exclude)
+        return included and not self.excludes(fqns)
+
+    def excludes(self, fqns: Sequence[str]) -> bool:
+        """Whether `exclude` names a tensor of these names."""
+        return matches_any(fqns, self.exclude)
 
     def check_patterns(self, fqns: Iterable[str]) -> None:
         """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dist_ema.errors import UnsupportedModelError
@@ -26,7 +26,9 @@ class Division:
         position: index of this rank in `ranks`.
         groups: process groups through which a broadcast reaches all of `ranks`, for `exchange`.
         averaged: whether the average keeps values for these tensors.
-        single_owner: give everything to the first rank (buffers, as DDP does), instead of dividing it.
+        single_owner: give everything to the first rank (buffers, as DDP does), instead of dividing it. Each rank may
+            then have values of its own.
+        extra_state: these are no tensors of the model, but made anew at each use by `get_extra_state`.
     """
 
     held: tuple[Held, ...]
@@ -35,6 +37,7 @@ class Division:
     groups: tuple[Any, ...] = ()
     averaged: bool = True
     single_owner: bool = False
+    extra_state: bool = False
 
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
@@ -60,7 +63,7 @@ class Plan:
     Attributes:
         specs: every persistent tensor of the model, tied ones once; the same on every rank.
         aliases: further names of tied tensors -> the name in `specs`.
-        left_out: names in the model's state dict that the user excluded and that no tensor of ours explains.
+        left_out: names in the model's state dict that the user excluded and that the files do not have.
         divisions: what this rank holds of the tensors.
         settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
         verify: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
@@ -77,6 +80,17 @@ class Plan:
     def has_replicas(self) -> bool:
         """Whether putting averages into the model communicates."""
         return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
+
+    def live_buffers(self, *, extra_state: bool) -> Plan:
+        """The part of it that ranks show as the owner has it: the buffers that are not averaged.
+
+        Args:
+            extra_state: whether what `get_extra_state` returns is among them.
+        """
+        chosen = (each for each in self.divisions if each.single_owner and not each.averaged)
+        return dataclasses.replace(
+            self, divisions=tuple(each for each in chosen if extra_state or not each.extra_state)
+        )
 
     @property
     def names_of_tensors(self) -> dict[str, list[str]]:
@@ -102,30 +116,6 @@ class Plan:
                 f"the model has no floating-point parameter to average among its {len(self.specs)} tensors, expected "
                 "at least one: check the model, and include= and exclude="
             )
-
-    def owned_numels(self) -> list[int]:
-        """Elements of each tensor of `specs` that this rank owns."""
-        numels = dict.fromkeys((spec.fqn for spec in self.specs), 0)
-        for averaged in (True, False):
-            for shard in self.owned(averaged=averaged):
-                numels[shard.fqn] += shard.box.numel
-        return list(numels.values())
-
-    def check_covered(self, numels: Sequence[int]) -> None:
-        """Refuse ownership that leaves elements out or has them twice; a wrapper then told of its shards wrongly.
-
-        Args:
-            numels: elements of each tensor that the ranks own together.
-
-        Raises:
-            UnsupportedModelError: for some tensor they are not all its elements.
-        """
-        for spec, numel in zip(self.specs, numels, strict=True):
-            if numel != spec.numel:
-                raise UnsupportedModelError(
-                    f"{spec.fqn} has {spec.numel} elements, but the ranks own {numel} of them together: its layout is "
-                    "not understood; exclude it, or lay it out evenly"
-                )
 
     def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
         """The shards this rank owns: of averaged tensors, or of those that are always shown live."""

@@ -10,7 +10,7 @@ import torch
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
 from dist_ema.layout import Form, Held
 from dist_ema.plan import Plan
-from dist_ema.swap import spread
+from dist_ema.swap import spread, spread_buffers
 
 __all__ = ["check_forms", "sharded_tensors", "take_sharded"]
 
@@ -44,6 +44,8 @@ def sharded_tensors(plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dty
         fresh = torch.empty(live.shape, dtype=dtype, device=live.device) if held.spec.averaged else live.clone()
         pieces[held.spec.fqn] = fresh
     spread(plan, values, lambda shard: shard.within(pieces[shard.fqn]))
+    if plan.has_replicas:  # as within a swap
+        spread_buffers(plan, lambda shard: shard.within(pieces[shard.fqn]), extra_state=True)
     held_by_name = {held.spec.fqn: held for held in _all_held(plan)}
     state = {spec.fqn: _form(held_by_name[spec.fqn]).wrap(pieces[spec.fqn]) for spec in plan.specs}
     return state | {alias: state[fqn] for alias, fqn in plan.aliases.items()}

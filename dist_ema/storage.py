@@ -20,7 +20,7 @@ from dist_ema.files import ModelFiles
 from dist_ema.loading import Escapes, load_average, load_model
 from dist_ema.manifest import Manifest
 from dist_ema.options import floating_dtype, name_patterns
-from dist_ema.replicas import warn_of_differing_replicas
+from dist_ema.replicas import Replicas
 from dist_ema.sharded import take_sharded
 from dist_ema.state import AveragedState
 from dist_ema.streams import join_all
@@ -42,6 +42,8 @@ class Stored:
     def __init__(self, exchange: Exchange, state: AveragedState) -> None:
         self._exchange = exchange
         self._state = state
+        self._replicas = Replicas(exchange, state.plan)
+        self._replicas.check("building the average")
         self._background = Background()
         self._has_warned_of_later = False
 
@@ -146,7 +148,7 @@ class Stored:
         same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
         same = {**same, "max_shard_size": str(max_shard_size), "background": background}
         self._exchange.compare(same, working_folder(path))
-        warn_of_differing_replicas(self._exchange, self._state.plan)
+        self._replicas.check(call)
         if not background:
             write_average(self._exchange, target, files, tracks, manifest)
             return
@@ -265,6 +267,7 @@ class Stored:
         target, pieces, files = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size)}, working_folder(path))
+        self._replicas.check("consolidate")
         write_export(self._exchange, target, files, pieces)
 
     @collective

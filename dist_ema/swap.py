@@ -1,8 +1,10 @@
 """Putting the averaged weights into the live model, and the live ones back.
 
 Owners write their boxes into the live tensors; where several ranks hold the same tensor (DDP, Replicate axes)
-each owner then broadcasts its run to the others, in buckets of bounded size. Under plain FSDP nothing is
-communicated. The live values are kept aside first: one copy of what this rank holds of the averaged tensors.
+each owner then broadcasts its run to the others, in buckets of bounded size. There every rank is also shown the
+buffers that the files hold, rank 0's. Under plain FSDP nothing is communicated, and each rank keeps its own buffers.
+The live values are kept aside first: one copy of what this rank holds of the averaged tensors, and of all persistent
+buffers, which a forward within the swap may change.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from dist_ema.exchange import broadcast_from
 from dist_ema.layout import Shard
 from dist_ema.plan import Division, Plan
 
-__all__ = ["LiveBackup", "put_average", "spread"]
+__all__ = ["LiveBackup", "put_average", "spread", "spread_buffers"]
 
 # Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
 _BUCKET_BYTES = 8 * 2**20
 
 
 class LiveBackup:
-    """The live values of all averaged tensors that this rank holds, kept aside. No communication."""
+    """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
+
+    No communication.
+    """
 
     @torch.no_grad()
     def __init__(self, plan: Plan) -> None:
@@ -30,6 +35,10 @@ class LiveBackup:
         plan.verify()
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
+        # Of these a swap changes those of other ranks, and a forward within it maybe all.
+        for division in plan.live_buffers(extra_state=False).divisions:
+            self._held += division.held
+            self._values += [torch.empty_like(live).copy_(live) for live in (held.values() for held in division.held)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -39,7 +48,7 @@ class LiveBackup:
         finally:
             # Even if gathered copies cannot be dropped: what is saved and stepped from now on must be live.
             for held, value in zip(self._held, self._values, strict=True):
-                held.view().copy_(value)
+                held.restore(value)
 
 
 @torch.no_grad()
@@ -52,6 +61,8 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
     """
     plan.settle()
     spread(plan, values, lambda shard: shard.live())
+    if plan.has_replicas:
+        spread_buffers(plan, lambda shard: shard.live())
 
 
 @torch.no_grad()
@@ -74,6 +85,18 @@ def spread(
         for position, owner in enumerate(division.ranks):
             for bucket in _buckets([place(shard) for shard in division.run(position)]):
                 _refresh(bucket, owner, division)
+
+
+def spread_buffers(plan: Plan, place: Callable[[Shard], torch.Tensor], *, extra_state: bool = False) -> None:
+    """Collective along replicas only. Have all ranks show the buffers that are not averaged as their owner has them.
+
+    Args:
+        plan: the model as boxes.
+        place: as in `spread`.
+        extra_state: whether what `get_extra_state` returns is among them.
+    """
+    buffers = plan.live_buffers(extra_state=extra_state)
+    spread(buffers, [shard.live() for shard in buffers.owned(averaged=False)], place, averaged=False)
 
 
 def _buckets(run: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -103,11 +126,17 @@ def _parts(piece: torch.Tensor) -> Iterable[torch.Tensor]:
 
 def _refresh(pieces: Sequence[torch.Tensor], owner: int, division: Division) -> None:
     if len(pieces) == 1 and pieces[0].is_contiguous():
-        broadcast_from(owner, pieces[0], division.ranks, division.groups)
+        broadcast_from(owner, _bytes(pieces[0]), division.ranks, division.groups)
         return
     packed = torch.cat([piece.reshape(-1) for piece in pieces])
-    broadcast_from(owner, packed, division.ranks, division.groups)
+    broadcast_from(owner, _bytes(packed), division.ranks, division.groups)
     if division.ranks[division.position] != owner:
         parts = packed.split([piece.numel() for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part.view(piece.shape))
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as bytes, which every backend sends: gloo knows few dtypes."""
+    flat = values.detach().view(-1)
+    return (torch.view_as_real(flat).view(-1) if flat.is_complex() else flat).view(torch.uint8)

@@ -119,14 +119,15 @@ class TeacherAverages(Averages):
 
 
 def _part(plan: Plan, names: Collection[str]) -> Plan:
-    """The tensors of these names that are not averaged."""
+    """The tensors of these names that are not averaged, but for extra state: a teacher has its own."""
+    made = {held.spec.fqn for each in plan.divisions if each.extra_state for held in each.held}
     return dataclasses.replace(
         plan,
-        specs=tuple(spec for spec in plan.specs if spec.fqn in names and not spec.averaged),
+        specs=tuple(spec for spec in plan.specs if spec.fqn in names and not spec.averaged and spec.fqn not in made),
         divisions=tuple(
             dataclasses.replace(each, held=tuple(held for held in each.held if held.spec.fqn in names))
             for each in plan.divisions
-            if not each.averaged
+            if not each.averaged and not each.extra_state
         ),
     )
 
@@ -157,7 +158,7 @@ def _matched(student: Plan, teacher: Plan, own_name: Mapping[str, str]) -> Mappi
     }
     known = set(own_name.values())
     for each in student.divisions:
-        for held in each.held:
+        for held in each.held if not each.extra_state else ():
             if held.spec.fqn in known and held.box not in pieces:
                 raise UnsupportedModelError(
                     f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "

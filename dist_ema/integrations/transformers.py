@@ -1,14 +1,17 @@
 """Models of Hugging Face transformers carry their configuration; it is written beside their weights.
 
 So that `from_pretrained` takes a saved or exported folder as it is. Nothing of transformers is imported: a model has a
-configuration if its `config` has a `model_type` and a `to_json_string`. No communication.
+configuration if its `config` has a `model_type` and a `to_json_string`. It is written only beside the names that it
+describes: beside those of an adapter (PEFT), or of a module around the model, `from_pretrained` would find none of its
+weights, and give a model of random ones without an error. No communication.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +19,17 @@ from torch import nn
 
 from dist_ema.topology.names import class_of, unwrapped
 
-__all__ = ["CONFIG_NAME", "CONFIG_NAMES", "config_files", "config_with_dtype"]
+__all__ = ["CONFIG_NAME", "CONFIG_NAMES", "are_described", "config_files", "config_with_dtype"]
 
 CONFIG_NAME = "config.json"
 _GENERATION_NAME = "generation_config.json"
 CONFIG_NAMES = (CONFIG_NAME, _GENERATION_NAME)
+
+# What PEFT's wrappers and layers put into the names of a model's own tensors. Not `parametrizations`, which models of
+# transformers have themselves (Wav2Vec2).
+_CHANGED_NAME = re.compile(
+    r"^base_model\.|(^|\.)(base_layer|modules_to_save|original_module)\.|(^|[._])lora_(A|B|embedding|magnitude)"
+)
 
 
 def config_files(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
@@ -32,6 +41,8 @@ def config_files(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
     """
     inner = unwrapped(model)
     config = getattr(inner, "config", None)
+    if not _is_own(inner, config):
+        return {}
     if not isinstance(getattr(config, "model_type", None), str) or not hasattr(config, "to_json_string"):
         return {}
     try:
@@ -45,6 +56,26 @@ def config_files(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
         warnings.warn(f"the configuration of the model is not written: {error!r}", UserWarning, stacklevel=2)
         return {}
     return found
+
+
+def are_described(fqns: Iterable[str]) -> bool:
+    """Whether a model's configuration describes tensors of these names: none is of an adapter."""
+    return not any(_CHANGED_NAME.search(fqn) for fqn in fqns)
+
+
+def _is_own(model: nn.Module, config: object) -> bool:
+    """Whether `model.config` describes the names of this module, and not those of another one within it."""
+    if config is None or getattr(model, "peft_config", None):
+        return False
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        return False
+    if not are_described(name for name, _ in model.named_parameters()):
+        return False
+    # A model of transformers shares its configuration with the models within it; any other module only forwards it.
+    owns = isinstance(getattr(type(model), "config_class", None), type)
+    return owns or all(
+        getattr(module, "config", None) is not config for module in model.modules() if module is not model
+    )
 
 
 def config_with_dtype(content: bytes, dtype: torch.dtype) -> bytes:

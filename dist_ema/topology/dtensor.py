@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
+from dist_ema.topology.runs import local_runs
 
 __all__ = ["is_dtensor", "place_dtensor", "reshard_fsdp2"]
 
@@ -91,7 +92,7 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
     """The local box of a DTensor, and the ranks that hold the same one. No communication.
 
     Raises:
-        UnsupportedModelError: the mesh leaves ranks out, or a placement is Partial.
+        UnsupportedModelError: the mesh leaves ranks out, a placement is Partial, or this rank's part is several boxes.
     """
     tensor: DTensor = named.source
     fqn, mesh, placements = named.fqns[0], tensor.device_mesh, tensor.placements
@@ -102,13 +103,13 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
         )
     if any(placement.is_partial() for placement in placements):
         raise UnsupportedModelError(f"{fqn} has placements {placements}, expected Shard or Replicate only")
-    (chunk,) = tensor.__create_chunk_list__()
-    box = Box(fqn, tuple(chunk.offsets), tuple(chunk.sizes))
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # the mesh spans all ranks
+    box = _box_of(fqn, tensor, coordinate)
     for axis, placement in enumerate(placements):
-        # FSDP2 deals rows by the rank within the group, torch tells the box by the place in the mesh.
-        if placement.is_shard() and dist.get_rank(mesh.get_group(axis)) != coordinate[axis]:
+        # FSDP2 deals rows by the rank within the group, torch tells the box by the place in the mesh. `is_shard()` is
+        # False of strided shards.
+        if not placement.is_replicate() and dist.get_rank(mesh.get_group(axis)) != coordinate[axis]:
             raise UnsupportedModelError(
                 f"{fqn} is sharded along axis {axis} of {mesh}, whose ranks are not in ascending order: parts of torch "
                 "then disagree where its rows lie. Expected a mesh of ascending ranks (init_device_mesh)"
@@ -118,6 +119,33 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
     ranks = tuple(alike.flatten().tolist())
     groups = tuple(mesh.get_group(axis) for axis in axes)
     return Piece(box, _LocalValues(named), _DTensorForm(tensor)), Holders(ranks, ranks.index(mesh.get_rank()), groups)
+
+
+def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
+    """The box that this rank holds. Torch's list of chunks is not asked: of several runs it tells the first only."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    axis_sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
+    runs = local_runs(tensor.shape, axis_sizes, coordinate, placements)
+    if runs is None:
+        raise UnsupportedModelError(f"{fqn} has placements {placements}, of which one is neither Shard nor Replicate")
+    if all(runs) and any(len(each) > 1 for each in runs):
+        raise UnsupportedModelError(
+            f"{fqn} has placements {placements}: what a rank holds of it is several pieces that lie apart (packed "
+            "columns, as transformers' packed_colwise makes them), expected one box for each rank. This version cannot "
+            "save such a tensor, averaged or not; a later one will. Until then shard it in one piece: load the model "
+            "with a tp_plan that has colwise or rowwise there, or none and fully_shard"
+        )
+    offsets = tuple(each[0][0] if each else size for each, size in zip(runs, tensor.shape, strict=True))
+    sizes = tuple(sum(stop - start for start, stop in each) for each in runs)
+    with torch.no_grad():
+        held = tuple(tensor.to_local().shape)
+    if held != sizes:
+        raise UnsupportedModelError(
+            f"{fqn} has {list(held)} on this rank, expected {list(sizes)} of {list(tensor.shape)} by its placements "
+            f"{placements}: its layout is not understood. Make it with distribute_tensor, or DTensor.from_local with "
+            "shape= and stride="
+        )
+    return Box(fqn, offsets, sizes)
 
 
 class _LocalValues:
@@ -131,18 +159,26 @@ class _LocalValues:
     def __init__(self, named: Named) -> None:
         self._owner = named.owner
         self._attribute = named.attribute
+        self._is_buffer = named.is_buffer
         self._sharded: DTensor = named.source
         self._view = torch.empty(0, device="cpu")
 
+    def _current(self) -> Any:
+        """What the model's table has under the name; None if it was removed.
+
+        Not the attribute: SimpleFSDP's modules have a property there, which gathers the whole tensor.
+        """
+        return vars(self._owner)["_buffers" if self._is_buffer else "_parameters"].get(self._attribute)
+
     def is_sharded(self) -> bool:
         """Whether the name resolves to the sharded tensor, or to one that replaced it."""
-        current = getattr(self._owner, self._attribute, None)
+        current = self._current()
         if current is None:
             return True  # removed from the model: not for FSDP to tell
         return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
     def __call__(self) -> torch.Tensor:
-        current = getattr(self._owner, self._attribute, None)
+        current = self._current()
         if current is None:
             raise ModelChangedError(
                 f"{self._attribute!r} of {type(self._owner).__name__} was removed since the average was built: build a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,19 @@ from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 
-__all__ = ["check_against_state_dict", "check_tensor", "check_unchanged", "class_of", "named_tensors", "unwrapped"]
+__all__ = [
+    "canonical_prefix",
+    "check_against_state_dict",
+    "check_unchanged",
+    "class_of",
+    "named_tensors",
+    "unwrapped",
+]
 
 # Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Wrappers known by their type, as their child has a name that a user's own module may have: `module`.
+_WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 _FLAT_PARAMETER = "_flat_param"
 
 
@@ -85,7 +94,7 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
     owner: Any = model
     kept = []
     for part in raw_name.split(".") if raw_name else ():
-        wraps = part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, DistributedDataParallel))
+        wraps = part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, _WRAPPERS))
         if not wraps:
             kept.append(part + ".")
         owner = owner.get_submodule(part)
@@ -93,33 +102,34 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
 
 
 def check_against_state_dict(
-    model: nn.Module, found: Sequence[Named], averages: Callable[[Sequence[str]], bool]
+    model: nn.Module, names: Collection[str], left_out: Collection[str], excludes: Callable[[Sequence[str]], bool]
 ) -> list[str]:
-    """Refuse names that the model's own state dict does not have, and tensors there that we do not know of.
+    """Refuse names that the model's own state dict does not have, and entries there that we do not know of.
 
-    A state-dict hook that renames or adds tensors would make files of ours unreadable to the model. Tensors that a hook
+    A state-dict hook that renames or adds entries would make files of ours unreadable to the model. Entries that a hook
     adds (quantisation constants, say) are accepted if `exclude` names them; they are not written.
 
+    Args:
+        model: the wrapped model.
+        names: of all that the files will hold.
+        left_out: names that they will not.
+        excludes: whether the user's own `exclude` names it; what `include` does not name is not left out by choice.
+
     Returns:
-        The names so accepted.
+        The further names so accepted.
 
     Raises:
         UnsupportedModelError: names the first that is not explained.
     """
-    ours = {fqn for named in found for fqn in named.fqns}
-    theirs = {
-        _canonical_key(model, key)
-        for key, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, torch.Tensor) and not key.endswith("_extra_state")
-    }
-    unknown = sorted(theirs - ours)
+    theirs = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
+    unknown = sorted(theirs.keys() - {*names, *left_out})
     for fqn in unknown:
-        if averages([fqn]):
+        if not excludes([fqn]):
             raise UnsupportedModelError(
-                f"the model's state_dict() has {fqn}, which is none of its parameters and persistent buffers: exclude "
-                f"it (exclude={fqn!r}) to leave it out of the files"
+                f"the model's state_dict() has {fqn}, a {type(theirs[fqn]).__name__}, none of its parameters and "
+                f"persistent buffers: the files would lack it. Leave it out of them by choice with exclude={fqn!r}"
             )
-    for fqn in sorted(ours - theirs):
+    for fqn in sorted(set(names) - theirs.keys()):
         raise UnsupportedModelError(
             f"the model's state_dict() has no {fqn}, though it is a parameter or persistent buffer: files under its "
             "own names could not hold it. Remove the state-dict hook that renames it"
@@ -140,35 +150,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         name = next((name for name in children if name in _WRAPPED_CHILD), None)
-        if name is None and isinstance(model, DistributedDataParallel):
+        if name is None and isinstance(model, _WRAPPERS):
             name = "module"
         if name is None:
             return model
         model = children[name]
-
-
-def check_tensor(named: Named) -> None:
-    """Refuse what has no values of its own, or none that lie row by row.
-
-    Raises:
-        UnsupportedModelError: it is on the meta device, or not dense.
-    """
-    tensor = named.source
-    if not isinstance(tensor, torch.Tensor):
-        return
-    if tensor.is_meta:
-        raise UnsupportedModelError(
-            f"{named.fqns[0]} is on the meta device and has no values: materialise the model first (to_empty, then its "
-            "initialisation or a load)"
-        )
-    if tensor.numel() and any(
-        stride == 0 and size > 1 for stride, size in zip(_strides(tensor), tensor.shape, strict=True)
-    ):
-        raise UnsupportedModelError(
-            f"{named.fqns[0]} is expanded: several of its elements share memory. Make it contiguous()"
-        )
-    if tensor.layout is not torch.strided:
-        raise UnsupportedModelError(f"{named.fqns[0]} has layout {tensor.layout}, expected a dense tensor")
 
 
 def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
@@ -185,10 +171,6 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
                 f"{fqns[0]} was added, removed, tied, reshaped or moved since the average was built: build "
                 "a new ShardedEMA after changing a model"
             )
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.stride()) if tensor.layout is torch.strided else (1,) * tensor.dim()
 
 
 def class_of(module: nn.Module) -> type:

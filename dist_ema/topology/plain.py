@@ -14,7 +14,7 @@ from dist_ema.errors import CheckpointMismatchError, ModelChangedError, Unsuppor
 from dist_ema.layout import Box, Place, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
-__all__ = ["holders_of_plain", "place_plain"]
+__all__ = ["PlainForm", "holders_of_plain", "place_plain"]
 
 
 def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
@@ -41,16 +41,18 @@ def place_plain(named: Named) -> Piece:
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
     # nn.Module has no public name for its tables; looking a name up in them is ten times faster than getattr.
     table = vars(named.owner)["_buffers" if named.is_buffer else "_parameters"]
-    return Piece(box, _PlainValues(named), _PlainForm(), Place(table, named.attribute))
+    return Piece(box, _PlainValues(named), PlainForm(), Place(table, named.attribute))
 
 
-class _PlainForm:
+class PlainForm:
     """A whole tensor stands for itself."""
 
     def wrap(self, values: torch.Tensor) -> torch.Tensor:
+        """The values themselves."""
         return values
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
+        """The entry itself, unless it is a DTensor."""
         if isinstance(entry, DTensor):
             raise CheckpointMismatchError(f"the entry of {fqn} is a DTensor, expected a plain tensor as in the model")
         return entry

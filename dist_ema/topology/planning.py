@@ -13,10 +13,12 @@ from dist_ema.errors import UnsupportedModelError
 from dist_ema.layout import Held, TensorSpec
 from dist_ema.plan import Division, Plan
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
+from dist_ema.topology.extra import extra_states, place_extra
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
-from dist_ema.topology.names import check_against_state_dict, check_tensor, check_unchanged, named_tensors
+from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.plain import holders_of_plain, place_plain
+from dist_ema.topology.values import check_tensor, foreign_kind
 
 __all__ = ["plan_model", "trained_parameters"]
 
@@ -25,6 +27,7 @@ def plan_model(
     model: nn.Module,
     *,
     averages: Callable[[Sequence[str]], bool],
+    excludes: Callable[[Sequence[str]], bool],
     update_buffers: bool,
     rank: int,
     world_size: int,
@@ -34,6 +37,8 @@ def plan_model(
     Args:
         model: plain, DDP, FSDP1 or FSDP2 module, or one of DTensors, possibly wrapped further.
         averages: all canonical names of a tensor (several if tied) -> whether it is to be averaged.
+        excludes: all canonical names of a tensor -> whether the user's own patterns exclude it. What cannot be stored
+            is then left out of the files.
         update_buffers: whether floating-point buffers are averaged like parameters.
         rank: this rank in the default process group.
         world_size: ranks in the default process group.
@@ -48,20 +53,24 @@ def plan_model(
     reshard_fsdp2(model)
     flat_slices = find_flat_slices(model)
     found = named_tensors(model, flat_slices)
-    # FSDP1's state_dict() communicates: its names are compared in the tests only.
-    left_out = [] if flat_slices else check_against_state_dict(model, found, averages)
+    stored, left_out = _storable(found, excludes)
+    extra, extra_left_out = extra_states(model, excludes)
+    left_out += extra_left_out
+    if not flat_slices:  # FSDP1's state_dict() communicates: its names are compared in the tests only
+        names = [fqn for named in (*stored, *extra) for fqn in named.fqns]
+        left_out += check_against_state_dict(model, names, left_out, excludes)
     plain = holders_of_plain(model, rank, world_size)
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
     members: dict[tuple[Any, ...], list[Held]] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
-    for named in found:
-        check_tensor(named)
-        spec = _spec(named, averages(named.fqns) and (update_buffers or not named.is_buffer))
+    for named, is_extra in [*((each, False) for each in stored), *((each, True) for each in extra)]:
+        wanted = not is_extra and averages(named.fqns) and (update_buffers or not named.is_buffer)
+        spec = _spec(named, wanted)
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
-        pieces, held_by = _place(named, plain, world_size)
-        key = (held_by.ranks, spec.averaged, spec.is_buffer)
+        pieces, held_by = ([place_extra(named)], plain) if is_extra else _place(named, plain, world_size)
+        key = (held_by.ranks, spec.averaged, spec.is_buffer, is_extra)
         members.setdefault(key, []).extend(
             Held(spec, piece.box, piece.view, piece.form, piece.place) for piece in pieces
         )
@@ -87,6 +96,7 @@ def plan_model(
             groups=tuple(held_by.groups),
             averaged=key[1],
             single_owner=key[2],
+            extra_state=key[3],
         )
         for key, held_by in holders.items()
     )
@@ -100,6 +110,25 @@ def trained_parameters(model: nn.Module) -> Mapping[int, str]:
     reshard_fsdp1(model)
     reshard_fsdp2(model)
     return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _storable(found: Sequence[Named], excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
+    """The tensors whose values files can hold, and the names of those that the user leaves out of them."""
+    stored, left_out = [], []
+    for named in found:
+        kind = foreign_kind(named.source)
+        if kind is None:
+            check_tensor(named)
+            stored.append(named)
+        elif excludes(named.fqns):
+            left_out += named.fqns
+        else:
+            raise UnsupportedModelError(
+                f"{named.fqns[0]} is a {kind}, whose bytes alone are not its values: it can be neither averaged nor "
+                "stored in a safetensors file. Leave it out of the average and of the files by choice with "
+                f"exclude={named.fqns[0]!r} or a pattern (include= does not), or convert it to a plain tensor first"
+            )
+    return stored, left_out
 
 
 def _spec(named: Named, wanted: bool) -> TensorSpec:

@@ -1,0 +1,81 @@
+"""Extra state: what `module.get_extra_state()` returns, and `state_dict()` has as `..._extra_state`. No communication.
+
+A tensor is stored under that key, as rank 0 has it when a file is written; it is never averaged, and a swap leaves it
+alone. Anything else has no place in a safetensors file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.layout import EXTRA_STATE, Box
+from dist_ema.topology.names import canonical_prefix
+from dist_ema.topology.placed import Named, Piece
+from dist_ema.topology.plain import PlainForm
+from dist_ema.topology.values import foreign_kind
+
+__all__ = ["extra_states", "place_extra"]
+
+
+def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
+    """The extra state of every module that has one, and the names of what the user excluded.
+
+    Raises:
+        UnsupportedModelError: one is no plain tensor, and not excluded.
+    """
+    found: dict[int, Named] = {}
+    left_out = []
+    for raw_name, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is nn.Module.get_extra_state:
+            continue
+        fqn = canonical_prefix(model, raw_name) + EXTRA_STATE
+        if excludes([fqn]):
+            left_out.append(fqn)
+            continue
+        if id(module) in found:
+            found[id(module)].fqns.append(fqn)
+            continue
+        state = module.get_extra_state()
+        if not _is_plain(state):
+            raise UnsupportedModelError(
+                f"{fqn}, the extra state of a {type(module).__name__}, is a {type(state).__name__}, expected a plain "
+                "tensor: a safetensors file cannot hold it, and a model loaded from the files would lack it. Leave it "
+                f"out of them by choice with exclude={f'*{EXTRA_STATE}'!r} and keep it yourself, or have "
+                "get_extra_state() return a tensor"
+            )
+        found[id(module)] = Named([fqn], tuple(state.shape), state.dtype, state, True, module, EXTRA_STATE)
+    return list(found.values()), left_out
+
+
+def place_extra(named: Named) -> Piece:
+    """The whole tensor, asked for anew at each use."""
+    return Piece(Box(named.fqns[0], (0,) * len(named.shape), named.shape), _ExtraValues(named), PlainForm())
+
+
+def _is_plain(state: object) -> bool:
+    if not isinstance(state, torch.Tensor) or isinstance(state, DTensor):
+        return False
+    return foreign_kind(state) is None and state.layout is torch.strided and not state.is_meta
+
+
+class _ExtraValues:
+    """What the module gives now."""
+
+    def __init__(self, named: Named) -> None:
+        self._module, self._fqn, self._shape = named.owner, named.fqns[0], named.shape
+
+    def __call__(self) -> torch.Tensor:
+        state = self._module.get_extra_state()
+        if not _is_plain(state) or tuple(state.shape) != self._shape:
+            told = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+            raise ModelChangedError(
+                f"{self._fqn} is {told} now, a plain tensor of {list(self._shape)} when the average was built: build a "
+                f"new ShardedEMA, or leave it out of the files with exclude={f'*{EXTRA_STATE}'!r}"
+            )
+        values: torch.Tensor = state.detach()
+        return values

@@ -1,0 +1,114 @@
+"""Which tensors have whole values of plain bytes, that can be averaged and stored. No communication.
+
+A tensor subclass may keep its values elsewhere, or need constants to read its bytes (quantised weights): a file of its
+bytes would lack them. A parameter that an engine has partitioned (DeepSpeed ZeRO-3) has no values at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dist_ema.errors import UnsupportedModelError
+from dist_ema.topology.placed import Named
+
+__all__ = ["check_tensor", "foreign_kind"]
+
+# What DeepSpeed's ZeRO-3 puts on a parameter when it takes its values away.
+_PARTITIONED = ("ds_id", "ds_shape", "ds_tensor", "ds_status")
+# Sizes that modules of torch declare, all positive where a weight has elements.
+_DECLARED = (
+    ("out_features", "in_features"),
+    ("num_embeddings", "embedding_dim"),
+    ("out_channels", "in_channels"),
+    ("num_features",),
+    ("normalized_shape",),
+)
+
+
+def foreign_kind(tensor: object) -> str | None:
+    """What a tensor is whose bytes alone are not its values; None for plain ones and DTensors of plain ones."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    kind = type(tensor)
+    # `nn.Parameter(subclass)` is of the subclass. Such as torchvision's tv_tensors only name a meaning: they are plain.
+    wraps = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or hasattr(kind, "__tensor_flatten__")
+    of_torch = kind.__module__.split(".")[0] == "torch"
+    packs = issubclass(kind, nn.Parameter) and not of_torch and not tensor.dtype.is_floating_point
+    if wraps or packs:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return str(tensor.dtype) if tensor.is_quantized else None
+
+
+def check_tensor(named: Named) -> None:
+    """Refuse what has no values of its own, or none that lie row by row.
+
+    Raises:
+        UnsupportedModelError: it is on the meta device, partitioned, freed, expanded, or not dense.
+    """
+    fqn, tensor = named.fqns[0], named.source
+    if not isinstance(tensor, torch.Tensor):
+        return
+    if tensor.is_meta:
+        raise UnsupportedModelError(
+            f"{fqn} is on the meta device and has no values: materialise the model first (to_empty, then its "
+            "initialisation or a load)"
+        )
+    if isinstance(tensor, nn.Parameter) and not isinstance(tensor, DTensor):
+        _check_present(named, tensor)
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModelError(f"{fqn} has layout {tensor.layout}, expected a dense tensor")
+    if tensor.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise UnsupportedModelError(f"{fqn} is expanded: several of its elements share memory. Make it contiguous()")
+
+
+def _check_present(named: Named, tensor: torch.Tensor) -> None:
+    """Refuse a parameter whose values somebody has taken away."""
+    fqn = named.fqns[0]
+    if any(hasattr(tensor, name) for name in _PARTITIONED):
+        whole = list(getattr(tensor, "ds_shape", ()))
+        raise UnsupportedModelError(
+            f"{fqn} is partitioned by DeepSpeed ZeRO-3: it has shape {list(tensor.shape)} here, {whole} as a whole, "
+            "and its average would be one of nothing. This version does not serve ZeRO-3; a later one will. Until then "
+            "shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2 with ShardedEMA on the module"
+        )
+    if tensor.numel() == 0:
+        told = _told_otherwise(named, tensor)
+        if told is not None:
+            raise UnsupportedModelError(
+                f"{fqn} has shape {list(tensor.shape)}, but {told}: an engine has taken its values away, and its "
+                "average would be one of nothing. Expected parameters that hold their values: shard the model with "
+                "fully_shard (FSDP2)"
+            )
+    elif tensor.layout is torch.strided and tensor.untyped_storage().nbytes() == 0:
+        raise UnsupportedModelError(
+            f"{fqn} has shape {list(tensor.shape)}, but its memory was freed: an engine gathers it when it is used. "
+            "Expected parameters that hold their values: shard the model with fully_shard (FSDP2)"
+        )
+
+
+def _told_otherwise(named: Named, tensor: torch.Tensor) -> str | None:
+    """What says that a parameter without elements should have some; None if nothing does."""
+    for name, value in vars(tensor).items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            return f"its attribute {name} holds {value.numel()} elements"
+        if isinstance(value, tuple | list) and value and all(_is_positive(each) for each in value):
+            return f"its attribute {name} is {list(value)}"
+    for names in _DECLARED if named.attribute in ("weight", "bias") else ():
+        sizes = [getattr(named.owner, name, 0) for name in names]
+        flat = list(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
+        if flat and all(_is_positive(each) for each in flat):
+            return f"its module has {', '.join(f'{name}={getattr(named.owner, name)}' for name in names)}"
+    return None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
