@@ -11,10 +11,16 @@ from torch import nn
 
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.layout import Held, TensorSpec
-from dist_ema.plan import Division, Plan
+from dist_ema.plan import Division, Plan, Remains
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
-from dist_ema.topology.names import check_against_state_dict, check_tensor, check_unchanged, named_tensors
+from dist_ema.topology.names import (
+    check_against_state_dict,
+    check_tensor,
+    check_unchanged,
+    named_tensors,
+    unchanged_names,
+)
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.plain import holders_of_plain, place_plain
 
@@ -79,6 +85,10 @@ def plan_model(
         settle()
         check_unchanged(planned, named_tensors(model, find_flat_slices(model)))
 
+    def remains() -> Remains:
+        settle()
+        return unchanged_names(planned, named_tensors(model, find_flat_slices(model)))
+
     divisions = tuple(
         Division(
             held=tuple(members[key]),
@@ -91,7 +101,13 @@ def plan_model(
         for key, held_by in holders.items()
     )
     return Plan(
-        specs=tuple(specs), aliases=aliases, left_out=tuple(left_out), divisions=divisions, settle=settle, verify=verify
+        specs=tuple(specs),
+        aliases=aliases,
+        left_out=tuple(left_out),
+        divisions=divisions,
+        settle=settle,
+        verify=verify,
+        remains=remains,
     )
 
 
