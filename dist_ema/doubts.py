@@ -38,8 +38,7 @@ class Doubts:
     def tell_of_a_better_one(self, target: Path, num_updates: int, use: Use) -> None:
         """On rank 0: warn if an average of more updates is at `target`. No communication.
 
-        Not where the user chose where the counter stands: after a load, `start_from` or `restart` the run is meant to be
-        behind.
+        Not after a load, `start_from` or `restart`: there the user chose where the counter stands.
         """
         if self._told_of_better or use.is_begun_on_purpose:
             return
@@ -48,9 +47,9 @@ class Doubts:
             self._told_of_better = True
             tell(
                 f"{target} holds an average of {saved} updates, and this save replaces it by one of {num_updates}: an "
-                "average that is attached after load_state, or built without load, begins anew. To go on from the saved "
-                "one, attach before load_state (or call load first); to keep both, save into another folder; if it is "
-                "meant to begin anew, call restart() first"
+                "average that is attached after load_state, or built without load, begins anew. To go on from the "
+                "saved one, attach before load_state (or call load first); to keep both, save into another folder; if "
+                "it is meant to begin anew, call restart() first"
             )
 
     def warn_of_no_updates(self, exchange: Exchange, plan: Plan, num_updates: int) -> None:
@@ -61,10 +60,10 @@ class Doubts:
         if exchange.sum_integers([int(changed)]) != [0]:
             self._told_of_none = True
             exchange.warn(
-                "the average has had 0 updates, though the weights are no longer those of when it was attached: what is "
-                "written are the live weights. The step() of the attached optimizer is never called (first_step and "
-                "second_step of a SAM optimizer do not call it, nor does an optimizer of your own): call ema.update() "
-                "after each of its steps. If you have only loaded weights, all is well"
+                "the average has had 0 updates, though the weights are no longer those of when it was attached: what "
+                "is written are the live weights. The step() of the attached optimizer was never called (first_step "
+                "and second_step of a SAM optimizer do not call it; or another optimizer has stepped): call "
+                "ema.update() after each of its steps. If you have only loaded weights, all is well"
             )
 
 

@@ -30,14 +30,16 @@ __all__ = ["ShardedEMA"]
 T = TypeVar("T")
 
 
-@torch.compiler.disable
-def _update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    """A compiled optimizer step traces its hooks too; the lists and counters of an update are nothing to trace."""
+def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
     step = state.num_updates
     state.update(found_inf)
     state.use.num_calls += 1
     if step >= standstill.next_step:
         standstill.tell(step)
+
+
+# A compiled optimizer step traces its hooks too; the lists and counters of an update are nothing to trace.
+_update = torch.compiler.disable(_count_update)
 
 
 class ShardedEMA(Stored):

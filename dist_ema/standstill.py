@@ -17,20 +17,21 @@ class Standstill:
     """The ends of some schedules.
 
     Attributes:
-        next_step: number of the update at which the next of them is over; of no update if there is none.
+        next_step: number of the first update beyond the next of them; of no update if there is none.
 
     Args:
         schedules: track name -> its schedule.
     """
 
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
-        ends = {name: steps_of(schedule) for name, schedule in schedules.items()}
+        steps = {name: steps_of(schedule) for name, schedule in schedules.items()}
         self._schedules = schedules
-        self._ends = {name: end for name, end in ends.items() if end is not None}
+        # Update number total_steps is the last that a schedule speaks of: m(K) = end_momentum.
+        self._ends = {name: total_steps + 1 for name, total_steps in steps.items() if total_steps is not None}
         self.next_step = min(self._ends.values(), default=sys.maxsize)
 
     def tell(self, step: int) -> None:
-        """Warn of the schedules that are over at update number `step`, if their momentum is 0 from there on."""
+        """Warn of the schedules that are over by update number `step`, if their momentum is 0 from there on."""
         over = [name for name, end in self._ends.items() if end <= step]
         for name in over:
             del self._ends[name]
@@ -41,7 +42,7 @@ class Standstill:
             tell(
                 f"update number {step} (counted from 0) and all later ones have a momentum of 0, so the average stands "
                 f"still from here on: {told}. total_steps is the number of optimizer steps of the whole run, over all "
-                "resumes. Give that number, or an end_momentum above 0"
+                "resumes: give that number, or an end_momentum above 0"
             )
 
 

@@ -49,10 +49,11 @@ _SERVED = (
 )
 
 _NOT_IN_A_TRAINER = (
-    "the accelerator is that of a Trainer of transformers, which writes its checkpoints without accelerator.save_state: none "
-    "of them will hold the average {name!r}, and a resume begins it anew. Save and load it in a TrainerCallback, on every "
-    "rank: in on_save ema.save(os.path.join(args.output_dir, f'checkpoint-{{state.global_step}}', {name!r})), and at the "
-    "end of on_train_begin ema.load(...) of that folder if the run resumes"
+    "the accelerator is that of a Trainer of transformers, which writes its checkpoints without "
+    "accelerator.save_state: none of them will hold the average {name!r}, and a resume begins it anew. Save and load "
+    "it in a TrainerCallback, on every rank: in on_save by ema.save(os.path.join(args.output_dir, "
+    "f'checkpoint-{{state.global_step}}', {name!r})), and at the end of on_train_begin by ema.load(...) of that folder "
+    "if the run resumes"
 )
 
 # Names in use on each accelerator: two averages of one name would overwrite each other's folder.
@@ -121,7 +122,6 @@ def attach(
     names.add(name)
     ema.on_detach(lambda: names.discard(name))
 
-    @torch.compiler.disable  # a compiled step traces its hooks too
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not _is_state_initialisation():
             watch.before_update()
@@ -172,7 +172,8 @@ def attach(
 
     _around(accelerator, "end_training", ema, before=before_end)
     _around(accelerator, "load_state", ema, before=before_loading, after=after_loading)
-    ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
+    untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
+    ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
