@@ -2,7 +2,7 @@
 
 Not a test: `test_accelerate_habits.py` launches it, on two processes each. It raises if the average is not the naive
 one, under the names of the plain model, or does not come back. On a CPU accelerate takes no FSDP plugin and no
-parallelism configuration: what its command line says of them is read here from the environment, as on a GPU, and forced.
+parallelism configuration: what its command line says of them is read here from the environment, and forced.
 """
 
 from __future__ import annotations

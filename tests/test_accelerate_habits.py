@@ -54,6 +54,7 @@ def saved_in_a_swap(layout: str, folder: str) -> None:
         def save(kind: str) -> dict[str, torch.Tensor]:
             """On rank 0: what the habits have saved, all of them the same."""
             state = accelerator.get_state_dict(model)
+            copied = {name: value.clone() for name, value in state.items()}  # save_pretrained empties it
             accelerator.save_model(model, f"{folder}/{kind}/model")
             accelerator.unwrap_model(model).save_pretrained(
                 f"{folder}/{kind}/pretrained",
@@ -65,7 +66,6 @@ def saved_in_a_swap(layout: str, folder: str) -> None:
                 accelerator.unwrap_model(model).save_pretrained(
                     f"{folder}/{kind}/plain", is_main_process=accelerator.is_main_process
                 )
-            copied = {name: value.clone() for name, value in state.items()}
             accelerator.wait_for_everyone()
             for name in os.listdir(f"{folder}/{kind}") if accelerator.is_main_process else ():
                 for key, value in load_file(f"{folder}/{kind}/{name}/model.safetensors").items():
@@ -125,6 +125,7 @@ def beside_leftovers(folder: str) -> None:
             accelerator.load_state()
         accelerator.load_state(str(checkpoints / "checkpoint_2"))
         assert ema.num_updates == 3
+        accelerator.wait_for_everyone()  # the next save removes what is loaded here
         accelerator.save_state()
         accelerator.wait_for_everyone()
         accelerator.load_state()
