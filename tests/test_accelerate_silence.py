@@ -28,6 +28,7 @@ from dist_ema import (
     CosineSchedule,
     EqualSchedule,
     PowerSchedule,
+    RankMismatchError,
     ShardedEMA,
     after,
     attach,
@@ -211,6 +212,20 @@ def test_an_optimizer_whose_step_is_never_called_is_told_at_the_save(world, tmp_
     """sam#31, skorch#785: 0 updates, and the live weights saved as if they were the average."""
     told, _ = world(2).run(sharpness_aware, layout, str(tmp_path / "ckpt"))
     assert "0 updates" in told and "ema.update()" in told and "SAM" in told
+
+
+def exported_apart(folder: str) -> str:
+    ema = ShardedEMA(nn.Linear(2, 2), SCHEDULE)
+    for _ in range(1 + dist.get_rank()):
+        ema.update()
+    with pytest.raises(RankMismatchError, match="num_updates: '1' against '2'") as caught:
+        ema.consolidate(folder)
+    return str(caught.value)
+
+
+def test_an_export_of_ranks_that_made_different_numbers_of_updates_is_refused(world, tmp_path) -> None:
+    first, second = world(2).run(exported_apart, str(tmp_path / "export"))
+    assert first == second and not list(tmp_path.iterdir())
 
 
 # attach in a Trainer
