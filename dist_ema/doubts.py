@@ -20,6 +20,10 @@ from dist_ema.use import Use
 __all__ = ["Doubts"]
 
 
+# An average of fewer updates is hardly one: smoke runs and tests leave such.
+_FEWEST_TO_LOSE = 3
+
+
 class Doubts:
     """What this run knows of itself, to be compared before something is written."""
 
@@ -43,7 +47,7 @@ class Doubts:
         if self._told_of_better or use.is_begun_on_purpose:
             return
         saved = _updates_in(target)
-        if saved is not None and saved > num_updates:
+        if saved is not None and saved > num_updates and saved >= _FEWEST_TO_LOSE:
             self._told_of_better = True
             tell(
                 f"{target} holds an average of {saved} updates, and this save replaces it by one of {num_updates}: an "

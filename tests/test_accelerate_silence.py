@@ -131,6 +131,8 @@ def test_what_the_user_chose_to_begin_earlier_or_writes_elsewhere_is_not_doubted
     former.snapshot(tmp_path / "snapshots")
     former.update()
     former.save(tmp_path / "same")
+    saved(tmp_path / "smoke", 2)
+    ShardedEMA(nn.Linear(2, 2), SCHEDULE).save(tmp_path / "smoke")
     ShardedEMA(nn.Linear(2, 2), SCHEDULE).save(tmp_path / "fresh")
     (tmp_path / "fresh" / "manifest.json").write_text("damaged")
     saved(tmp_path / "fresh", 1)

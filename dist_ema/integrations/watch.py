@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import os
 import sys
+import time
 import types
 import weakref
 from typing import Any
@@ -21,20 +22,29 @@ from dist_ema.use import Use
 __all__ = ["Watch", "is_of_a_trainer"]
 
 
+# From the return of a `main()` to the end of its process it takes less.
+_ENDING_SECONDS = 10.0
+
+
 @dataclasses.dataclass(eq=False)
 class _Record:
     """What is to be known of an average when the process ends; the average itself may be gone by then."""
 
     name: str
     use: Use
-    average: weakref.ref[ShardedEMA]
     process: int
     num_hook_updates: int = 0
+    gone_at: float | None = None
 
     @property
     def is_unused(self) -> bool:
         """Whether the hooks have made updates, in this process, and the average was never given to the user."""
         return self.process == os.getpid() and self.num_hook_updates > 0 and not self.use.is_given
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the process has gone on to other things since the average went."""
+        return self.gone_at is not None and time.monotonic() - self.gone_at > _ENDING_SECONDS
 
 
 # Records of rank 0 that the end of the process asks.
@@ -51,13 +61,14 @@ class Watch:
     """
 
     def __init__(self, ema: ShardedEMA, name: str, *, rank: int, ends: bool) -> None:
-        self._record = _Record(name, ema.use, weakref.ref(ema), os.getpid())
+        self._record = record = _Record(name, ema.use, os.getpid())
         self._seen_calls = ema.use.num_calls
         self._tells = rank == 0
         if self._tells and ends:
             # A process that goes on to another average (a sweep, a test) has done with those that are gone.
-            _records[:] = [record for record in _records if record.average() is not None]
-            _records.append(self._record)
+            _records[:] = [each for each in _records if each.gone_at is None]
+            _records.append(record)
+            weakref.finalize(ema, lambda: setattr(record, "gone_at", time.monotonic())).atexit = False
             ema.on_detach(self.forget)
 
     def before_update(self) -> None:
@@ -97,7 +108,7 @@ class Watch:
 @atexit.register
 def _at_exit() -> None:
     if getattr(sys, "last_type", None) is None:  # set where the process ends with a traceback
-        _tell_unused(_records)
+        _tell_unused([record for record in _records if not record.is_past])
 
 
 def _tell_unused(records: list[_Record]) -> None:
