@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_rank_averages import assert_same_bits
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from zoo import set_live
 
@@ -184,6 +184,9 @@ def laid_out(layout: str) -> tuple[nn.Module, nn.Sequential]:
     inner = nn.Sequential(OrderedDict(body=nn.Linear(4, 5), head=nn.Linear(5, 3)))
     if layout == "ddp":
         return DistributedDataParallel(inner), inner
+    if layout == "fsdp1":
+        inner.body = FullyShardedDataParallel(inner.body, use_orig_params=True, device_id=torch.device("cpu"))
+        return FullyShardedDataParallel(inner, use_orig_params=True, device_id=torch.device("cpu")), inner
     fully_shard(inner.body)
     fully_shard(inner.head)
     fully_shard(inner)
@@ -222,7 +225,7 @@ def with_a_new_head(layout: str, folder: str) -> str:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_on_several_ranks_the_unchanged_tensors_are_whole_whatever_the_layout(world, tmp_path, size) -> None:
-    for layout in ("ddp", "fsdp2"):
+    for layout in ("ddp", "fsdp2", "fsdp1"):
         told = world(size).run(with_a_new_head, layout, str(tmp_path))
         assert len(set(told)) == 1
     for file in ("model.safetensors", "manifest.json"):
