@@ -167,10 +167,11 @@ class Stored:
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
         same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
-        same["left_out"] = part.left_out
+        same["left_out"], same["others"] = part.left_out, part.others
         self._exchange.compare({**same, "max_shard_size": str(max_shard_size), "background": background})
         part.warn(self._exchange)
-        self._doubts.warn_of_no_updates(self._exchange, part.plan, manifest.num_updates)
+        if not part.has_changed:
+            self._doubts.warn_of_no_updates(self._exchange, part.plan, manifest.num_updates)
         warn_of_differing_replicas(self._exchange, part.plan)
         if not background:
             write_average(self._exchange, target, files, tracks, manifest)
@@ -288,10 +289,11 @@ class Stored:
 
         target, pieces, files, part = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
-        same["num_updates"] = str(self._state.num_updates)
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size), "left_out": part.left_out})
+        same["num_updates"], same["max_shard_size"] = str(self._state.num_updates), str(max_shard_size)
+        self._exchange.compare({**same, "left_out": part.left_out, "others": part.others})
         part.warn(self._exchange)
-        self._doubts.warn_of_no_updates(self._exchange, part.plan, self._state.num_updates)
+        if not part.has_changed:
+            self._doubts.warn_of_no_updates(self._exchange, part.plan, self._state.num_updates)
         write_export(self._exchange, target, files, pieces)
 
     def load_sharded_state_dict(

@@ -48,9 +48,14 @@ class Part:
             ) from None
         return Part(plan)
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the model is another than the planned one."""
+        return bool(self.left_out or self.others)
+
     def texts(self, whole: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
         """The small files of the whole model, if it is whole: a config.json would have the rest made at random."""
-        return {} if self.left_out or self.others else whole()
+        return {} if self.has_changed else whole()
 
     def warn(self, exchange: Exchange) -> None:
         """Collective: every rank must call it. Name on rank 0 what is not written."""

@@ -157,21 +157,15 @@ def attach(
             if accelerator.is_main_process:
                 _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
-    def before_end() -> None:
-        if background:
-            ema.wait()  # end_training destroys the process group
-        watch.end()
-
-    def before_loading() -> None:
-        if options.get("overlap"):
-            ema.wait()  # under FSDP load_state loads the model before it calls our hook
-
     def after_loading() -> None:
         watch.start_over()
         ema.expect_updates()
 
-    _around(accelerator, "end_training", ema, before=before_end)
-    _around(accelerator, "load_state", ema, before=before_loading, after=after_loading)
+    # end_training destroys the process group; load_state under FSDP loads the model before it calls our hook.
+    wait_at_end = ema.wait if background else None
+    wait_for_load = ema.wait if options.get("overlap") else None
+    _around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
+    _around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
     untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
     ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
@@ -184,8 +178,8 @@ def _around(
     method: str,
     ema: ShardedEMA,
     *,
-    before: Callable[[], None],
-    after: Callable[[], None] | None = None,
+    before: Callable[[], None] | None,
+    after: Callable[[], None],
 ) -> None:
     """Have a method of the accelerator do more for as long as `ema` is attached; accelerate has no hooks there."""
     former = getattr(accelerator, method)
@@ -193,10 +187,10 @@ def _around(
 
     @functools.wraps(former)
     def with_more(*args: Any, **kwargs: Any) -> Any:
-        if attached:
+        if attached and before is not None:
             before()
         result = former(*args, **kwargs)
-        if attached and after is not None:
+        if attached:
             after()
         return result
 
