@@ -260,3 +260,14 @@ def test_the_unchanged_part_of_a_teacher_is_kept(tmp_path) -> None:
     with pytest.warns(UserWarning, match="head.weight, head.bias"):
         ema.save(tmp_path / "ema", only_unchanged=True)
     assert_same_bits(load_file(tmp_path / "ema" / "model.safetensors"), expected)
+
+
+def test_a_changed_model_is_not_taken_for_one_that_was_trained(tmp_path) -> None:
+    """One warning, of what is left out, and none of weights that moved without an update."""
+    model = body_and_head()
+    ema = ShardedEMA(model, SCHEDULE)
+    ema.expect_updates()
+    another_shape(model)
+    with pytest.warns(UserWarning, match="left out") as told:
+        ema.save(tmp_path / "ema", only_unchanged=True)
+    assert len(told) == 1
