@@ -19,17 +19,28 @@ from dist_ema.layout import Shard
 from dist_ema.options import Options, checked_device, name_patterns
 from dist_ema.schedules.base import Schedule
 from dist_ema.sharded import check_forms, sharded_tensors
+from dist_ema.standstill import Standstill
 from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
 from dist_ema.streams import join_all, join_before_steps
 from dist_ema.swap import LiveBackup, put_average
+from dist_ema.use import Use
 
 __all__ = ["ShardedEMA"]
 
 T = TypeVar("T")
 
-# A compiled optimizer step traces its hooks too; the lists of an update are nothing to trace.
-_update = torch.compiler.disable(AveragedState.update)
+
+def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
+    step = state.num_updates
+    state.update(found_inf)
+    state.use.num_calls += 1
+    if step >= standstill.next_step:
+        standstill.tell(step)
+
+
+# A compiled optimizer step traces its hooks too; the lists and counters of an update are nothing to trace.
+_update = torch.compiler.disable(_count_update)
 
 
 class ShardedEMA(Stored):
@@ -124,6 +135,7 @@ class ShardedEMA(Stored):
             exchange.arrive("ShardedEMA")
             state = build_state(exchange, model, schedule, options, into)
         super().__init__(exchange, state)
+        self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         if overlap:
             self.on_detach(join_before_steps(self._state))
             self.on_detach(self._state.stop_overlapping)
@@ -159,6 +171,11 @@ class ShardedEMA(Stored):
         """Bytes of averaged values on this rank, all tracks together."""
         return self._state.nbytes
 
+    @property
+    def use(self) -> Use:
+        """What has been done with the averages; for integrations that have something to say of it."""
+        return self._state.use
+
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication.
 
@@ -174,7 +191,7 @@ class ShardedEMA(Stored):
             ConfigError: a schedule gave a momentum outside [0, 1].
         """
         self._state.refuse_while_swapped("update")
-        _update(self._state, found_inf)
+        _update(self._state, self._standstill, found_inf)
 
     @contextmanager
     def average_parameters(self, track: str | None = None) -> Iterator[None]:
@@ -342,6 +359,7 @@ class ShardedEMA(Stored):
         """
         self._state.begin("restart")
         self._state.restart()
+        self._state.use.is_begun_on_purpose = True
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""

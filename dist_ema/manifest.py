@@ -89,7 +89,10 @@ class Manifest:
         """Sentences on what this run does otherwise than the run that wrote `saved`: schedules and options."""
         told = [
             f"track {name!r} was saved with {schedule_text(saved.tracks[name])}; this run goes on with "
-            f"{schedule_text(schedule)}"
+            f"{schedule_text(schedule)}: the new schedule alone counts, from update number {saved.num_updates} of it "
+            "on, and the averaged values stay as they are. To keep the former schedule, build it as it was saved"
+            f"{_as_saved(saved.tracks[name], schedule)}; to count the new one from 0, with a new average, call "
+            "restart() after the load"
             for name, schedule in self.tracks.items()
             if saved.tracks[name] != schedule
         ]
@@ -278,6 +281,22 @@ def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {type(value).__name__}")
     return value
+
+
+def _as_saved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The saved value of `total_steps`, where this run has another: a longer run is the usual reason."""
+    before, after = _total_steps(saved), _total_steps(now)
+    if before is None or after is None or before == after:
+        return ""
+    return f", total_steps={before} included, whatever the length of this run"
+
+
+def _total_steps(schedule: Mapping[str, Any]) -> int | None:
+    """The `total_steps` of a schedule's JSON, or of the schedule in it."""
+    while isinstance(schedule.get("schedule"), dict):
+        schedule = schedule["schedule"]
+    total_steps = schedule.get("total_steps")
+    return total_steps if type(total_steps) is int else None
 
 
 _LARGEST_SIZE = 2**62

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dist_ema.errors import UnsupportedModelError
+from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.layout import Box, Held, Shard, TensorSpec, cut_points, run_between
 
-__all__ = ["Division", "Plan"]
+__all__ = ["Division", "Plan", "Remains"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,19 @@ class Division:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Remains:
+    """What is left of a plan in a model that has changed since.
+
+    Attributes:
+        names: fqn -> all names, of each planned tensor that is as it was; ties that were cut are left out.
+        others: fqns of what else the model has now.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    others: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """A model as boxes: what exists, what this rank holds of it, and what it owns.
 
@@ -67,6 +80,7 @@ class Plan:
         divisions: what this rank holds of the tensors.
         settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
         verify: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
+        remains: what is left of the plan in the model as it is now. No communication.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -75,6 +89,7 @@ class Plan:
     divisions: tuple[Division, ...]
     settle: Callable[[], None]
     verify: Callable[[], None]
+    remains: Callable[[], Remains]
 
     @property
     def has_replicas(self) -> bool:
@@ -104,6 +119,31 @@ class Plan:
     def names(self) -> list[str]:
         """Every name that a pattern may mean."""
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
+
+    def only(self, remains: Remains) -> Plan:
+        """The tensors that remain, for files, manifests and comparisons.
+
+        Their owners are those of the whole plan: ask that one what is `owned`, this one would deal the tensors anew.
+
+        Raises:
+            ModelChangedError: no averaged tensor remains.
+        """
+        specs = tuple(spec for spec in self.specs if spec.fqn in remains.names)
+        if not any(spec.averaged for spec in specs):
+            raise ModelChangedError(
+                f"none of the {sum(spec.averaged for spec in self.specs)} averaged tensors is in the model as it was "
+                "when the average was built: only_unchanged=True has nothing to write"
+            )
+        divisions = (
+            dataclasses.replace(each, held=tuple(held for held in each.held if held.spec.fqn in remains.names))
+            for each in self.divisions
+        )
+        return dataclasses.replace(
+            self,
+            specs=specs,
+            aliases={alias: fqn for alias, fqn in self.aliases.items() if alias in remains.names.get(fqn, ())},
+            divisions=tuple(divisions),
+        )
 
     def check_not_empty(self) -> None:
         """Refuse a plan that averages nothing.

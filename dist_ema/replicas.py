@@ -75,11 +75,12 @@ class Replicas:
         (num_trained,) = self._exchange.sum_integers([num_updates > 1])
         self._has_compared = num_trained == self._exchange.world_size
 
-    def check(self, call: str) -> None:
+    def check(self, call: str, plan: Plan | None = None) -> None:
         """Collective: every rank must call it. Refuses replicas that are none; warns once of those that have drifted.
 
         Args:
             call: what is about to be done, for the message.
+            plan: a part of the plan that is compared alone; None for all of it.
 
         Raises:
             UnsupportedModelError: a tensor that several ranks should hold alike differs by more than `DRIFT_ALLOWED`;
@@ -89,7 +90,7 @@ class Replicas:
             return
         divisions = {
             _key(division): division
-            for division in self._plan.divisions
+            for division in (self._plan if plan is None else plan).divisions
             if len(division.ranks) > 1 and not division.single_owner
         }
         sums = self._exchange.agree(call, lambda: {key: _checksums(each) for key, each in divisions.items()})

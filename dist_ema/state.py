@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dist_ema.skipped import LateFlag
 from dist_ema.streams import Stream, join_all, stream_beside
 from dist_ema.teacher import Teacher, TeacherAverages
 from dist_ema.update import Updater
+from dist_ema.use import Use
 
 __all__ = ["AveragedState", "dtype_name"]
 
@@ -39,6 +40,7 @@ class AveragedState:
         shards: the boxes whose average this rank keeps.
         averages: track name -> averaged values; empty until `allocate`.
         swapped: the track whose averaged weights are in the model, or None.
+        use: what has been done with the averages.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class AveragedState:
         self.averages: Mapping[str, Averages] = {}
         self._updater = Updater((), ())
         self.swapped: str | None = None
+        self.use = Use()
         self._num_updates = 0
         self._last_skipped: LateFlag | None = None
         # Live values that were left out before a checkpoint was loaded; on one rank, for all.
@@ -248,29 +251,44 @@ class AveragedState:
             raise ConfigError(f"track is {name!r}, expected one of {list(self.schedules)}")
         return name
 
-    def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
-        """The averaged values of `shards`; before the first update these are the live ones of this moment."""
+    def values(self, track: str | None, fqns: Collection[str] | None = None) -> tuple[torch.Tensor, ...]:
+        """The averaged values of `shards`; before the first update these are the live ones of this moment.
+
+        With `fqns` only those of these names count.
+        """
+        self.use.is_given = True
         averages = self.averages[self.track(track)]
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
             if self.num_updates == 0:
                 self._copy_live(counted=False)
             self._start_from_live(counted=False)
         elif self.num_updates == 0:
-            averages.copy_live()
+            averages.copy_live(fqns)
         elif self._not_started:
-            averages.copy_live(self._not_started)
+            averages.copy_live(self._not_started if fqns is None else self._not_started.intersection(fqns))
         return averages.values
 
-    def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:
-        """Every box this rank owns and its values: the averaged ones, then those that are always shown live."""
+    def pieces(self, track: str | None, part: Plan | None = None) -> list[tuple[Box, torch.Tensor]]:
+        """Every box this rank owns and its values: the averaged ones, then those that are always shown live.
+
+        Args:
+            track: which average.
+            part: what remains of `plan` (`Plan.only`), and is all that is wanted; None for the whole of it.
+        """
         join_all()
-        self.plan.verify()
+        if part is None:
+            self.plan.verify()
+        fqns = {spec.fqn for spec in (part or self.plan).specs}
         dtypes = self.dtypes()
-        averaged = zip(self.shards, self.values(track), strict=True)
+        averaged = zip(self.shards, self.values(track, fqns), strict=True)
         with torch.no_grad():
             # The live dtype may have changed since the plan was made (`model.to(...)`); files keep the planned one.
-            live = [(shard.box, shard.live().to(dtypes[shard.fqn])) for shard in self.plan.owned(averaged=False)]
-        return [(shard.box, value) for shard, value in averaged] + live
+            live = [
+                (shard.box, shard.live().to(dtypes[shard.fqn]))
+                for shard in self.plan.owned(averaged=False)
+                if shard.fqn in fqns
+            ]
+        return [(shard.box, value) for shard, value in averaged if shard.fqn in fqns] + live
 
     def begin(self, call: str) -> None:
         """Begin a call that uses averages or writes live weights: after all updates that run beside training.
@@ -300,8 +318,9 @@ class AveragedState:
             return own
         return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
 
-    def manifest(self, world_size: int, floating: torch.dtype | None = None) -> Manifest:
-        """What a checkpoint written now says of itself; `floating` as in `dtypes`."""
+    def manifest(self, world_size: int, floating: torch.dtype | None = None, part: Plan | None = None) -> Manifest:
+        """What a checkpoint written now says of itself; `floating` as in `dtypes`, `part` as in `pieces`."""
+        plan = part or self.plan
         dtypes = self.dtypes(floating)
         stored = {} if floating is None else {"dtype": dtype_name(floating)}
         return Manifest(
@@ -309,10 +328,9 @@ class AveragedState:
             options={**self.options.to_json(), **stored},
             tracks={name: schedule_to_json(schedule) for name, schedule in self.schedules.items()},
             tensors={
-                spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged)
-                for spec in self.plan.specs
+                spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs
             },
-            aliases=self.plan.aliases,
+            aliases=plan.aliases,
             written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
         )
 

@@ -15,6 +15,7 @@ from dist_ema.background import Background
 from dist_ema.calls import collective, together
 from dist_ema.checkpoint import model_files, write_average, write_export
 from dist_ema.checks import absolute, positive_integer, target_folder, working_folder
+from dist_ema.doubts import Doubts
 from dist_ema.exchange import Exchange
 from dist_ema.files import ModelFiles
 from dist_ema.loading import Escapes, load_average, load_model
@@ -24,6 +25,7 @@ from dist_ema.replicas import Replicas
 from dist_ema.sharded import take_sharded
 from dist_ema.state import AveragedState
 from dist_ema.streams import join_all
+from dist_ema.unchanged import Part
 from dist_ema.writing import Pieces
 
 __all__ = ["Stored"]
@@ -46,6 +48,14 @@ class Stored:
         self._replicas.check("building the average")
         self._background = Background()
         self._has_warned_of_later = False
+        self._doubts = Doubts()
+
+    def expect_updates(self) -> None:
+        """Have a save warn if the live weights are no longer those of now, and no update was made. No communication.
+
+        For integrations whose hooks call `update`; to be called again where weights are loaded.
+        """
+        self._doubts.expect_updates(self._state.plan)
 
     def wait(self) -> None:
         """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
@@ -59,7 +69,14 @@ class Stored:
         self._background.wait()
 
     @collective
-    def save(self, path: PathLike, *, max_shard_size: int | str = "5GB", background: bool = False) -> None:
+    def save(
+        self,
+        path: PathLike,
+        *,
+        max_shard_size: int | str = "5GB",
+        background: bool = False,
+        only_unchanged: bool = False,
+    ) -> None:
         """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
         The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
@@ -72,14 +89,22 @@ class Stored:
             background: return as soon as this rank's values are copied to host memory (which is kept for the next such
                 save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
                 joins it and raises its error.
+            only_unchanged: of a model that has changed since the average was built write the tensors that are as they
+                were, and warn of the others; a new average of the changed model goes on from it by `load(..., new=)`.
 
         Raises:
             SwapError: the averaged weights are in the model.
+            ModelChangedError: the model has other modules, names or shapes than when the average was built.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
-        self._save("save", path, lambda state: target_folder(path), None, max_shard_size, bool(background))
+        only = bool(only_unchanged)
+
+        def place(state: AveragedState) -> Path:
+            return target_folder(path)
+
+        self._save("save", path, place, None, max_shard_size, bool(background), only_unchanged=only)
 
     @collective
     def snapshot(
@@ -133,22 +158,32 @@ class Stored:
         dtype: torch.dtype | None,
         max_shard_size: int | str,
         background: bool,
+        *,
+        only_unchanged: bool = False,
     ) -> None:
-        def prepare() -> tuple[Path, Manifest, dict[str, Pieces], ModelFiles]:
+        def prepare() -> tuple[Path, Manifest, dict[str, Pieces], ModelFiles, Part]:
             state, stored = self._state, floating_dtype("dtype", dtype)
             state.begin(call)
-            texts = state.texts(stored or state.options.dtype)
-            files = model_files(state.plan, state.dtypes(stored), max_shard_size, texts)
-            tracks: dict[str, Pieces] = {name: state.pieces(name) for name in state.schedules}
-            return place(state), state.manifest(self._exchange.world_size, stored), tracks, files
+            part = Part.of(state.plan, only_unchanged=only_unchanged)
+            texts = part.texts(lambda: state.texts(stored or state.options.dtype))
+            files = model_files(part.plan, state.dtypes(stored), max_shard_size, texts)
+            tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in state.schedules}
+            manifest, target = state.manifest(self._exchange.world_size, stored, part.plan), place(state)
+            if call == "save" and self._exchange.rank == 0:
+                self._doubts.tell_of_a_better_one(target, manifest.num_updates, state.use)
+            return target, manifest, tracks, files, part
 
-        target, manifest, tracks, files = self._together(call, prepare)
+        target, manifest, tracks, files, part = self._together(call, prepare)
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
         same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
+        same = {**same, "left_out": part.left_out, "others": part.others}
         same = {**same, "max_shard_size": str(max_shard_size), "background": background}
         self._exchange.compare(same, working_folder(path))
-        self._replicas.check(call)
+        part.warn(self._exchange)
+        if not part.has_changed:
+            self._doubts.warn_of_no_updates(self._exchange, part.plan, manifest.num_updates)
+        self._replicas.check(call, part.plan)
         if not background:
             write_average(self._exchange, target, files, tracks, manifest)
             return
@@ -198,6 +233,7 @@ class Stored:
         for change in now.changes_since(saved):
             self._exchange.warn(f"{target}: {change}")
         state.restore(filled, found, saved.num_updates)
+        state.use.is_begun_on_purpose = True
         state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
 
     @collective
@@ -234,6 +270,7 @@ class Stored:
         averaged = first[: len(state.shards)]
         found = load_model(self._exchange, source, state.plan, state.shards, escapes, averaged)
         state.restore(dict.fromkeys(filled, first), found, start)
+        state.use.is_begun_on_purpose = True
 
     @collective
     def consolidate(
@@ -243,6 +280,7 @@ class Stored:
         track: str | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
+        only_unchanged: bool = False,
     ) -> None:
         """Collective: every rank must call it. Write one average as a plain model folder to ship.
 
@@ -251,23 +289,33 @@ class Stored:
             track: which average; may be left out if there is one.
             dtype: floating-point tensors are converted to it, piece by piece; None keeps the averaged dtype.
             max_shard_size: bytes (or "5GB") of a file before the next one begins.
+            only_unchanged: as in `save`.
 
         Raises:
             SwapError: the averaged weights are in the model.
+            ModelChangedError: the model has other modules, names or shapes than when the average was built.
             ConfigError: there is no such track, or `dtype` is not a floating-point one.
             CheckpointError: some rank could not write; the same error on all ranks.
         """
 
-        def prepare() -> tuple[Path, Pieces, ModelFiles]:
+        def prepare() -> tuple[Path, Pieces, ModelFiles, Part]:
             state = self._state
             state.begin("consolidate")
-            dtypes, texts = state.dtypes(floating_dtype("dtype", dtype)), state.texts(dtype or state.options.dtype)
-            return target_folder(path), state.pieces(track), model_files(state.plan, dtypes, max_shard_size, texts)
+            part = Part.of(state.plan, only_unchanged=bool(only_unchanged))
+            dtypes = state.dtypes(floating_dtype("dtype", dtype))
+            texts = part.texts(lambda: state.texts(dtype or state.options.dtype))
+            files = model_files(part.plan, dtypes, max_shard_size, texts)
+            return target_folder(path), state.pieces(track, part.plan), files, part
 
-        target, pieces, files = self._together("consolidate", prepare)
+        target, pieces, files, part = self._together("consolidate", prepare)
         same = {"call": "consolidate", "path": str(target), "track": self._state.track(track), "dtype": str(dtype)}
-        self._exchange.compare({**same, "max_shard_size": str(max_shard_size)}, working_folder(path))
-        self._replicas.check("consolidate")
+        same |= {"num_updates": str(self._state.num_updates), "max_shard_size": str(max_shard_size)}
+        same |= {"left_out": str(part.left_out), "others": str(part.others)}
+        self._exchange.compare(same, working_folder(path))
+        part.warn(self._exchange)
+        if not part.has_changed:
+            self._doubts.warn_of_no_updates(self._exchange, part.plan, self._state.num_updates)
+        self._replicas.check("consolidate", part.plan)
         write_export(self._exchange, target, files, pieces)
 
     @collective
@@ -296,6 +344,7 @@ class Stored:
         name, values, count = self._together("load_sharded_state_dict", prepare)
         self._exchange.compare({"call": "load_sharded_state_dict", "track": name, "num_updates": count})
         state.take_over(name, values, count)
+        state.use.is_begun_on_purpose = True
 
     @collective
     def num_refused(self) -> int:

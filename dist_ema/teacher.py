@@ -20,7 +20,7 @@ import torch
 from dist_ema.averages import Averages, copy_each
 from dist_ema.errors import ConfigError, UnsupportedModelError
 from dist_ema.layout import Box, Held, Shard
-from dist_ema.plan import Plan
+from dist_ema.plan import Plan, Remains
 from dist_ema.swap import spread
 
 __all__ = ["Teacher", "TeacherAverages"]
@@ -60,7 +60,13 @@ class Teacher:
             student.verify()
             teacher.verify()
 
-        self.plan = dataclasses.replace(student, settle=settle, verify=verify)
+        def remains() -> Remains:
+            left, own = student.remains(), {own_name[fqn] for fqn in teacher.remains().names if fqn in own_name}
+            gone = set(own_name.values()) - own
+            names = {fqn: names for fqn, names in left.names.items() if fqn not in gone}
+            return Remains(names=names, others=(*left.others, *(fqn for fqn in left.names if fqn in gone)))
+
+        self.plan = dataclasses.replace(student, settle=settle, verify=verify, remains=remains)
         self.held = tuple(Shard(held, held.box) for each in student.divisions if each.averaged for held in each.held)
         self.repeated = {held.spec.fqn for each in student.divisions if each.position > 0 for held in each.held}
         self.shown = _part(self.plan, set(own_name.values()))

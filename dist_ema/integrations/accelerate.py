@@ -15,7 +15,7 @@ import os
 import sys
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,9 @@ from dist_ema.commit import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.exchange import Exchange
+from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.schedules.base import Schedule
+from dist_ema.telling import tell
 from dist_ema.topology.names import unwrapped
 from dist_ema.topology.planning import trained_parameters
 
@@ -45,6 +47,14 @@ _SERVED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
     DistributedType.FSDP,
+)
+
+_NOT_IN_A_TRAINER = (
+    "the accelerator is that of a Trainer of transformers, which writes its checkpoints without "
+    "accelerator.save_state: none of them will hold the average {name!r}, and a resume begins it anew. Save and load "
+    "it in a TrainerCallback, on every rank: in on_save by ema.save(os.path.join(args.output_dir, "
+    "f'checkpoint-{{state.global_step}}', {name!r})), and at the end of on_train_begin by ema.load(...) of that folder "
+    "if the run resumes"
 )
 
 # Names in use on each accelerator: two averages of one name would overwrite each other's folder.
@@ -102,18 +112,25 @@ def attach(
                 "written, while its average may still be under way. Set total_limit to 2 or more"
             )
 
+        if exchange.rank == 0 and is_of_a_trainer(accelerator):
+            tell(_NOT_IN_A_TRAINER.format(name=name))
+
     with together(exchange, "attach"):
         exchange.arrive("attach")
         exchange.agree("attach", check)
     ema = ShardedEMA(model, schedule, **options)
+    exchange.agree("attach", ema.expect_updates)
+    watch = Watch(ema, name, rank=exchange.rank, ends=options.get("into") is None)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
     ema.on_detach(lambda: names.discard(name))
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not _is_state_initialisation():
+            watch.before_update()
             # Only a fused optimizer under a GradScaler has it, and only during its step.
             ema.update(found_inf=getattr(stepped, "found_inf", None))
+            watch.after_update()
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         if not _is_prepared(accelerator, model):  # accelerator.free_memory() was called
@@ -143,33 +160,49 @@ def attach(
             if accelerator.is_main_process:
                 _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
-    if background:
-        _wait_before(accelerator, "end_training", ema)  # which destroys the process group
-    if options.get("overlap"):
-        _wait_before(accelerator, "load_state", ema)  # which under FSDP loads the model before it calls our hook
-    ema.on_detach(optimizer.optimizer.register_step_post_hook(after_step).remove)
+    def after_loading() -> None:
+        watch.start_over()
+        ema.expect_updates()
+
+    # end_training destroys the process group; load_state under FSDP loads the model before it calls our hook.
+    wait_at_end = ema.wait if background else None
+    wait_for_load = ema.wait if options.get("overlap") else None
+    _around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
+    _around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
+    untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
+    ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
 
 
-def _wait_before(accelerator: Accelerator, method: str, ema: ShardedEMA) -> None:
-    """Have a method of the accelerator wait first for what `ema` does beside training."""
+def _around(
+    accelerator: Accelerator,
+    method: str,
+    ema: ShardedEMA,
+    *,
+    before: Callable[[], None] | None,
+    after: Callable[[], None],
+) -> None:
+    """Have a method of the accelerator do more for as long as `ema` is attached; accelerate has no hooks there."""
     former = getattr(accelerator, method)
     attached = [ema]
 
     @functools.wraps(former)
-    def wait_first(*args: Any, **kwargs: Any) -> Any:
-        for each in attached:
-            each.wait()
-        return former(*args, **kwargs)
+    def with_more(*args: Any, **kwargs: Any) -> Any:
+        if attached and before is not None:
+            before()
+        result = former(*args, **kwargs)
+        if attached:
+            after()
+        return result
 
     def undo() -> None:
         attached.clear()
-        if getattr(accelerator, method) is wait_first:  # else a later average has wrapped it in turn
+        if getattr(accelerator, method) is with_more:  # else a later average has wrapped it in turn
             setattr(accelerator, method, former)
 
-    setattr(accelerator, method, wait_first)
+    setattr(accelerator, method, with_more)
     ema.on_detach(undo)
 
 

@@ -10,7 +10,7 @@ from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, fraction_between
 
-__all__ = ["DEEPEST", "After", "Every", "ScaledBatch", "after", "every", "scaled_batch"]
+__all__ = ["DEEPEST", "After", "Every", "ScaledBatch", "after", "every", "scaled_batch", "steps_of"]
 
 
 # Schedules within each other. Whoever reads a record, or draws one, walks down as many levels.
@@ -145,3 +145,22 @@ class ScaledBatch(_Combined):
     def to_json(self) -> dict[str, Any]:
         """The arguments that rebuild this schedule."""
         return {"kappa": self.kappa}
+
+
+def steps_of(schedule: Schedule) -> int | None:
+    """Number of updates until the `total_steps` of a schedule, or of the one that it is made of, are over.
+
+    Of `every(n, ...)` until the last update that its inner schedule moves. None where there are no `total_steps`.
+    """
+    if isinstance(schedule, _Combined):
+        steps = steps_of(schedule.schedule)
+        if steps is None:
+            return None
+        if isinstance(schedule, After):
+            return schedule.start_step + steps
+        if isinstance(schedule, Every):
+            # The update that takes in the inner update number steps - 1, the last one that moves.
+            return -(-(steps - 1) // schedule.num_steps) * schedule.num_steps + 1
+        return steps
+    total_steps = getattr(schedule, "total_steps", None)
+    return total_steps if type(total_steps) is int else None

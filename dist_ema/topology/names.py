@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.plan import Remains
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_unchanged",
     "class_of",
     "named_tensors",
+    "unchanged_names",
     "unwrapped",
 ]
 
@@ -171,6 +173,23 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
                 f"{fqns[0]} was added, removed, tied, reshaped or moved since the average was built: build "
                 "a new ShardedEMA after changing a model"
             )
+
+
+def unchanged_names(planned: Sequence[Named], now: Sequence[Named]) -> Remains:
+    """What is left of the planned tensors in a model that has changed since.
+
+    A tensor is left if its first name and shape are the same and it lies in the same module, or is the same tensor in
+    another module (`convert_sync_batchnorm`). A new module of the same shape holds other weights: it is not.
+    """
+    present = {named.fqns[0]: named for named in now}
+    names = {}
+    for old in planned:
+        new = present.get(old.fqns[0])
+        if new is None or (old.shape, old.is_buffer) != (new.shape, new.is_buffer):
+            continue
+        if old.owner is new.owner or getattr(old.owner, old.attribute, None) is new.source:
+            names[old.fqns[0]] = tuple(fqn for fqn in old.fqns if fqn in new.fqns)
+    return Remains(names=names, others=tuple(fqn for fqn in present if fqn not in names))
 
 
 def class_of(module: nn.Module) -> type:

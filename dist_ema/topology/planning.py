@@ -11,11 +11,11 @@ from torch import nn
 
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.layout import Held, TensorSpec
-from dist_ema.plan import Division, Plan
+from dist_ema.plan import Division, Plan, Remains
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
 from dist_ema.topology.extra import extra_states, place_extra
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
-from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors
+from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.plain import holders_of_plain, place_plain
 from dist_ema.topology.values import check_tensor, foreign_kind
@@ -79,6 +79,7 @@ def plan_model(
 
     # Without the tensors, which may be replaced: the first ones would stay for as long as the average does.
     planned = [dataclasses.replace(named, source=None) for named in found]
+    planned_extra = [dataclasses.replace(named, source=None) for named in extra]
 
     def settle() -> None:
         reshard_fsdp1(model)
@@ -87,6 +88,11 @@ def plan_model(
     def verify() -> None:
         settle()
         check_unchanged(planned, named_tensors(model, find_flat_slices(model)))
+
+    def remains() -> Remains:
+        settle()
+        now = named_tensors(model, find_flat_slices(model)) + extra_states(model, excludes)[0]
+        return unchanged_names([*planned, *planned_extra], now)
 
     divisions = tuple(
         Division(
@@ -101,7 +107,13 @@ def plan_model(
         for key, held_by in holders.items()
     )
     return Plan(
-        specs=tuple(specs), aliases=aliases, left_out=tuple(left_out), divisions=divisions, settle=settle, verify=verify
+        specs=tuple(specs),
+        aliases=aliases,
+        left_out=tuple(left_out),
+        divisions=divisions,
+        settle=settle,
+        verify=verify,
+        remains=remains,
     )
 
 
