@@ -184,8 +184,8 @@ class Stored:
         )
         for change in now.changes_since(saved):
             self._exchange.warn(f"{target}: {change}")
-        state.restore(filled, found, saved.num_updates)
-        state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
+        refused = saved.num_refused if self._exchange.rank == 0 else 0
+        state.restore(filled, found, saved.num_updates, num_refused=refused)
 
     def start_from(
         self,

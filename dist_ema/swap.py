@@ -22,7 +22,11 @@ _BUCKET_BYTES = 8 * 2**20
 
 
 class LiveBackup:
-    """The live values of all averaged tensors that this rank holds, kept aside. No communication."""
+    """The live values of all averaged tensors that this rank holds, kept aside. No communication.
+
+    Attributes:
+        is_restored: whether they were put back.
+    """
 
     @torch.no_grad()
     def __init__(self, plan: Plan) -> None:
@@ -30,16 +34,29 @@ class LiveBackup:
         plan.verify()
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
+        self.is_restored = False
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the kept values back, bit for bit. No communication."""
+    def restore(self, *, anyway: bool = False) -> None:
+        """Put the kept values back, bit for bit; where that was cut off, again from the beginning. No communication.
+
+        Args:
+            anyway: also if gathered copies cannot be dropped, which then raises: what is saved and stepped from now on
+                must be live.
+        """
         try:
             self._plan.settle()
-        finally:
-            # Even if gathered copies cannot be dropped: what is saved and stepped from now on must be live.
+        except BaseException:
+            if anyway:
+                self._put_back()
+            raise
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if not self.is_restored:
             for held, value in zip(self._held, self._values, strict=True):
                 held.view().copy_(value)
+            self.is_restored = True
 
 
 @torch.no_grad()
