@@ -151,8 +151,6 @@ class AveragedState:
             join_all()  # an average of the teacher itself, say
             self.teacher.settle()
             first = [Lane.of(self.teacher.show_live)]
-        if step and self._now.not_started:
-            self._start_from_live()
         flag = None if found_inf is None else LateFlag(found_inf)
         now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
         count = Once(self, "_now", now)
@@ -161,7 +159,10 @@ class AveragedState:
         elif step % options.interval == 0:
             # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
+            self._start_from_live()
             self._updater.lerp(momenta, count, unless=found_inf, first=first)
+        elif self._now.not_started:
+            self._updater.set(Job([*first, self._updater.copying_live(self._now.not_started)], count))
         else:
             self._updater.run(Job(first, count))
 
@@ -273,14 +274,12 @@ class AveragedState:
         if self.teacher is not None:
             self.teacher.settle()
 
-    def _start_from_live(self, *, counted: bool = True) -> None:
-        """Start the averages that have not: a step of its own, after which they have."""
-        now = self._now
-        lane = self._updater.copying_live(now.not_started, counted=counted)
-        count = Once(self, "_now", now._replace(not_started=frozenset())) if counted else None
-        self._updater.set(Job([lane], count))
-        if self.teacher is not None:
-            self.teacher.settle()
+    def _start_from_live(self) -> None:
+        """Set the averages that have not started to the live values; again at their next use, until an update counts."""
+        if self._now.not_started:
+            self._updater.set(Job([self._updater.copying_live(self._now.not_started, counted=False)]))
+            if self.teacher is not None:
+                self.teacher.settle()
 
     def track(self, name: str | None) -> str:
         """The track of that name, or the only one.
@@ -301,8 +300,7 @@ class AveragedState:
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
             if step == 0:
                 self._copy_live(None, [Lane.of(self.teacher.show_live)], counted=False)
-            elif not_started:
-                self._start_from_live(counted=False)
+            self._start_from_live()
         elif step == 0:
             averages.copy_live()
         elif not_started:

@@ -49,8 +49,7 @@ class Swap(io.IOBase):
         swapping = self._swapping()
         try:
             self.close = functools.partial(next, swapping, None)  # type: ignore[method-assign]
-            next(swapping)
-            return None
+            return next(swapping)  # nothing after it: the `try` would not cover a line of its own
         except BaseException:
             try:
                 swapping.close()
