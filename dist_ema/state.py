@@ -275,7 +275,7 @@ class AveragedState:
             self.teacher.settle()
 
     def _start_from_live(self) -> None:
-        """Set the averages that have not started to the live values; again at their next use, until an update counts."""
+        """Set averages that have not started to the live values; at their next use again, until an update counts."""
         if self._now.not_started:
             self._updater.set(Job([self._updater.copying_live(self._now.not_started, counted=False)]))
             if self.teacher is not None:

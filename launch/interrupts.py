@@ -49,7 +49,7 @@ class Preempted(Exception):
 
 RAISED: tuple[type[BaseException], ...] = (KeyboardInterrupt, Preempted, SystemExit)
 # What is raised on all ranks in place of an ordinary exception on one.
-SEEN = (*RAISED, DistEMAError)
+SEEN: tuple[type[BaseException], ...] = (*RAISED, DistEMAError)
 
 
 @dataclasses.dataclass
