@@ -17,7 +17,7 @@ from dist_ema.guard import Guard
 from dist_ema.infinities import masks_of
 from dist_ema.layout import Shard
 from dist_ema.whole import Lane, Steps
-from dist_ema.workers import SERIAL_NUMEL, num_workers
+from dist_ema.workers import SERIAL_NUMEL, num_workers, share_out
 
 __all__ = ["Prepared"]
 
@@ -92,11 +92,6 @@ class Prepared:
                 block.land_in(self._landings[index % 2])
         self.is_fetched = bool(self._landings)
 
-    @property
-    def workers(self) -> int:
-        """Threads that share the work."""
-        return self._workers
-
     def holds(self) -> bool:
         """Whether live tensors and averages still stand for the same memory."""
         return self._guard.holds()
@@ -110,6 +105,10 @@ class Prepared:
         if self._workers == 1:
             return [Lane(partial(make, self._blocks))]
         return [Lane(partial(make, [block])) for block in self._blocks]
+
+    def share(self, lanes: Sequence[Lane]) -> None:
+        """Have lanes done by as many threads as are worth it."""
+        share_out(Lane.run, lanes, self._workers)
 
     def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:
         """The blocks, with tensors that hold the live values in the averages' dtype and on their device.

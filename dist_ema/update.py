@@ -204,7 +204,7 @@ class Updater:
         lanes = [*first, *prepared.lanes(partial(self._moves, prepared, active, flag))]
         if self._watch.due:
             lanes.append(Lane(partial(self._steps_of_look, self._watch.due)))
-        self._run(self.stream, Job(lanes, count, prepared.workers))
+        self._run(self.stream, Job(lanes, count, prepared.share))
 
     def _ready(self) -> Prepared:
         prepared = self._prepared

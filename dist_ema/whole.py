@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-from dist_ema.workers import share_out
-
 __all__ = ["Job", "Lane", "Once", "Steps", "insist", "version_of"]
 
 # Both are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
@@ -123,6 +121,11 @@ class Lane:
         return self._steps is not None and len(self._done) == len(self._steps.calls)
 
 
+def _one_by_one(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.run(0)
+
+
 class Job:
     """Lanes that are done whole, and then counted; or none of it.
 
@@ -132,13 +135,18 @@ class Job:
     Args:
         lanes: done in any order.
         count: tells that the job is done, or will be; None for one that is not counted.
-        workers: threads that share the lanes.
+        share: has `Lane.run` done for all lanes; None for one after the other.
     """
 
-    def __init__(self, lanes: Sequence[Lane], count: Once | None = None, workers: int = 1) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        count: Once | None = None,
+        share: Callable[[Sequence[Lane]], None] | None = None,
+    ) -> None:
         self._lanes = lanes
         self._count = _COUNTS_NOTHING if count is None else count.call
-        self._workers = workers
+        self._share = _one_by_one if share is None else share
         self._owner: dict[str, int] = {}
         self._finishing = threading.Lock()
         self._is_finished = False
@@ -162,11 +170,7 @@ class Job:
         return self._owner.setdefault("thread", mine) == mine
 
     def _run(self) -> None:
-        if self._workers == 1:
-            for lane in self._lanes:
-                lane.run(0)
-        else:
-            share_out(Lane.run, self._lanes, self._workers)
+        self._share(self._lanes)
         self._count()
         self._is_finished = True
 

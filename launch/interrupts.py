@@ -340,8 +340,11 @@ class Alarm:
         self._kind = kind
         self.place = ""
         self.num_raised = 0
+        self._is_over = False
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._is_over:
+            return
         later, self._later = self._later, 0.0
         signal.setitimer(signal.ITIMER_REAL, later)
         self.num_raised += 1
@@ -351,12 +354,12 @@ class Alarm:
         self.place = f"{self.place} {here}"
         raise self._kind
 
-    def __enter__(self) -> Alarm:
+    def start(self) -> None:
         self._former = signal.signal(signal.SIGALRM, self._handle)
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        self._is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, self._former)
 
@@ -425,8 +428,15 @@ def sweep_signals(row: Row, folder: Path, count: int, seed: int) -> tuple[int, d
             given = row.make(folder)
             later = 10.0 ** chance.uniform(-5.5, -2.5) if index % 2 else 0.0
             alarm = Alarm(chance.uniform(1e-6, 1.1 * lasts), later, RAISED[index % len(RAISED)])
-            with contextlib.suppress(*SEEN), alarm:
-                row.act(given)
+            with contextlib.suppress(*SEEN):
+                try:
+                    try:
+                        alarm.start()
+                        row.act(given)
+                    finally:
+                        alarm.stop()
+                finally:  # the signal may come as the other begins
+                    alarm.stop()
             num_raised += alarm.num_raised
             found = harm(row, given, seen)
             if found is not None:
