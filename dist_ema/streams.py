@@ -130,8 +130,8 @@ class HostThread(SideStream):
 
         # Known before the thread can have it: an interrupt may come between.
         running: Future[None] = Future()
-        self._running = running
         try:
+            self._running = running
             _thread().submit(_fulfil, running, on_thread)
         except BaseException:
             if running.cancel():
