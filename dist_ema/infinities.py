@@ -157,14 +157,15 @@ class Watch:
         return self._found.union(changed)
 
     @torch.no_grad()
-    def mend(self, averages: Averages) -> None:
+    def mend(self) -> None:
         """Have averages that an unnoticed infinity has spoilt take the live values: of what takes no gradient."""
-        for index in self._untrained.indices:
-            value = averages.values[index]
-            spoilt = value.isnan()
-            if spoilt.any():
-                live = self._shards[index].live().to(value.device, value.dtype)
-                value.copy_(torch.where(spoilt, live, value))
+        for track in self._tracks if self._untrained.indices else ():
+            values = track.values
+            for index in self._untrained.indices:
+                spoilt = values[index].isnan()
+                if spoilt.any():
+                    live = self._shards[index].live().to(values[index].device, values[index].dtype)
+                    values[index].copy_(torch.where(spoilt, live, values[index]))
 
 
 class _Look:

@@ -306,7 +306,7 @@ class AveragedState:
         elif not_started:
             averages.copy_live(not_started)
         if step:
-            self._updater.mend(averages)
+            self._updater.mend()
         return averages.values
 
     def pieces(self, track: str | None) -> list[tuple[Box, torch.Tensor]]:

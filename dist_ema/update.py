@@ -105,9 +105,9 @@ class Updater:
         self.run(job)
         self._watch.look()
 
-    def mend(self, averages: Averages) -> None:
+    def mend(self) -> None:
         """Before averages are used: see `dist_ema.infinities`."""
-        self._watch.mend(averages)
+        self._watch.mend()
 
     def _run(self, stream: Stream, job: Job) -> None:
         self._begun = job
@@ -251,7 +251,8 @@ class Updater:
         refused: dict[torch.device, list[torch.Tensor]] = {}
         for block, live in prepared.brought(blocks, worker, steps):
             if self._skip_nonfinite:
-                steps.again(partial(_take, taken, live, block.masks))
+                known = block.tracks[0] if block.watched else None
+                steps.again(partial(_take, taken, live, block.masks, known))
                 if block.counted:
                     counter = self._counter(live[0].device)
                     told = torch.zeros_like(counter)
@@ -314,9 +315,16 @@ class _Weights:
         return torch.where(self._skips[new.device], former.to(new.dtype), new)
 
 
-def _take(taken: list[torch.Tensor], live: Sequence[torch.Tensor], masks: Sequence[float]) -> None:
-    """Where live values may enter an average that leaves out what is not finite."""
-    taken[:] = [torch.isfinite(value) | is_mask(value, masks) if masks else torch.isfinite(value) for value in live]
+def _take(
+    taken: list[torch.Tensor],
+    live: Sequence[torch.Tensor],
+    masks: Sequence[float],
+    averaged: Sequence[torch.Tensor] | None,
+) -> None:
+    """Where live values may enter an average that leaves out what is not finite: also what it has already."""
+    taken[:] = [torch.isfinite(value) for value in live]
+    for where, value, known in zip(taken, live, averaged or (), strict=averaged is not None):
+        where |= is_mask(value, masks) | (value == known)
 
 
 def _refuse(refused: dict[torch.device, list[torch.Tensor]], taken: Sequence[torch.Tensor]) -> None:
