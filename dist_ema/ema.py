@@ -55,7 +55,9 @@ class ShardedEMA(Stored):
         exclude: glob pattern or patterns of names not to average; wins over `include`. What is not averaged is
             shown live, in the model as in the files.
         skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
-            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch.
+            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch. Masks are
+            no overflow and do enter: infinities of frozen parameters, and of buffers if they are minus infinity, or
+            were there at the first copy.
         compensated: keep what rounding takes from each update in bfloat16, and add it to the next: for decays of 0.9999
             and more, where an fp32 average loses a part of its motion. 2 more bytes for each element, and slower
             updates (docs/performance.md). Files hold the fp32 values, so a resume begins anew with nothing kept.
@@ -160,7 +162,8 @@ class ShardedEMA(Stored):
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication.
 
-        No host sync, unless the averages are in host memory and do not overlap.
+        No host sync, unless the averages are in host memory and do not overlap; the second update waits for the first.
+        Whole or not at all: an interrupt (Ctrl-C) goes on when all tracks have moved and are counted, or none.
 
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if

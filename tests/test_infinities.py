@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
 
-pytestmark = pytest.mark.filterwarnings("ignore:momentum=")
+pytestmark = pytest.mark.filterwarnings("ignore:momentum=", "ignore:only your code")
 INF = float("inf")
 MASK = torch.tensor([[0.0, -INF, -INF], [1.0, 0.0, -INF], [INF, 2.0, 0.0]])
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -22,6 +23,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "skip_nonfinite": {"skip_nonfinite": True},
     "skip_nonfinite, compensated": {"skip_nonfinite": True, "compensated": True},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """The whole new value each time."""
+
+    def momentum(self, step: int) -> float:
+        return 1.0
+
+
+def schedule_of(momentum: float) -> Any:
+    return Copies() if momentum == 1.0 else ConstantSchedule(momentum=momentum)
 
 
 class Masked(nn.Module):
@@ -58,7 +71,7 @@ def assert_right(ema: ShardedEMA, naive: NaiveAverage, mask: torch.Tensor, track
 def test_a_mask_stays_a_mask(options: str, momentum: float, live: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Masked().to(live)
-    schedules = {"a": ConstantSchedule(momentum=momentum), "b": ConstantSchedule(momentum=0.125)}
+    schedules = {"a": schedule_of(momentum), "b": ConstantSchedule(momentum=0.125)}
     chosen = OPTIONS[options]
     naive = NaiveAverage(schedules["a"].momentum, dtype=chosen.get("dtype", torch.float32))
     ema = ShardedEMA(model, schedules, update_buffers=True, **chosen)
