@@ -6,13 +6,15 @@ The residuals of a compensated average (`dist_ema.update`) lie beside them in th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from dist_ema.layout import Held, Shard
 
-__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_each"]
+__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_each", "copying"]
 
 # Elements; 32 bytes or more for every averaged dtype.
 ALIGNED_NUMEL = 16
@@ -95,6 +97,11 @@ def _room(numel: int, device: torch.device) -> int:
 def aligned(size: int, grain: int) -> int:
     """The multiple of `grain` from `size` on."""
     return -(-size // grain) * grain
+
+
+def copying(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Callable[[], Any]:
+    """The call of C that copies tensors pairwise, converted on the way; there is one at least."""
+    return partial(torch._foreach_copy_, targets, sources)
 
 
 def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False) -> None:

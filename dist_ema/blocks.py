@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
-from dist_ema.averages import ALIGNED_NUMEL, aligned, copy_each
+from dist_ema.averages import ALIGNED_NUMEL, aligned, copy_each, copying
 from dist_ema.streams import has_streams
+from dist_ema.whole import Steps
 
 __all__ = ["SCRATCH_NUMEL", "Block", "by_strides", "cut_alike", "make_blocks"]
 
@@ -30,15 +32,19 @@ class Block:
     """Live tensors that are averaged together.
 
     Attributes:
-        tracks: of each track, averaged tensors shaped like what `values` gives.
-        scratch_numel: elements of scratch that `values` wants.
+        tracks: of each track, averaged tensors shaped like what `bring` gives.
+        scratch_numel: elements of scratch that `bring` wants.
         landing_bytes: host memory that `fetch` wants.
         counted: whether this rank counts which live values are left out.
+        watched: whether there may be infinities on either side (`dist_ema.infinities`).
+        masks: the infinities of the live tensors that are no overflow.
     """
 
     scratch_numel = 0
     landing_bytes = 0
     counted = True
+    watched = False
+    masks: tuple[float, ...] = ()
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         self._live = live
@@ -48,10 +54,10 @@ class Block:
         """Have `fetch` use these bytes of host memory."""
 
     def fetch(self) -> None:
-        """Begin to bring live values that come from afar; the host does not wait. Before `values`, each time."""
+        """Begin to bring live values that come from afar; the host does not wait. Before the steps of `bring`."""
 
-    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
-        """The live values, in the averages' dtype and on their device."""
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        """Tensors that hold the live values, in the averages' dtype and on their device, once these steps are done."""
         return self._live
 
 
@@ -65,13 +71,13 @@ class _Staged(Block):
         # The latest scratch, and that cut in parts: which takes longer than to copy a small tensor.
         self._cut: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
 
-    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
         known, parts = self._cut
         if known is not scratch:
             flat = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
             parts = [part[: value.numel()].view(value.shape) for part, value in zip(flat, self._live, strict=True)]
             self._cut = scratch, parts
-        copy_each(parts, self._live)
+        steps.again(copying(parts, self._live))
         return parts
 
 
@@ -103,10 +109,10 @@ class _Fetched(_Staged):
         for arrival, of, device in self._arrivals:
             arrival.record(of.current_stream(device))
 
-    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
         for arrival, _, _ in self._arrivals:
-            arrival.synchronize()
-        return super().values(scratch) if self.scratch_numel else self._live
+            steps.again(arrival.synchronize)
+        return super().bring(scratch, steps) if self.scratch_numel else self._live
 
 
 class _Packed(Block):
@@ -117,11 +123,15 @@ class _Packed(Block):
         flat = [[averaged[0].as_strided((self.scratch_numel,), (1,))] for averaged in tracks]
         super().__init__([value.view(-1) for value in live], flat)
 
-    def values(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
         packed = scratch[: self.scratch_numel]
         if self._live[0].dtype == packed.dtype:
-            return [torch.cat(self._live, out=packed)]
-        return [packed.copy_(torch.cat(self._live))]
+            steps.again(partial(torch.cat, self._live, out=packed))
+        else:
+            joined = torch.empty(self.scratch_numel, dtype=self._live[0].dtype, device=packed.device)
+            steps.again(partial(torch.cat, self._live, out=joined))
+            steps.again(partial(packed.copy_, joined))
+        return [packed]
 
 
 def make_blocks(
@@ -131,6 +141,8 @@ def make_blocks(
     whole: bool = False,
     piece_numel: int | None = None,
     counted: bool = True,
+    watched: bool = False,
+    masks: tuple[float, ...] = (),
 ) -> list[Block]:
     """Blocks that cover these tensors.
 
@@ -140,6 +152,8 @@ def make_blocks(
         whole: average all tensors that need no scratch as one block.
         piece_numel: cut tensors in pieces of at most as many elements.
         counted: of the blocks.
+        watched: of the blocks.
+        masks: of the blocks.
     """
     packs, rest = _packs(live, tracks)
     blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
@@ -154,7 +168,7 @@ def make_blocks(
             numel = _BLOCK_NUMEL.get(tracks[0][chosen[0]].device.type, SCRATCH_NUMEL)
             blocks += [kind(*group) for group in _groups(*_chosen(chosen, live, tracks), numel, piece_numel)]
     for block in blocks:
-        block.counted = counted
+        block.counted, block.watched, block.masks = counted, watched, masks
     return blocks
 
 

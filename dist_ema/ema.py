@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +22,11 @@ from dist_ema.sharded import check_forms, sharded_tensors
 from dist_ema.standstill import Standstill
 from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
-from dist_ema.streams import join_all, join_before_steps
+from dist_ema.streams import join_before_steps
 from dist_ema.swap import LiveBackup, put_average
+from dist_ema.swapping import Swap, put_for_good
 from dist_ema.use import Use
+from dist_ema.whole import Job, Lane
 
 __all__ = ["ShardedEMA"]
 
@@ -65,7 +67,9 @@ class ShardedEMA(Stored):
         exclude: glob pattern or patterns of names not to average; wins over `include`. What is not averaged is
             shown live, in the model as in the files.
         skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
-            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch.
+            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch. Masks are
+            no overflow and do enter: infinities of frozen parameters, and of buffers if they are minus infinity, or
+            were there at the first copy.
         compensated: keep what rounding takes from each update in bfloat16, and add it to the next: for decays of 0.9999
             and more, where an fp32 average loses a part of its motion. 2 more bytes for each element, and slower
             updates (docs/performance.md). Files hold the fp32 values, so a resume begins anew with nothing kept.
@@ -179,7 +183,8 @@ class ShardedEMA(Stored):
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
         """Average the live weights; call it once after each optimizer step. No communication.
 
-        No host sync, unless the averages are in host memory and do not overlap.
+        No host sync, unless the averages are in host memory and do not overlap; the second update waits for the first.
+        Whole or not at all: an interrupt (Ctrl-C) goes on when all tracks have moved and are counted, or none.
 
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
@@ -193,13 +198,13 @@ class ShardedEMA(Stored):
         self._state.refuse_while_swapped("update")
         _update(self._state, self._standstill, found_inf)
 
-    @contextmanager
-    def average_parameters(self, track: str | None = None) -> Iterator[None]:
+    def average_parameters(self, track: str | None = None) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Every rank must enter it. Communicates where ranks hold the same tensors (DDP, Replicate axes): each
         owner broadcasts its run. Under FSDP nothing is sent. Needs memory for one copy of the averaged tensors
-        as this rank's model holds them. The live weights are restored bit for bit, also after an exception.
+        as this rank's model holds them. The live weights are restored bit for bit, also after an exception or an
+        interrupt, which goes on once they are.
 
         Args:
             track: which average; may be left out if there is one.
@@ -208,28 +213,14 @@ class ShardedEMA(Stored):
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
         """
-        state = self._state
-
-        def prepare() -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
-            state.begin("average_parameters")
-            return state.values(track), LiveBackup(state.plan)
-
-        values, backup = self._prepare_swap("average_parameters", track, prepare)
-        state.swapped = state.track(track)
-        try:
-            put_average(state.plan, values)
-            yield
-        finally:
-            try:
-                join_all()
-                backup.restore()
-            finally:
-                state.swapped = None
+        return Swap(self._state, lambda: self._prepared_swap("average_parameters", track), track)
 
     @collective
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
 
+        Needs memory for one copy where ranks hold the same tensors: if it is cut off, the live weights come back.
+
         Args:
             track: which average; may be left out if there is one.
 
@@ -238,13 +229,22 @@ class ShardedEMA(Stored):
             ConfigError: there is no such track.
         """
         state = self._state
+        if state.plan.has_replicas:
+            put_for_good(state, *self._prepared_swap("copy_to_model", track), track)
+            return
+        state.begin("copy_to_model")
+        state.plan.verify()
+        values = state.values(track)
+        Job([Lane.of(lambda: put_average(state.plan, values))])()
 
-        def prepare() -> tuple[torch.Tensor, ...]:
-            state.begin("copy_to_model")
-            state.plan.verify()
-            return state.values(track)
+    def _prepared_swap(self, call: str, track: str | None) -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
+        state = self._state
 
-        put_average(state.plan, self._prepare_swap("copy_to_model", track, prepare))
+        def prepare() -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
+            state.begin(call)
+            return state.values(track), LiveBackup(state.plan)
+
+        return self._prepare_swap(call, track, prepare)
 
     @collective
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:

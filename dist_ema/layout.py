@@ -143,6 +143,12 @@ class Held:
     form: Form | None = None
     place: Place | None = dataclasses.field(default=None, compare=False)
 
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the live tensor requires a gradient, where `view` can tell; else it is believed to."""
+        told = getattr(self.view, "takes_gradient", None)
+        return True if told is None else bool(told())
+
     def values(self) -> torch.Tensor:
         """The live values of the box, sharing memory with the model, their shape checked.
 

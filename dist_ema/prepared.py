@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from dist_ema.averages import Averages
 from dist_ema.blocks import Block, make_blocks
 from dist_ema.guard import Guard
+from dist_ema.infinities import masks_of
 from dist_ema.layout import Shard
+from dist_ema.whole import Lane, Steps
 from dist_ema.workers import SERIAL_NUMEL, num_workers, share_out
 
 __all__ = ["Prepared"]
@@ -30,12 +33,14 @@ class Prepared:
 
     Attributes:
         is_fetched: whether live values come from a device into host memory.
+        watched: the shards that may hold infinities.
 
     Args:
         shards: those of the averages.
         tracks: the averages, all of one dtype and on the same devices.
         skip_nonfinite: the work takes temporaries of the size of a block, and counts: one block after the other.
         uncounted: names of tensors of which another rank counts what is left out.
+        watched: indices of the shards that may hold infinities.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class Prepared:
         *,
         skip_nonfinite: bool,
         uncounted: Collection[str],
+        watched: frozenset[int] = frozenset(),
     ) -> None:
+        self.watched = watched
         live = [shard.live() for shard in shards]
         filled = [index for index, value in enumerate(live) if value.numel()]
         compensated = any(track.residuals for track in tracks)
@@ -57,16 +64,25 @@ class Prepared:
         on_cpu = all(value.device.type == "cpu" for values in (self._live, *self._averaged) for value in values)
         numel = sum(value.numel() for values in self._averaged for value in values)
         self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not skip_nonfinite else 1
+        if self._workers > 1:
+            # Versions of their own: by these an interrupted thread tells what it has moved, and all views share one.
+            with torch.inference_mode(False):
+                self._averaged = [[value.data for value in values] for values in self._averaged]
         piece_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
         self._blocks: list[Block] = []
-        for counted in (True, False):
-            chosen = [i for i, index in enumerate(filled) if (shards[index].fqn in uncounted) != counted]
+        kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
+        for at, index in enumerate(filled):
+            masks = masks_of(shards[index]) if index in watched else ()
+            kinds.setdefault((shards[index].fqn not in uncounted, index in watched, masks), []).append(at)
+        for (counted, is_watched, masks), chosen in kinds.items():
             self._blocks += make_blocks(
-                [self._live[index] for index in chosen],
-                [[row[index] for index in chosen] for row in self._averaged],
-                whole=len(rows) == 1 and not skip_nonfinite,
+                [self._live[at] for at in chosen],
+                [[row[at] for at in chosen] for row in self._averaged],
+                whole=len(rows) == 1 and not skip_nonfinite and not is_watched,
                 piece_numel=piece_numel,
                 counted=counted,
+                watched=is_watched,
+                masks=masks,
             )
         # Neither another thread nor a later update could write to an inference tensor.
         with torch.inference_mode(False):
@@ -84,25 +100,28 @@ class Prepared:
         """All memory that the work reads or writes."""
         return itertools.chain(self._live, *self._averaged, *self._scratches.values())
 
-    def for_each(self, work: Callable[[Block, list[torch.Tensor]], None]) -> None:
-        """Have `work(block, live values in the averages' dtype and on their device)` done for all blocks."""
+    def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
+        """The blocks in lanes, `make(blocks, worker)` being the steps that move some of them."""
+        if self._workers == 1:
+            return [Lane(partial(make, self._blocks))]
+        return [Lane(partial(make, [block])) for block in self._blocks]
 
-        def work_on(block: Block, worker: int) -> None:
-            work(block, block.values(self._scratches[block.tracks[0][0].device][worker]))
+    def share(self, lanes: Sequence[Lane]) -> None:
+        """Have lanes done by as many threads as are worth it."""
+        share_out(Lane.run, lanes, self._workers)
 
+    def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:
+        """The blocks, with tensors that hold the live values in the averages' dtype and on their device.
+
+        They do so after the steps added until then, and before those of the next block: a block that is fetched lands
+        where the one before the last has been used.
+        """
         if self.is_fetched:
-            for block in self._fetched():
-                work_on(block, 0)
-        else:
-            share_out(work_on, self._blocks, self._workers)
-
-    def _fetched(self) -> Iterator[Block]:
-        """The blocks, the next one on its way while one is worked on: it lands where the one before has been used."""
-        self._blocks[0].fetch()
-        for block, following in itertools.zip_longest(self._blocks, self._blocks[1:]):
-            if following is not None:
-                following.fetch()
-            yield block
+            steps.again(blocks[0].fetch)
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            if self.is_fetched and following is not None:
+                steps.again(following.fetch)
+            yield block, block.bring(self._scratches[block.tracks[0][0].device][worker], steps)
 
     def _make_scratches(self) -> dict[torch.device, list[torch.Tensor]]:
         """One for each thread, on each device."""

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,11 +22,28 @@ from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.schedules.records import schedule_to_json
 from dist_ema.skipped import LateFlag
 from dist_ema.streams import Stream, join_all, stream_beside
-from dist_ema.teacher import Teacher, TeacherAverages
+from dist_ema.teacher import Teacher, TeacherAverages, copy_pairs
 from dist_ema.update import Updater
 from dist_ema.use import Use
+from dist_ema.whole import Job, Lane, Once
 
 __all__ = ["AveragedState", "dtype_name"]
+
+
+class _Now(NamedTuple):
+    """What changes with each update, besides the averages.
+
+    Attributes:
+        num_updates: updates so far, with the latest if that is not known to be skipped.
+        last_skipped: tells whether it was, if that is not known yet.
+        not_started: fqns of tensors whose average a checkpoint did not have: the live values at their next use.
+        num_refused_before: live values that were left out before a checkpoint was loaded; on one rank, for all.
+    """
+
+    num_updates: int = 0
+    last_skipped: LateFlag | None = None
+    not_started: frozenset[str] = frozenset()
+    num_refused_before: int = 0
 
 
 class AveragedState:
@@ -61,12 +79,10 @@ class AveragedState:
         self._updater = Updater((), ())
         self.swapped: str | None = None
         self.use = Use()
-        self._num_updates = 0
-        self._last_skipped: LateFlag | None = None
-        # Live values that were left out before a checkpoint was loaded; on one rank, for all.
-        self.num_refused_before = 0
-        # Fqns of tensors whose average a checkpoint did not have: the live values at their next use.
-        self._not_started: set[str] = set()
+        # Puts the live weights back, if the end of a swap has begun but was cut off.
+        self.leave: Callable[[], None] | None = None
+        # Replaced as a whole by one assignment, so that its parts always agree.
+        self._now = _Now()
 
     def allocate(self) -> None:
         """Make room for the averaged values."""
@@ -84,7 +100,7 @@ class AveragedState:
         everything = TeacherAverages(self.teacher.held, self.teacher)
         repeated = self.teacher.repeated
         self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip, uncounted=repeated)
-        self._copy_live(counted=False)
+        self._copy_live(None, [Lane.of(self.teacher.show_live)], counted=False)
 
     def _stream(self, tracks: Sequence[Averages]) -> Stream:
         if not self.options.overlap:
@@ -99,6 +115,7 @@ class AveragedState:
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which must not begin before averages and counter are what they are to be."""
         self.join()
+        self._updater.complete()
         _ = self.num_updates  # takes a skipped step back; the event that it waits for could not be copied
         return self.__dict__
 
@@ -112,10 +129,11 @@ class AveragedState:
     @property
     def num_updates(self) -> int:
         """Updates so far, less the steps that turned out to be skipped."""
-        if self._last_skipped is not None:
-            self._num_updates -= self._last_skipped.is_set()
-            self._last_skipped = None
-        return self._num_updates
+        now = self._now
+        if now.last_skipped is not None:
+            counted = now.num_updates - now.last_skipped.is_set()
+            self._now = now = now._replace(num_updates=counted, last_skipped=None)
+        return now.num_updates
 
     @property
     def nbytes(self) -> int:
@@ -125,25 +143,31 @@ class AveragedState:
     @property
     def num_refused(self) -> int:
         """Live values that were left out on this rank; waits for the device."""
-        return self.num_refused_before + self._updater.num_refused
+        return self._now.num_refused_before + self._updater.num_refused
 
     def update(self, found_inf: torch.Tensor | None) -> None:
-        """One update of all tracks: see `ShardedEMA.update`."""
+        """One update of all tracks: see `ShardedEMA.update`. Whole or not at all: see [Note: interrupts]."""
+        self._updater.complete()
         step, options = self.num_updates, self.options
+        first: list[Lane] = []
         if self.teacher is not None:
             join_all()  # an average of the teacher itself, say
             self.teacher.settle()
-            self.teacher.show_live()
-        self._start_from_live()
+            first = [Lane.of(self.teacher.show_live)]
+        flag = None if found_inf is None else LateFlag(found_inf)
+        now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
+        count = Once(self, "_now", now)
         if step == 0:
-            self._updater.copy_live()
+            self._copy_live(count, first)
         elif step % options.interval == 0:
             # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
-            self._updater.lerp(momenta, unless=found_inf)
-        self._not_started = set()
-        self._num_updates = step + 1
-        self._last_skipped = None if found_inf is None else LateFlag(found_inf)
+            self._start_from_live()
+            self._updater.lerp(momenta, count, unless=found_inf, first=first)
+        elif self._now.not_started:
+            self._updater.set(Job([*first, self._updater.copying_live(self._now.not_started)], count))
+        else:
+            self._updater.run(Job(first, count))
 
     @property
     def loaded(self) -> tuple[Shard, ...]:
@@ -175,45 +199,66 @@ class AveragedState:
             for name in self.averages
         }
 
-    def restore(self, filled: Mapping[str, Sequence[torch.Tensor]], found: set[str], num_updates: int) -> None:
-        """Take over averages and a counter. Collective along replicas for a teacher, which all of them hold.
+    def restore(
+        self,
+        filled: Mapping[str, Sequence[torch.Tensor]],
+        found: set[str],
+        num_updates: int,
+        *,
+        num_refused: int | None = None,
+    ) -> None:
+        """Take over averages and a counter, whole or not at all. Collective along replicas for a teacher.
 
         Args:
             filled: what `targets` gave, now with the values of a checkpoint or, past the averaged shards, live ones.
             found: fqns that the checkpoint had; the others start from the live weights.
             num_updates: its counter.
+            num_refused: live values that were left out until then, to be told by this rank; None to go on counting.
         """
-        self._not_started = {spec.fqn for spec in self.plan.specs if spec.averaged} - found
-        for name, averages in self.averages.items():
-            averages.replace(filled[name][: len(self.shards)])
-            if self.teacher is not None:
-                self.teacher.take_over(averages.values, filled[name][len(self.shards) :])
-        if self.teacher is not None:
-            self._start_from_live(counted=False)  # it may run forward before the next update
-        self._num_updates, self._last_skipped = num_updates, None
+        not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - found
+        before = self._now.num_refused_before
+        if num_refused is not None:
+            before = num_refused - self._updater.num_refused
+        numel = len(self.shards)
+        if self.teacher is None:
+            lanes = [
+                Lane.of(functools.partial(averages.replace, filled[name][:numel]))
+                for name, averages in self.averages.items()
+            ]
+        else:
+            ((values, *_),) = (filled.values(),)
+            pairs = self.teacher.gather(values[:numel], values[numel:])
+            lanes = [Lane.of(functools.partial(copy_pairs, pairs))]
+            if not_started:  # it may run forward before the next update
+                lanes.append(self._updater.copying_live(not_started, counted=False))
+        self._take(lanes, _Now(num_updates, None, not_started, before))
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
         """Take over the averages of one track; the others stay, or start from the live weights of this moment.
 
         Collective along replicas for a teacher, as `restore`.
         """
-        if self.num_updates == 0:
-            self._copy_live()
-        self._start_from_live()
-        self.averages[track].replace(values)
-        if self.teacher is not None:
-            self.teacher.take_over(self.averages[track].values, None)
-        self._num_updates, self._last_skipped, self._not_started = num_updates, None, set()
-
-    def forget_refused(self, *, before: int) -> None:
-        """Count anew the live values that are left out, from those `before`."""
-        self.num_refused_before = before - self._updater.num_refused
+        step, not_started = self.num_updates, self._now.not_started
+        lanes = []
+        if step == 0 or not_started:
+            lanes = [self._updater.copying_live(None if step == 0 else not_started)]
+        if self.teacher is None:
+            lanes.append(Lane.of(functools.partial(self.averages[track].replace, values)))
+        else:
+            lanes.append(Lane.of(functools.partial(copy_pairs, self.teacher.gather(values, None))))
+        self._take(lanes, _Now(num_updates, None, frozenset(), self._now.num_refused_before))
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
-        self._num_updates, self._last_skipped, self._not_started = 0, None, set()
-        if self.teacher is not None:
-            self._copy_live(counted=False)
+        count = Once(self, "_now", _Now(num_refused_before=self._now.num_refused_before))
+        if self.teacher is None:
+            count.call()
+        else:
+            self.teacher.settle()
+            self._copy_live(count, [Lane.of(self.teacher.show_live)], counted=False)
+
+    def _take(self, lanes: Sequence[Lane], now: _Now) -> None:
+        self._updater.set(Job(lanes, Once(self, "_now", now)))
 
     def momentum(self, track: str) -> float:
         """The momentum of the latest update that averaged: 1 for the copy of update number 0."""
@@ -227,15 +272,15 @@ class AveragedState:
             schedule, step, interval=options.interval, interval_correction=options.interval_correction
         )
 
-    def _copy_live(self, *, counted: bool = True) -> None:
-        self._updater.copy_live(counted=counted)
+    def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
+        self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))
         if self.teacher is not None:
             self.teacher.settle()
-            self.teacher.show_live()
 
-    def _start_from_live(self, *, counted: bool = True) -> None:
-        if self._not_started:
-            self._updater.copy_live(self._not_started, counted=counted)
+    def _start_from_live(self) -> None:
+        """Set averages that have not started to the live values; at their next use again, until an update counts."""
+        if self._now.not_started:
+            self._updater.set(Job([self._updater.copying_live(self._now.not_started, counted=False)]))
             if self.teacher is not None:
                 self.teacher.settle()
 
@@ -258,14 +303,17 @@ class AveragedState:
         """
         self.use.is_given = True
         averages = self.averages[self.track(track)]
+        step, not_started = self.num_updates, self._now.not_started
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
-            if self.num_updates == 0:
-                self._copy_live(counted=False)
-            self._start_from_live(counted=False)
-        elif self.num_updates == 0:
+            if step == 0:
+                self._copy_live(None, [Lane.of(self.teacher.show_live)], counted=False)
+            self._start_from_live()
+        elif step == 0:
             averages.copy_live(fqns)
-        elif self._not_started:
-            averages.copy_live(self._not_started if fqns is None else self._not_started.intersection(fqns))
+        elif not_started:
+            averages.copy_live(not_started if fqns is None else not_started.intersection(fqns))
+        if step:
+            self._updater.mend()
         return averages.values
 
     def pieces(self, track: str | None, part: Plan | None = None) -> list[tuple[Box, torch.Tensor]]:
@@ -298,6 +346,7 @@ class AveragedState:
         """
         self.refuse_while_swapped(call)
         join_all()
+        self._updater.complete()
 
     def refuse_while_swapped(self, call: str) -> None:
         """Refuse a call that would mix up averaged and live weights.
@@ -305,6 +354,8 @@ class AveragedState:
         Raises:
             SwapError: the averaged weights are in the model.
         """
+        if self.leave is not None:
+            self.leave()
         if self.swapped is not None:
             raise SwapError(
                 f"{call}() was called while the averaged weights of track {self.swapped!r} are in the model: leave the "

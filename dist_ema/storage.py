@@ -232,9 +232,9 @@ class Stored:
         )
         for change in now.changes_since(saved):
             self._exchange.warn(f"{target}: {change}")
-        state.restore(filled, found, saved.num_updates)
+        refused = saved.num_refused if self._exchange.rank == 0 else 0
+        state.restore(filled, found, saved.num_updates, num_refused=refused)
         state.use.is_begun_on_purpose = True
-        state.forget_refused(before=saved.num_refused if self._exchange.rank == 0 else 0)
 
     @collective
     def start_from(

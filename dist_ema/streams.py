@@ -72,8 +72,13 @@ class SideStream(Stream):
         try:
             with self._of.stream(self._stream):
                 work()
-        finally:
             self._done.record(self._stream)
+        except BaseException:  # what the device was given must be waited for, even if an interrupt follows another
+            try:
+                self._done.record(self._stream)
+            finally:
+                self._done.record(self._stream)
+            raise
 
     def join(self) -> None:
         """Have the current stream wait for the work; the host does not."""
@@ -123,7 +128,15 @@ class HostThread(SideStream):
                 self._stream.wait_event(fork)
                 work()
 
-        self._running = _thread().submit(on_thread)
+        # Known before the thread can have it: an interrupt may come between.
+        running: Future[None] = Future()
+        try:
+            self._running = running
+            _thread().submit(_fulfil, running, on_thread)
+        except BaseException:
+            if running.cancel():
+                self._running = None
+            raise
 
     def join(self) -> None:
         """Wait for the thread."""
@@ -135,6 +148,18 @@ class HostThread(SideStream):
         finally:
             if running.done() and self._running is running:  # else the wait was interrupted
                 self._running = None
+
+
+def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:
+    """Do the work of a promise that was not taken back."""
+    if not promise.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except BaseException as error:
+        promise.set_exception(error)
+    else:
+        promise.set_result(None)
 
 
 def has_streams(device: torch.device) -> bool:

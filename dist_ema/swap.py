@@ -27,6 +27,9 @@ class LiveBackup:
     """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
 
     No communication.
+
+    Attributes:
+        is_restored: whether they were put back.
     """
 
     @torch.no_grad()
@@ -39,16 +42,29 @@ class LiveBackup:
         for division in plan.live_buffers(extra_state=False).divisions:
             self._held += division.held
             self._values += [torch.empty_like(live).copy_(live) for live in (held.values() for held in division.held)]
+        self.is_restored = False
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the kept values back, bit for bit. No communication."""
+    def restore(self, *, anyway: bool = False) -> None:
+        """Put the kept values back, bit for bit; where that was cut off, again from the beginning. No communication.
+
+        Args:
+            anyway: also if gathered copies cannot be dropped, which then raises: what is saved and stepped from now on
+                must be live.
+        """
         try:
             self._plan.settle()
-        finally:
-            # Even if gathered copies cannot be dropped: what is saved and stepped from now on must be live.
+        except BaseException:
+            if anyway:
+                self._put_back()
+            raise
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if not self.is_restored:
             for held, value in zip(self._held, self._values, strict=True):
                 held.restore(value)
+            self.is_restored = True
 
 
 @torch.no_grad()

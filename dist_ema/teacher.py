@@ -23,7 +23,7 @@ from dist_ema.layout import Box, Held, Shard
 from dist_ema.plan import Plan, Remains
 from dist_ema.swap import spread
 
-__all__ = ["Teacher", "TeacherAverages"]
+__all__ = ["Teacher", "TeacherAverages", "copy_pairs"]
 
 
 class Teacher:
@@ -85,25 +85,49 @@ class Teacher:
         """Have the teacher's next forward see what is averaged into it: drop gathered copies."""
         self._settle()
 
-    def take_over(self, averaged: Sequence[torch.Tensor], shown: Sequence[torch.Tensor] | None) -> None:
-        """Collective along replicas only. Have all ranks that hold the teacher show what its owners were given.
+    def gather(
+        self, averaged: Sequence[torch.Tensor], shown: Sequence[torch.Tensor] | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Collective along replicas only. What this rank's teacher is to hold, when its owners are given values.
+
+        Nothing of the teacher has moved yet: where replicas are sent, they come into new memory.
 
         Args:
             averaged: values of the student's `plan.owned(averaged=True)`.
             shown: values of `shown.owned(averaged=False)`; None for the live ones.
+
+        Returns:
+            Tensors of the teacher, each with the values that are to be copied to it.
         """
         self.settle()
-        spread(self.plan, averaged, self.place)
-        if shown is None:
-            self.show_live()
-        else:
-            spread(self.shown, shown, self.place, averaged=False)
+        pairs = self._spread(self.plan, averaged, averaged=True)
+        return pairs + (self._shown() if shown is None else self._spread(self.shown, shown, averaged=False))
 
     @torch.no_grad()
+    def _spread(
+        self, plan: Plan, values: Sequence[torch.Tensor], *, averaged: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        own = plan.owned(averaged=averaged)
+        divisions = [each for each in plan.divisions if each.averaged == averaged]
+        if all(len(each.ranks) == 1 for each in divisions):
+            return [(self.place(shard), value) for shard, value in zip(own, values, strict=True)]
+        held = {each.box: self._held[each.box].values() for division in divisions for each in division.held}
+        arrived = {box: torch.empty_like(value) for box, value in held.items()}
+        spread(plan, values, lambda shard: shard.within(arrived[shard.held.box]), averaged=averaged)
+        return [(value, arrived[box]) for box, value in held.items()]
+
     def show_live(self) -> None:
         """Copy what is not averaged from the student."""
-        pairs = [(self._held[held.box], held) for each in self.shown.divisions for held in each.held]
-        copy_each([mine.values() for mine, _ in pairs], [live.values() for _, live in pairs])
+        copy_pairs(self._shown())
+
+    def _shown(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(self._held[held.box].values(), held.values()) for each in self.shown.divisions for held in each.held]
+
+
+@torch.no_grad()
+def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy to the first of each pair what the second holds. No communication."""
+    copy_each([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class TeacherAverages(Averages):

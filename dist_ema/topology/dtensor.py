@@ -177,6 +177,10 @@ class _LocalValues:
             return True  # removed from the model: not for FSDP to tell
         return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
+    def takes_gradient(self) -> bool:
+        """Whether the sharded parameter requires a gradient."""
+        return self._sharded.requires_grad
+
     def __call__(self) -> torch.Tensor:
         current = self._current()
         if current is None:

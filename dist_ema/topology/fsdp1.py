@@ -172,6 +172,10 @@ class _LocalRun:
         self._shard = torch.empty(0, device="cpu")
         self._view = torch.empty(0, device="cpu")
 
+    def takes_gradient(self) -> bool:
+        """Whether anything in the flat parameter requires a gradient."""
+        return bool(self._handle.flat_param.requires_grad)
+
     def __call__(self) -> torch.Tensor:
         shard = _local_shard(self._handle)
         if not same_memory(shard, self._shard):

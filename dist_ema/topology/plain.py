@@ -76,6 +76,10 @@ class _PlainValues:
             self._seen, self._view = values, values.detach()
         return self._view
 
+    def takes_gradient(self) -> bool:
+        """Whether the tensor under the name requires a gradient."""
+        return bool(getattr(getattr(self._owner, self._attribute, None), "requires_grad", False))
+
     def _check(self, values: object) -> None:
         told = f"{self._attribute!r} of {type(self._owner).__name__}"
         if isinstance(values, DTensor):

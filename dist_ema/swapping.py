@@ -1,0 +1,150 @@
+"""The context in which the averaged weights are in the model. See [Note: interrupts] in `dist_ema.whole`."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+import torch
+
+from dist_ema.state import AveragedState
+from dist_ema.streams import join_all
+from dist_ema.swap import LiveBackup, put_average
+from dist_ema.whole import insist
+
+__all__ = ["Swap", "put_for_good"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Swap(io.IOBase):
+    """A context manager: the averaged weights are in the model inside, the live ones again after it.
+
+    [Note: the exit is C]
+    A signal handler may run where a function in Python begins, before its first line; what it raises in an `__exit__`
+    in Python would leave the averaged weights in the model. The `__exit__` of files is written in C and calls `close`,
+    which here resumes a generator, in the middle of its `try`. That is all there is of a file in it.
+
+    Args:
+        state: the averages of this rank.
+        prepare: the averaged values, and the live ones kept aside. Collective along replicas.
+        track: which average; may be None if there is one.
+    """
+
+    closed = True  # nothing to close for a swap that was never entered
+
+    def __init__(
+        self,
+        state: AveragedState,
+        prepare: Callable[[], tuple[tuple[torch.Tensor, ...], LiveBackup]],
+        track: str | None,
+    ) -> None:
+        self._state = state
+        self._prepare = prepare
+        self._track = track
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        swapping = self._swapping()
+        try:
+            self.close = functools.partial(next, swapping, None)  # type: ignore[method-assign]
+            return next(swapping)  # nothing after it: the `try` would not cover a line of its own
+        except BaseException:
+            try:
+                swapping.close()
+            finally:
+                swapping.close()
+            raise
+
+    def __call__(self, function: F) -> F:
+        """As a decorator: each call of the function is within a swap of its own."""
+
+        @functools.wraps(function)
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with Swap(self._state, self._prepare, self._track):
+                return function(*args, **kwargs)
+
+        return within  # type: ignore[return-value]
+
+    def _swapping(self) -> Generator[None, None, None]:
+        state = self._state
+        values, backup = self._prepare()
+        leave = _Leave(state, backup)
+        # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
+        try:
+            try:
+                try:
+                    state.leave = leave
+                    state.swapped = state.track(self._track)
+                    put_average(state.plan, values)
+                    yield
+                finally:
+                    leave()
+            finally:
+                leave()
+        finally:
+            leave()
+
+
+def put_for_good(state: AveragedState, values: tuple[torch.Tensor, ...], backup: LiveBackup, track: str | None) -> None:
+    """Collective along replicas only. Put averaged values into the model, or leave the live ones there.
+
+    Args:
+        state: the averages of this rank.
+        values: averaged values of all its shards.
+        backup: the live values, which come back if this is cut off.
+        track: which average they are; may be None if there is one.
+    """
+    leave = _Leave(state, backup)
+    try:
+        try:
+            state.swapped = state.track(track)
+            put_average(state.plan, values)
+            state.swapped = None
+        except BaseException:
+            leave()
+            raise
+    except BaseException:  # a second one, before the first was dealt with
+        leave()
+        raise
+
+
+class _Leave:
+    """Puts the live weights back and ends the swap; further calls do nothing. No communication."""
+
+    def __init__(self, state: AveragedState, backup: LiveBackup) -> None:
+        self._state = state
+        self._backup = backup
+        self._has_failed = False
+
+    def __call__(self, *, again: bool = False) -> None:
+        """Do it, if need be by a thread that no signal handler interrupts.
+
+        Args:
+            again: try once more what has failed.
+        """
+        state, backup = self._state, self._backup
+        if (backup.is_restored and state.leave is None) or (self._has_failed and not again):
+            return
+        state.leave = functools.partial(self, again=True)
+        try:
+            join_all()
+            backup.restore()
+        except BaseException:
+            self._has_failed = True
+            insist(self._restore_anyway)
+            self._has_failed = False
+            self._end()
+            raise
+        self._end()
+
+    def _restore_anyway(self) -> None:
+        try:
+            join_all()
+        finally:
+            self._backup.restore(anyway=True)
+
+    def _end(self) -> None:
+        self._state.swapped = None
+        self._state.leave = None
