@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ from dist_ema.saved import check_files, damage_told, damaged_tensors, read_saved
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
+from dist_ema.steady import steadily
 
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
 def verify(chosen: argparse.Namespace) -> str:
     """Read all of an average and compare its checksums."""
-    saved = read_saved(chosen.src)
+    return steadily([chosen.src], lambda check: _verify(chosen.src))
+
+
+def _verify(source: Path) -> str:
+    saved = read_saved(source)
     if not saved.manifest.checksums:
         raise CheckpointMismatchError(
             f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
@@ -65,11 +70,14 @@ def consolidate(chosen: argparse.Namespace) -> str:
 
 def diff(chosen: argparse.Namespace) -> str:
     """Tell how far two sets of weights lie apart."""
-    from dist_ema.comparison import differences, read_weights, relative_distance  # loads torch
+    from dist_ema.comparison import Difference, Weights, differences, read_weights, relative_distance  # loads torch
 
-    ours = read_weights(chosen.a, chosen.track)
-    theirs = read_weights(chosen.b, chosen.track if chosen.track_b is None else chosen.track_b)
-    found = sorted(differences(ours, theirs), key=lambda each: -each.relative)
+    def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
+        ours = read_weights(chosen.a, chosen.track)
+        theirs = read_weights(chosen.b, chosen.track if chosen.track_b is None else chosen.track_b)
+        return ours, theirs, sorted(differences(ours, theirs), key=lambda each: -each.relative)
+
+    ours, theirs, found = steadily([chosen.a, chosen.b], read)
     total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
     apart = [
         *(f"only in {chosen.a}: {name}" for name in ours if name not in theirs),
@@ -95,21 +103,27 @@ def synthesize(chosen: argparse.Namespace) -> str:
     """Make an average that nobody tracked."""
     import torch  # not needed by most commands
 
-    from dist_ema.synthesis import weigh, write
+    from dist_ema.synthesis import Synthesis, weigh, write
 
     wanted = (
         schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
     )
-    weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
-    with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
-        warnings.simplefilter("always")
-        made = write(
-            weighed,
-            absolute(chosen.out),
-            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
-            max_shard_size=chosen.max_shard_size,
-            progress=bar.update,
-        )
+
+    def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
+        weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
+        with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
+            warnings.simplefilter("always")
+            made = write(
+                weighed,
+                absolute(chosen.out),
+                dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+                max_shard_size=chosen.max_shard_size,
+                progress=bar.update,
+                check=check,
+            )
+        return made, warned
+
+    made, warned = steadily([absolute(chosen.snapshots)], work)
     facts = {
         "folder": str(made.folder),
         "schedule": repr(made.schedule),
@@ -144,7 +158,9 @@ def plot(chosen: argparse.Namespace) -> str:
         chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.plots import draw_schedules
 
-    manifest = None if chosen.src is None else read_manifest(find_saved(chosen.src))
+    manifest = (
+        None if chosen.src is None else steadily([chosen.src], lambda check: read_manifest(find_saved(chosen.src)))
+    )
     tracks = {} if manifest is None else manifest.tracks
     try:
         schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
@@ -172,7 +188,7 @@ def _plot_profiles(chosen: argparse.Namespace) -> str:
     from dist_ema.synthesis import weigh
 
     wanted = PowerSchedule(sigma_rel=chosen.sigma_rel)
-    weighed = weigh(chosen.src, wanted)
+    weighed = steadily([absolute(chosen.src)], lambda check: weigh(chosen.src, wanted))
     snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
     edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
     *each, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
@@ -205,10 +221,14 @@ def _progress(total_bytes: int) -> tqdm[Any]:
 
 def inspect(chosen: argparse.Namespace) -> str:
     """Tell what a saved average is."""
-    folder = find_saved(chosen.src)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    facts = _facts(folder, manifest)
+
+    def read(check: Callable[[], None]) -> dict[str, Any]:
+        folder = find_saved(chosen.src)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        return _facts(folder, manifest)
+
+    facts = steadily([chosen.src], read)
     return json.dumps(facts, indent=1) if chosen.json else _told(facts)
 
 

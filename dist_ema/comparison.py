@@ -14,7 +14,10 @@ from dist_ema.errors import CheckpointNotFoundError
 from dist_ema.headers import INDEX_NAME, ONE_FILE_NAME, TORCH_DTYPES, StoredTensor, read_header, read_model_folder
 from dist_ema.saved import read_saved, stored_bytes
 
-__all__ = ["Difference", "differences", "read_weights", "relative_distance"]
+__all__ = ["Difference", "Weights", "differences", "read_weights", "relative_distance"]
+
+# Name -> folder and place of each tensor.
+Weights = dict[str, tuple[Path, StoredTensor]]
 
 # Elements of both sides that are in memory at a time.
 _CHUNK_NUMEL = 2**20

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,7 +57,11 @@ def plan_export(
 
 
 def write_model_folder(
-    target: Path, files: ModelFiles, values: Values, unchanged: Callable[[FileLayout], Path | None]
+    target: Path,
+    files: ModelFiles,
+    values: Values,
+    unchanged: Callable[[FileLayout], Path | None],
+    check: Callable[[], None],
 ) -> None:
     """Write the folder, whole or not at all; a former export is replaced.
 
@@ -68,20 +71,22 @@ def write_model_folder(
         values: of each tensor, converted on the way.
         unchanged: an existing file to link in place of one that would be the same, or None. Its tensors are read too,
             so that damage is found.
+        check: called before the folder is committed; raises if what was read was replaced meanwhile.
 
     Raises:
         CheckpointError: there is something else at `target`, or it cannot be written.
     """
+    staged = None
     try:
-        staging = commit.stage(target, commit.is_export)
-        _fill(staging, files, values, unchanged)
-        commit.publish(target)
-    except BaseException as error:
-        with suppress(OSError):
-            commit.discard(target)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{target} could not be written: {error}") from error
-        raise
+        staged = commit.stage(target, commit.is_export, sum(file.size_bytes for file in files.files))
+        _fill(staged.folder, files, values, unchanged)
+        check()
+        commit.publish(staged)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        if staged is not None:
+            commit.discard(staged)
 
 
 def _fill(staging: Path, files: ModelFiles, values: Values, unchanged: Callable[[FileLayout], Path | None]) -> None:
