@@ -39,9 +39,10 @@ _LONGEST_RECORD_BYTES = 4096
 class Claim:
     """The right to the staging folder of one token, from `take` until `release`, or until nobody keeps the object."""
 
+    _descriptor = -1
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = -1
         _held.add(self)
 
     def take(self) -> bool:
@@ -57,12 +58,14 @@ class Claim:
 
     def release(self) -> None:
         """Remove the record. Does not raise: a record without its process is cleared by the next save."""
-        _held.discard(self)
+        if self not in _held:
+            return
         self._close()
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("%s could not be removed (%s): the next save does it", self.path, error)
+        _held.discard(self)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

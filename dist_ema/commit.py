@@ -38,6 +38,7 @@ from dist_ema.folders import (
     beside,
     content_of,
     fingerprint,
+    former_average,
     has_manifest,
     is_average,
     is_export,
@@ -56,6 +57,7 @@ __all__ = [
     "Staged",
     "averages_in",
     "discard",
+    "former_average",
     "has_manifest",
     "is_average",
     "is_export",
@@ -162,7 +164,8 @@ def publish(staged: Staged) -> None:
     _swap(staged, trash)
     try:
         _sync(target.parent)
-        _remove(trash)
+        if os.path.lexists(trash):
+            _remove(trash)
         _retire_old(target)
     except Exception as error:
         _log_once(target, f"{target} is in place, but its folder could not be put in order: {error}")
@@ -266,17 +269,18 @@ def _retire_old(target: Path) -> None:
     except FileNotFoundError:
         return
     if fingerprint(aside) != before:  # by now another save had put its former content there
-        os.rename(aside, old)
+        with suppress(OSError):  # another save has cleared it, or another former content is there by now
+            os.rename(aside, old)
         return
     _remove(aside)
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder under a name of its own. NFS keeps files that somebody reads: the next save clears what stays."""
-    if os.path.lexists(folder):
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if os.path.lexists(folder):  # else another save has cleared it
             _log_once(folder.parent, f"{folder} could not be removed ({error}): the next save does it")
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "beside",
     "content_of",
     "fingerprint",
+    "former_average",
     "has_manifest",
     "is_average",
     "is_export",
@@ -185,12 +186,7 @@ def resolve(target: Path) -> Path:
         found = content_of(target)
         if found in (Content.NOTHING, Content.ADDED, Content.PART) and is_whole(old):
             if found is not Content.NOTHING:
-                warnings.warn(
-                    f"{target} holds {found.value}: the save that was to replace it was cut off. The former one is "
-                    f"whole and is read instead: {old}. The next save to {target.name} brings both together",
-                    UserWarning,
-                    stacklevel=_LEVEL,
-                )
+                _warn(target, found)
             return old
     for folder in (target, old):
         if folder.is_dir() and any(folder.iterdir()):
@@ -208,7 +204,22 @@ def resolve(target: Path) -> Path:
     )
 
 
-_LEVEL = 3  # whoever looks for an average
+def former_average(target: Path) -> Path | None:
+    """The former average of a target that holds something else than an average; warns if there is one."""
+    old = old_of(target)
+    if not os.path.lexists(old) or content_of(old) is not Content.AVERAGE:
+        return None
+    _warn(target, content_of(target))
+    return old
+
+
+def _warn(target: Path, found: Content) -> None:
+    warnings.warn(
+        f"{target} holds {found.value}, where a save was cut off between its renames. The former content is whole and "
+        f"is read instead: {old_of(target)}. The next save brings them together, or says what is in its way",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def averages_in(folder: Path) -> list[Path]:

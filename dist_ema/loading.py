@@ -27,7 +27,7 @@ from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.plan import Plan
 from dist_ema.reading import read_boxes
 from dist_ema.saved import SavedAverage, damage_told, read_saved, was_replaced
-from dist_ema.steady import ATTEMPTS, generation, steadily, told
+from dist_ema.steady import ATTEMPTS, generation, note_replaced, steadily, told
 
 __all__ = ["Escapes", "load_average", "load_model"]
 
@@ -209,6 +209,7 @@ def _steadily(
             if failure is not None:
                 raise failure
             return found
+        note_replaced([source])
     raise CheckpointError(told([source]))
 
 

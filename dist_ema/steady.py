@@ -6,15 +6,18 @@ in the old folder and the second in the new one, or nothing at all for a moment.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dist_ema.errors import CheckpointError
+from dist_ema.errors import CheckpointError, DistEMAError
 from dist_ema.folders import beside, fingerprint, has_manifest, old_of
 
-__all__ = ["ATTEMPTS", "ReplacedError", "generation", "steadily"]
+__all__ = ["ATTEMPTS", "ReplacedError", "generation", "note_replaced", "steadily", "told"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,7 +38,8 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
             raises if the folders were replaced.
 
     Raises:
-        CheckpointError: what `read` raised while nothing was replaced, or every attempt met a save.
+        CheckpointError: every attempt met a save.
+        DistEMAError: what `read` raised while nothing was replaced.
     """
     for attempt in range(ATTEMPTS):
         before = generation(sources)
@@ -47,14 +51,20 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
         try:
             result = read(check)
             check()
-        except (CheckpointError, OSError) as error:
+        except (DistEMAError, OSError) as error:
             if generation(sources) == before and not isinstance(error, ReplacedError):
                 raise
             if attempt == ATTEMPTS - 1:
                 raise CheckpointError(told(sources)) from error
+            note_replaced(sources)
         else:
             return result
     raise AssertionError("the last attempt returns or raises")
+
+
+def note_replaced(sources: Sequence[Path]) -> None:
+    """Log that the folders are read again."""
+    _log.debug("%s: replaced while it was read, so it is read again", ", ".join(map(str, sources)))
 
 
 def told(sources: Sequence[Path]) -> str:
