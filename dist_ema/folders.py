@@ -78,9 +78,10 @@ def content_of(folder: Path) -> Content:
     if not any(folder.iterdir()):
         return Content.NOTHING
     if has_manifest(folder):
-        if not is_average(folder):
-            return Content.FOREIGN
-        return Content.AVERAGE if _has_its_files(folder) else Content.PART
+        record = _manifest(folder)
+        if record.get("format") == "dist_ema":
+            return Content.AVERAGE if _has_files(folder, record) else Content.PART
+        return Content.PART if is_average(folder) else Content.FOREIGN
     if is_export(folder):
         return Content.EXPORT if _is_whole_model(folder) else Content.PART
     weights = [Path(at, name) for at, _, names in os.walk(folder) for name in names if _WEIGHTS.fullmatch(name.lower())]
@@ -132,18 +133,13 @@ def _is_marked(path: Path) -> bool:
         return False
 
 
-def _has_its_files(folder: Path) -> bool:
+def _has_files(folder: Path, record: dict[str, Any]) -> bool:
     """Whether every file that the manifest lists is there, at its size; format version 1 lists none."""
-    record = _manifest(folder)
-    if record.get("format") != "dist_ema":
-        return False
-    files = record.get("files", {})
     try:
-        if any((folder / name).stat().st_size != file["size_bytes"] for name, file in files.items()):
-            return False
+        files = record.get("files", {}).items()
+        return all((folder / name).stat().st_size == file["size_bytes"] for name, file in files)
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return False
-    return True
 
 
 def _is_whole_model(folder: Path) -> bool:
@@ -166,11 +162,10 @@ def fingerprint(folder: Path) -> object:
         except CheckpointCorruptError:
             return "unreadable"
     try:
-        found = [entry for entry in os.scandir(folder) if OWN_FILE.fullmatch(entry.name)]
-        stats = sorted((entry.name, entry.stat().st_size, entry.inode()) for entry in found)
+        found = [(name, os.stat(folder / name)) for name in sorted(os.listdir(folder)) if OWN_FILE.fullmatch(name)]
     except OSError:
         return None
-    return tuple(stats) or None
+    return tuple((name, stat.st_size, stat.st_ino) for name, stat in found) or None
 
 
 def resolve(target: Path) -> Path:
@@ -257,7 +252,7 @@ def beside(target: Path, *kinds: str) -> list[Path]:
     """What lies beside the target, of some kinds: with a token, or without one as former versions named it."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.({'|'.join(kinds)})(-[0-9a-f]{{8,}})?")
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name))
+        return [target.parent / name for name in sorted(os.listdir(target.parent)) if pattern.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
