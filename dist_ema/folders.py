@@ -253,7 +253,7 @@ def beside(target: Path, *kinds: str) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.({'|'.join(kinds)})(-[0-9a-f]{{8,}})?")
     try:
         return [target.parent / name for name in sorted(os.listdir(target.parent)) if pattern.fullmatch(name)]
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
 
 

@@ -27,7 +27,7 @@ from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.plan import Plan
 from dist_ema.reading import read_boxes
 from dist_ema.saved import SavedAverage, damage_told, read_saved, was_replaced
-from dist_ema.steady import ATTEMPTS, generation, note_replaced, steadily, told
+from dist_ema.steady import Attempts, generation, steadily
 
 __all__ = ["Escapes", "load_average", "load_model"]
 
@@ -192,25 +192,26 @@ def _steadily(
     Raises:
         CheckpointError: what `fill` raised while nothing was replaced, or every attempt met a save.
     """
-    for _ in range(ATTEMPTS):
+    attempts = Attempts([source])
+    while True:
         found = find()
         views = exchange.gather_objects((exchange.rank == 0 or sees(found), exchange.rank == 0 and replaced(found)))
         blind = [rank for rank, (seen, _) in enumerate(views) if not seen]
-        if blind and views[0][1]:  # they are not blind: it was replaced before they looked
-            continue
-        if blind:
-            _warn_of_blind_ranks(exchange, source, blind)
         failure: CheckpointError | None = None
-        try:
-            fill(found, blind)
-        except CheckpointError as error:
-            failure = error
-        if not any(exchange.gather_objects(exchange.rank not in blind and replaced(found))):
-            if failure is not None:
-                raise failure
-            return found
-        note_replaced([source])
-    raise CheckpointError(told([source]))
+        if not (blind and views[0][1]):  # else they are not blind: it was replaced before they looked
+            if blind:
+                _warn_of_blind_ranks(exchange, source, blind)
+            try:
+                fill(found, blind)
+            except CheckpointError as error:
+                failure = error
+            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(found))):
+                if failure is not None:
+                    raise failure
+                return found
+        attempts.count_one()
+        if exchange.broadcast_object(attempts.are_enough):  # rank 0 has the clock
+            raise attempts.refusal() from failure
 
 
 class _Loading:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,14 +16,15 @@ from typing import TypeVar
 from dist_ema.errors import CheckpointError, DistEMAError
 from dist_ema.folders import beside, fingerprint, has_manifest, old_of
 
-__all__ = ["ATTEMPTS", "ReplacedError", "generation", "note_replaced", "steadily", "told"]
+__all__ = ["Attempts", "ReplacedError", "generation", "steadily"]
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How often a folder is read that is replaced each time.
-ATTEMPTS = 20
+# A folder that is replaced each time is read this often at least, and for so long.
+LEAST_ATTEMPTS = 3
+LEAST_SECONDS = 30.0
 
 
 class ReplacedError(CheckpointError):
@@ -41,12 +43,13 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
         CheckpointError: every attempt met a save.
         DistEMAError: what `read` raised while nothing was replaced.
     """
-    for attempt in range(ATTEMPTS):
+    attempts = Attempts(sources)
+    while True:
         before = generation(sources)
 
         def check(before: object = before) -> None:
             if generation(sources) != before:
-                raise ReplacedError(told(sources))
+                raise ReplacedError("it was replaced while it was read")
 
         try:
             result = read(check)
@@ -54,43 +57,66 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
         except (DistEMAError, OSError) as error:
             if generation(sources) == before and not isinstance(error, ReplacedError):
                 raise
-            if attempt == ATTEMPTS - 1:
-                raise CheckpointError(told(sources)) from error
-            note_replaced(sources)
+            attempts.count_one()
+            if attempts.are_enough:
+                raise attempts.refusal() from error
         else:
             return result
-    raise AssertionError("the last attempt returns or raises")
 
 
-def note_replaced(sources: Sequence[Path]) -> None:
-    """Log that the folders are read again."""
-    _log.debug("%s: replaced while it was read, so it is read again", ", ".join(map(str, sources)))
+class Attempts:
+    """How often folders were read and found to be replaced."""
 
+    def __init__(self, sources: Sequence[Path]) -> None:
+        self._sources = ", ".join(map(str, sources))
+        self._count = 0
+        self._began = time.monotonic()
 
-def told(sources: Sequence[Path]) -> str:
-    """What to say of folders that are replaced all the time."""
-    return (
-        f"{', '.join(map(str, sources))} was replaced {ATTEMPTS} times while it was read: somebody saves into it "
-        "faster than it can be read. Read a folder that nobody saves into, such as an export under a name of its own"
-    )
+    def count_one(self) -> None:
+        """Another attempt has met a save."""
+        self._count += 1
+        _log.debug("%s: replaced while it was read, so it is read again", self._sources)
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether to give up."""
+        return self._count >= LEAST_ATTEMPTS and time.monotonic() - self._began >= LEAST_SECONDS
+
+    def refusal(self) -> CheckpointError:
+        """What to raise then."""
+        return CheckpointError(
+            f"{self._sources} was replaced each of {self._count} times that it was read: somebody saves into it faster "
+            "than it can be read. Read a folder that nobody saves into, such as an export under a name of its own"
+        )
 
 
 def generation(sources: Sequence[Path]) -> object:
-    """What tells the present state of the folders from every other one that saves may make of them."""
+    """What tells the present state of the folders from every other one that saves may make of them. Does not raise."""
     return [list(_states(source)) for source in sources]
 
 
 def _states(source: Path) -> Iterator[object]:
-    yield _numbers(source) if source.is_file() else None
+    if os.path.isfile(source):
+        yield _numbers(source)
+        return
     for folder in (source, *beside(source, "old")):
         yield folder.name, fingerprint(folder), _numbers(folder)[:1], _numbers(folder / "manifest.json")
     if not has_manifest(source) and not has_manifest(old_of(source)):
         # The averages in a checkpoint; snapshots may lie in folders of checkpoints.
-        for pattern in ("*/manifest.json", "*/*/manifest.json"):
-            for path in sorted(source.glob(pattern)):
-                name = path.parent.name
-                if not name.startswith(".") or name.endswith(".old"):
-                    yield path, _numbers(path)
+        for folder in _folders_in(source):
+            for inner in (folder, *_folders_in(folder)):
+                numbers = _numbers(inner / "manifest.json")
+                if numbers:
+                    yield inner, numbers
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """The folders in it that a reader may look at."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if not name.startswith(".") or name.endswith(".old")]
 
 
 def _numbers(path: Path) -> tuple[int, ...]:

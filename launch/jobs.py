@@ -22,7 +22,7 @@ from torch import nn
 
 from dist_ema import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, ShardedEMA
 
-__all__ = ["PATIENCE_SECONDS", "Job", "build", "load", "save", "saver"]
+__all__ = ["PATIENCE_SECONDS", "Job", "build", "load", "save"]
 
 PATIENCE_SECONDS = 60.0
 
@@ -149,20 +149,7 @@ def save(target: Path, generation: int) -> Callable[[], None]:
     return lambda: ema.save(target, max_shard_size=2100)
 
 
-def saver(target: Path) -> Callable[[], None]:
-    """The work of a job that saves one generation after the other, from 1."""
-    model = build()
-    ema = ShardedEMA(model, COPYING)
-
-    def work() -> None:
-        fill(model, ema.num_updates + 1)
-        ema.update()
-        ema.save(target, max_shard_size=2100)
-
-    return work
-
-
-def load(target: Path, *, verify: bool = True) -> Callable[[], None]:
+def load(target: Path, *, verify: bool) -> Callable[[], None]:
     """The work of a job that loads what is there, and looks whether it is of one generation."""
     ema = ShardedEMA(build(), COPYING)
 
