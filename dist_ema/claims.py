@@ -43,7 +43,7 @@ class Claim:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _held.add(self)
+        _held[path] = self
 
     def take(self) -> bool:
         """Make the record, locked. False if somebody took it for a dead one in the moment before the lock."""
@@ -58,14 +58,14 @@ class Claim:
 
     def release(self) -> None:
         """Remove the record. Does not raise: a record without its process is cleared by the next save."""
-        if self not in _held:
+        if _held.get(self.path) is not self:
             return
         self._close()
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("%s could not be removed (%s): the next save does it", self.path, error)
-        _held.discard(self)
+        _held.pop(self.path, None)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -77,12 +77,12 @@ class Claim:
         self._close()
 
 
-_held: weakref.WeakSet[Claim] = weakref.WeakSet()
+_held: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()
 
 
 def _forget() -> None:
     """A forked child writes none of its parent's saves, and must not outlive the parent as the holder of its locks."""
-    for claim in list(_held):
+    for claim in list(_held.values()):
         claim._close()
     _held.clear()
 
@@ -103,7 +103,7 @@ def is_dead(path: Path) -> bool:
         here = _this_process()
         if (record.get("boot"), record.get("table")) == (here["boot"], here["table"]):
             if record == here:
-                return all(claim.path != path for claim in list(_held))
+                return path not in _held
             runs = _runs(record)
             if runs is not None:
                 return not runs

@@ -228,10 +228,11 @@ def _clear(target: Path) -> None:
     """Remove what saves left beside the target whose writers are dead."""
     for trash in beside(target, "trash"):
         shutil.rmtree(trash, ignore_errors=True)
+    staging_name, writer_name = f".{target.name}.staging", f".{target.name}.writer"
     for staging in beside(target, "staging"):
-        writer = staging.with_name(staging.name.replace(".staging", ".writer"))
-        if staging.name == f".{target.name}.staging" or is_dead(writer):  # former versions had no tokens
-            with suppress(FileNotFoundError):  # another save does the same
+        writer = staging.with_name(writer_name + staging.name.removeprefix(staging_name))
+        if staging.name == staging_name or is_dead(writer):  # former versions had no tokens
+            with suppress(OSError):  # another save does the same, or it is another user's
                 aside = _beside(target, "trash")
                 staging.rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -241,11 +242,14 @@ def _clear(target: Path) -> None:
                 f"{staging} stays: {writer_told(writer)} writes it, or wrote it and cannot be looked up from here",
             )
     for writer in beside(target, "writer"):
-        if not os.path.lexists(writer.with_name(writer.name.replace(".writer", ".staging"))) and is_dead(writer):
-            writer.unlink(missing_ok=True)
+        staging = writer.with_name(staging_name + writer.name.removeprefix(writer_name))
+        if not os.path.lexists(staging) and is_dead(writer):
+            with suppress(OSError):
+                writer.unlink()
     for aside in beside(target, "old"):
         if aside == old_of(target):
-            _retire_old(target)
+            with suppress(OSError):  # if it is still in the way at the commit, that tells
+                _retire_old(target)
         elif is_whole(_former(target)):
             shutil.rmtree(aside, ignore_errors=True)
         elif is_whole(aside):

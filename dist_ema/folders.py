@@ -143,6 +143,9 @@ def _has_files(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def _is_whole_model(folder: Path) -> bool:
+    """Whether no file of an export is missing, where its names tell; all that are there have been looked at."""
+    if not any(OWN_FILE.fullmatch(path.name) for path in folder.glob("*.safetensors*")):
+        return True  # the names of another library
     try:
         read_model_folder(folder)
     except CheckpointCorruptError:
