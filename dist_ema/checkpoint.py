@@ -2,8 +2,8 @@
 
 Each stage is agreed by all ranks before the next ([Note: agreement] in exchange.py):
 
-    1 rank 0    clear leftovers, make the staging folder, create every file at its full size
-    2 all       look whether they see that folder
+    1 rank 0    look at the target, clear leftovers, make the staging folder, create every file at its full size
+    2 all       look whether they see that folder, whose name no other save has
     3 all       write the bytes they own, with the header, or send them to a rank that sees the folder; fsync
     4 rank 0    write the manifest, with the checksums that came together from all; fsync; commit by rename (commit.py)
 """
@@ -11,7 +11,6 @@ Each stage is agreed by all ranks before the next ([Note: agreement] in exchange
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -110,7 +109,7 @@ class _Save:
     ) -> None:
         self._exchange = exchange
         self._target = target
-        self._staging = commit.staging_of(target)
+        self._staged: commit.Staged | None = None  # on rank 0
         self._files = files
         self._sizes_bytes = {fqn: entry.nbytes for fqn, (_, entry) in files.locate().items()}
         self._folders = folders
@@ -120,34 +119,39 @@ class _Save:
     def run(self, tracks: Mapping[str, Pieces]) -> None:
         """Collective. All stages."""
         try:
-            token = self._exchange.on_rank_0(self._action, self._create)
-            writers = self._writers(token)
-            checksums = {track: self._write(folder, tracks[track], writers) for folder, track in self._folders.items()}
-            self._exchange.on_rank_0(self._action, lambda: self._finish(token, checksums))
-        except BaseException:
-            if self._exchange.rank == 0:
-                with suppress(OSError):  # the next save clears what stays
-                    commit.discard(self._target)
-            raise
+            staging = self._exchange.on_rank_0(self._action, self._create)
+            writers = self._writers(staging)
+            checksums = {
+                track: self._write(staging / folder, tracks[track], writers) for folder, track in self._folders.items()
+            }
+            self._exchange.on_rank_0(self._action, lambda: self._finish(checksums))
+        finally:
+            if self._staged is not None:
+                commit.discard(self._staged)
 
-    def _create(self) -> str:
-        """Make the staging folder and its files. Returns the name of a file by which the ranks recognise it."""
-        commit.stage(self._target, commit.is_average if self._manifest is not None else commit.is_export)
+    def _create(self) -> Path:
+        """Make the staging folder and its files."""
+        replaceable = commit.is_average if self._manifest is not None else commit.is_export
+        self._staged = commit.stage(self._target, replaceable, self._needed_bytes())
+        staging = self._staged.folder
         for folder in self._folders:
-            (self._staging / folder).mkdir(exist_ok=True)
+            (staging / folder).mkdir(exist_ok=True)
             for file in self._files.files:
-                write_whole(self._staging / folder / file.name, b"", size_bytes=file.size_bytes)
+                write_whole(staging / folder / file.name, b"", size_bytes=file.size_bytes)
             if self._files.index is not None:
-                write_whole(self._staging / folder / INDEX_NAME, self._files.index)
+                write_whole(staging / folder / INDEX_NAME, self._files.index)
             for name, content in self._files.texts.items():
-                write_whole(self._staging / folder / name, content)
-        token = f".{secrets.token_hex(8)}"
-        write_whole(self._staging / token, b"")
-        return token
+                write_whole(staging / folder / name, content)
+        return staging
 
-    def _writers(self, token: str) -> list[int]:
-        """The ranks that see the staging folder of rank 0, and not another one at the same path."""
-        sees = self._exchange.gather_objects(_appears(self._staging / token))
+    def _needed_bytes(self) -> int:
+        """Of all tracks; the manifest is not known yet."""
+        texts = sum(map(len, self._files.texts.values())) + len(self._files.index or b"")
+        return len(self._folders) * (texts + sum(file.size_bytes for file in self._files.files))
+
+    def _writers(self, staging: Path) -> list[int]:
+        """The ranks that see the staging folder of rank 0."""
+        sees = self._exchange.gather_objects(_appears(staging))
         writers = [rank for rank, seen in enumerate(sees) if seen]
         if len(writers) < len(sees):
             self._exchange.warn(
@@ -157,21 +161,21 @@ class _Save:
             )
         return writers
 
-    def _write(self, folder: str, pieces: Pieces, writers: list[int]) -> dict[str, int]:
+    def _write(self, folder: Path, pieces: Pieces, writers: list[int]) -> dict[str, int]:
         """Write one track. Returns the checksums of its tensors."""
         partial = None if self._manifest is None else PartialChecksums(self._sizes_bytes)
-        failure = write_tensors(self._exchange, self._staging / folder, self._files, pieces, writers, partial)
+        failure = write_tensors(self._exchange, folder, self._files, pieces, writers, partial)
         self._exchange.settle(self._action, failure)
         if partial is None:
             return {}
         return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
 
-    def _finish(self, token: str, checksums: Mapping[str, Mapping[str, int]]) -> None:
+    def _finish(self, checksums: Mapping[str, Mapping[str, int]]) -> None:
+        assert self._staged is not None, "this is rank 0, and it has staged"
         if self._manifest is not None:
             manifest = dataclasses.replace(self._manifest, files=self._saved_files(), checksums=checksums)
-            write_whole(self._staging / MANIFEST_NAME, manifest.to_bytes())
-        (self._staging / token).unlink()
-        commit.publish(self._target)
+            write_whole(self._staged.folder / MANIFEST_NAME, manifest.to_bytes())
+        commit.publish(self._staged)
 
     def _saved_files(self) -> dict[str, SavedFile]:
         files = {file.name: SavedFile(file.size_bytes, checksum(file.header)) for file in self._files.files}

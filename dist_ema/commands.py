@@ -6,27 +6,33 @@ import argparse
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dist_ema.checks import local, target_folder
+from dist_ema.checks import absolute, local, target_folder
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.manifest import Manifest, find_saved, read_manifest
 from dist_ema.saved import check_files, damage_told, damaged_tensors, read_saved
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
-from dist_ema.sources import find_weights
+from dist_ema.sources import Weights, find_weights
+from dist_ema.steady import steadily
 
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
 def verify(chosen: argparse.Namespace) -> str:
     """Read all of an average and compare its checksums."""
-    saved = read_saved(local(chosen.src))
+    source = local(chosen.src)
+    return steadily([source], lambda check: _verify(source))
+
+
+def _verify(source: Path) -> str:
+    saved = read_saved(source)
     if not saved.manifest.checksums:
         raise CheckpointMismatchError(
             f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
@@ -67,11 +73,16 @@ def consolidate(chosen: argparse.Namespace) -> str:
 
 def diff(chosen: argparse.Namespace) -> str:
     """Tell how far two sets of weights lie apart."""
-    from dist_ema.comparison import differences, relative_distance  # loads torch
+    from dist_ema.comparison import Difference, differences, relative_distance  # loads torch
 
-    a = find_weights(local(chosen.a), chosen.track)
-    b = find_weights(local(chosen.b), chosen.track if chosen.track_b is None else chosen.track_b)
-    found = sorted(differences(a, b), key=lambda each: -each.relative)
+    sources = [local(chosen.a), local(chosen.b)]
+    tracks = [chosen.track, chosen.track if chosen.track_b is None else chosen.track_b]
+
+    def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
+        a, b = map(find_weights, sources, tracks)
+        return a, b, sorted(differences(a, b), key=lambda each: -each.relative)
+
+    a, b, found = steadily(sources, read)
     total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
     ours, theirs = a.model.tensors, b.model.tensors
     apart = [
@@ -105,22 +116,28 @@ def synthesize(chosen: argparse.Namespace) -> str:
     """Make an average that nobody tracked."""
     import torch  # not needed by most commands
 
-    from dist_ema.synthesis import weigh, write
+    from dist_ema.synthesis import Synthesis, weigh, write
 
     target = target_folder(chosen.out)
     wanted = (
         schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
     )
-    weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
-    with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
-        warnings.simplefilter("always")
-        made = write(
-            weighed,
-            target,
-            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
-            max_shard_size=chosen.max_shard_size,
-            progress=bar.update,
-        )
+
+    def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
+        weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
+        with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
+            warnings.simplefilter("always")
+            made = write(
+                weighed,
+                target,
+                dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+                max_shard_size=chosen.max_shard_size,
+                progress=bar.update,
+                check=check,
+            )
+        return made, warned
+
+    made, warned = steadily([absolute(chosen.snapshots)], work)
     facts = {
         "folder": str(made.folder),
         "schedule": repr(made.schedule),
@@ -156,7 +173,10 @@ def plot(chosen: argparse.Namespace) -> str:
         chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.plots import draw_schedules
 
-    manifest = None if chosen.src is None else read_manifest(find_saved(local(chosen.src)))
+    manifest = None
+    if chosen.src is not None:
+        source = local(chosen.src)
+        manifest = steadily([source], lambda check: read_manifest(find_saved(source)))
     tracks = {} if manifest is None else manifest.tracks
     try:
         schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
@@ -184,7 +204,7 @@ def _plot_profiles(chosen: argparse.Namespace) -> str:
     from dist_ema.synthesis import weigh
 
     wanted = PowerSchedule(sigma_rel=chosen.sigma_rel)
-    weighed = weigh(chosen.src, wanted)
+    weighed = steadily([absolute(chosen.src)], lambda check: weigh(chosen.src, wanted))
     snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
     edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
     *each, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
@@ -217,10 +237,15 @@ def _progress(total_bytes: int) -> tqdm[Any]:
 
 def inspect(chosen: argparse.Namespace) -> str:
     """Tell what a saved average is."""
-    folder = find_saved(local(chosen.src))
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    facts = _facts(folder, manifest)
+    source = local(chosen.src)
+
+    def read(check: Callable[[], None]) -> dict[str, Any]:
+        folder = find_saved(source)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        return _facts(folder, manifest)
+
+    facts = steadily([source], read)
     return json.dumps(facts, indent=1) if chosen.json else _told(facts)
 
 

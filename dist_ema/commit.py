@@ -1,36 +1,63 @@
 """Folders that are either whole or not there: staged beside the target, committed by rename.
 
-For a target `ema`, in the same parent folder:
+    stage:     look at everything first; then clear what dead saves left, and make .ema.staging-TOKEN
+    publish:   ema -> .ema.old     .ema.staging-TOKEN -> ema     remove .ema.old
 
-    .ema.staging   being written; worthless until committed
-    .ema.old       the former content, between the two renames of a commit over an existing folder
+[Note: two writers]
+Other jobs may save into the same folder at any moment; nothing but the renames is atomic. So a save remembers what it
+is going to replace, by its fingerprint, and replaces that or nothing:
 
-    commit:   ema -> .ema.old     .ema.staging -> ema     delete .ema.old
-    reader:   ema if it is there, else .ema.old: the whole new one or the whole old one
+    - a folder is renamed onto a free name only, which fails if somebody was faster;
+    - what the first rename has moved is looked at again, and put back if it is another's;
+    - nothing whole is removed before something whole lies at the target, and then under a name of its own.
+
+One of two writers wins, the other is told. What lies beside the target: folders.py.
 
 Every function works on local files only and is called by one rank. No communication.
 """
 
 from __future__ import annotations
 
-import glob
-import json
+import errno
+import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from dist_ema.headers import read_header, read_small
+from dist_ema.claims import Claim, is_dead, writer_told
+from dist_ema.errors import CheckpointError
+from dist_ema.folders import (
+    MARK,
+    MARK_VALUE,
+    OWN_FILE,
+    Content,
+    averages_in,
+    beside,
+    content_of,
+    fingerprint,
+    former_average,
+    has_manifest,
+    is_average,
+    is_export,
+    is_whole,
+    name_of,
+    old_of,
+    resolve,
+    track_folders,
+    was_begun,
+)
+from dist_ema.mounts import free_bytes, is_mount_point
 
 __all__ = [
     "MARK",
     "MARK_VALUE",
+    "Staged",
     "averages_in",
     "discard",
+    "former_average",
     "has_manifest",
     "is_average",
     "is_export",
@@ -39,81 +66,241 @@ __all__ = [
     "publish",
     "resolve",
     "stage",
-    "staging_of",
     "sync_folder",
     "was_begun",
 ]
 
-# What this package puts into the folders it owns; whatever else is there was added by somebody.
-_OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
+_log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
-# In the header of every safetensors file this package writes: tells its exports from somebody's model folder.
-MARK, MARK_VALUE = "written_by", "dist_ema"
+class Staged:
+    """A folder that is being written, to be published or discarded by whoever has staged it.
 
+    Attributes:
+        target: where it will be.
+        folder: where it is until then.
+    """
 
-def has_manifest(folder: Path) -> bool:
-    """Whether the folder looks like a saved average."""
-    return os.path.lexists(folder / "manifest.json")
+    def __init__(self, target: Path) -> None:
+        token = secrets.token_hex(6)
+        self.target = target
+        self.folder = target.parent / f".{target.name}.staging-{token}"
+        self._claim = Claim(target.parent / f".{target.name}.writer-{token}")
+        self._replaced = fingerprint(_former(target))
 
-
-def is_average(folder: Path) -> bool:
-    """Whether the folder is a saved average of this package; a damaged manifest counts if the tensors are ours."""
-    if not has_manifest(folder):
-        return False
-    if _manifest(folder).get("format") == "dist_ema":
+    def make(self) -> bool:
+        """Make the empty folder. False if another save took ours for a dead one before it was claimed."""
+        if not self._claim.take():
+            return False
+        self.folder.mkdir()
         return True
-    return any(_is_marked(path) for pattern in ("*.safetensors", "*/*.safetensors") for path in folder.glob(pattern))
+
+    def is_current(self) -> bool:
+        """Whether what it replaces is still there, at the target or as the former content."""
+        return fingerprint(_former(self.target)) == self._replaced
+
+    def was(self, folder: Path) -> bool:
+        """Whether the folder is what it replaces."""
+        return fingerprint(folder) == self._replaced
+
+    def release(self) -> None:
+        """Tell other saves that this one has ended."""
+        self._claim.release()
 
 
-def is_export(folder: Path) -> bool:
-    """Whether the folder is an export: files of ours, no manifest."""
-    files = list(folder.glob("*.safetensors"))
-    return bool(files) and not has_manifest(folder) and all(_is_marked(path) for path in files)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says, unchecked; nothing if it cannot be read."""
-    try:
-        record = json.loads(read_small(folder / "manifest.json"))
-    except (CheckpointCorruptError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _is_marked(path: Path) -> bool:
-    try:
-        return read_header(path).metadata.get(MARK) == MARK_VALUE
-    except CheckpointCorruptError:
-        return False
-
-
-def stage(target: Path, replaceable: Callable[[Path], bool]) -> Path:
-    """Make the empty staging folder of `target`, after clearing what a killed commit left behind.
+def stage(target: Path, replaceable: Callable[[Path], bool], needed_bytes: int = 0) -> Staged:
+    """Make an empty staging folder of `target`, after clearing what dead saves left. Looks before it changes anything.
 
     Args:
         target: the folder that will be committed.
         replaceable: whether a folder that is there may be replaced: `is_average` or `is_export`.
+        needed_bytes: that will be written.
 
     Raises:
-        CheckpointError: the target exists and is something else.
+        CheckpointError: the target exists and is something else, cannot be renamed, or there is too little space.
         OSError: the folder cannot be written.
     """
+    _check_replaceable(target, replaceable)
+    _clear(target)
+    _check_space(target, needed_bytes)
     _make_parents(target)
-    old = _old(target)
-    if old.exists():
-        if _is_filled(target):
-            _remove(old)
+    for _ in range(_ATTEMPTS):
+        staged = Staged(target)
+        try:
+            if staged.make():
+                return staged
+        except BaseException:
+            discard(staged)
+            raise
+        discard(staged)
+    raise CheckpointError(
+        f"{target} cannot be written: other jobs remove what is staged beside it. End them, and retry"
+    )
+
+
+def publish(staged: Staged) -> None:
+    """Rename the staged folder to its final name, replacing what is there; durable on return.
+
+    Files that somebody has added to the former folder are carried over. Once the new folder is in place nothing raises:
+    what cannot be removed then is logged, and removed by the next save.
+
+    Raises:
+        CheckpointError: another job has saved into the folder since this one was staged. What it saved stays.
+        OSError: the folder cannot be written; the former content stays.
+    """
+    target, trash = staged.target, _beside(staged.target, "trash")
+    try:
+        for source in (target,) if is_whole(target) else (target, old_of(target)):
+            if source.is_dir():
+                _carry_over(source, staged.folder)
+        sync_folder(staged.folder)
+    except FileNotFoundError as error:
+        if staged.is_current():
+            raise
+        raise _taken(target) from error
+    _swap(staged, trash)
+    try:
+        _sync(target.parent)
+        if os.path.lexists(trash):
+            _remove(trash)
+        _retire_old(target)
+    except Exception as error:
+        _log_once(target, f"{target} is in place, but its folder could not be put in order: {error}")
+    staged.release()
+
+
+def _swap(staged: Staged, trash: Path) -> None:
+    """The renames."""
+    target, old = staged.target, old_of(staged.target)
+    moved = False
+    try:
+        found = content_of(target)
+        if found is Content.FOREIGN or not staged.is_current():
+            raise _taken(target)
+        if found is not Content.NOTHING:
+            if _former(target) == old:  # the target is not whole, and must not take the place of what is
+                _carry_over(target, old)
+                target.rename(trash)
+            else:
+                _retire_old(target)
+                target.rename(old)
+                moved = True
+                if not staged.was(old):
+                    raise _taken(target)
+        staged.folder.rename(target)
+    except BaseException as error:
+        if moved and not os.path.lexists(target):
+            with suppress(OSError):  # somebody else's took its place at this moment
+                old.rename(target)
+        if isinstance(error, OSError) and error.errno in _TAKEN:
+            raise _taken(target) from error
+        raise
+
+
+def _taken(target: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{target} was not written: another job has saved into it, or has removed what was staged, since this save "
+        "began. What the other job saved stays. End one of the two jobs, or give each a folder of its own"
+    )
+
+
+def discard(staged: Staged) -> None:
+    """Remove a staged folder that will not be published, or that has been. Does not raise an OSError."""
+    try:
+        if staged.folder.exists():
+            _remove(staged.folder)
+    except OSError as error:
+        _log_once(staged.target, f"{staged.folder} could not be removed: {error}")
+    finally:
+        staged.release()
+
+
+def _former(target: Path) -> Path:
+    """The folder that a save replaces: the target, or the former content if that is whole and the target is not."""
+    old = old_of(target)
+    return old if os.path.lexists(old) and not is_whole(target) and is_whole(old) else target
+
+
+def _clear(target: Path) -> None:
+    """Remove what saves left beside the target whose writers are dead."""
+    for trash in beside(target, "trash"):
+        shutil.rmtree(trash, ignore_errors=True)
+    staging_name, writer_name = f".{target.name}.staging", f".{target.name}.writer"
+    for staging in beside(target, "staging"):
+        writer = staging.with_name(writer_name + staging.name.removeprefix(staging_name))
+        if staging.name == staging_name or is_dead(writer):  # former versions had no tokens
+            with suppress(OSError):  # another save does the same, or it is another user's
+                aside = _beside(target, "trash")
+                staging.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
         else:
-            if target.is_dir():
-                target.rmdir()
-            old.rename(target)
-    if target.exists():
-        _check_replaceable(target, replaceable)
-    discard(target)
-    staging = staging_of(target)
-    staging.mkdir()
-    return staging
+            _log_once(
+                staging,
+                f"{staging} stays: {writer_told(writer)} writes it, or wrote it and cannot be looked up from here",
+            )
+    for writer in beside(target, "writer"):
+        staging = writer.with_name(staging_name + writer.name.removeprefix(writer_name))
+        if not os.path.lexists(staging) and is_dead(writer):
+            with suppress(OSError):
+                writer.unlink()
+    for aside in beside(target, "old"):
+        if aside == old_of(target):
+            with suppress(OSError):  # if it is still in the way at the commit, that tells
+                _retire_old(target)
+        elif is_whole(_former(target)):
+            shutil.rmtree(aside, ignore_errors=True)
+        elif is_whole(aside):
+            # Two writers died, one of them in the moment before it saw that it had moved the only whole one.
+            with suppress(OSError):
+                aside.rename(old_of(target))
+
+
+def _retire_old(target: Path) -> None:
+    """Remove the former content, if there is some, and if it is not the only whole one.
+
+    It gets a name of its own first: the name `.ema.old` may have become another save's meanwhile.
+    """
+    old = old_of(target)
+    before = fingerprint(old)
+    if not os.path.lexists(old) or _former(target) == old:
+        return
+    aside = _beside(target, "old")
+    try:
+        os.rename(old, aside)
+    except FileNotFoundError:
+        return
+    if fingerprint(aside) != before:  # by now another save had put its former content there
+        with suppress(OSError):  # another save has cleared it, or another former content is there by now
+            os.rename(aside, old)
+        return
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder under a name of its own. NFS keeps files that somebody reads: the next save clears what stays."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if os.path.lexists(folder):  # else another save has cleared it
+            _log_once(folder.parent, f"{folder} could not be removed ({error}): the next save does it")
+
+
+def _log_once(about: Path, message: str) -> None:
+    """Where a warning might raise, and what it tells of mends itself."""
+    if about not in _logged:
+        _logged.add(about)
+        _log.warning("%s", message)
+
+
+_logged: set[Path] = set()
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """A new name beside the target."""
+    return target.parent / f".{target.name}.{kind}-{secrets.token_hex(6)}"
 
 
 def _make_parents(target: Path) -> None:
@@ -122,89 +309,6 @@ def _make_parents(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         _sync(folder.parent)
-
-
-def publish(target: Path) -> None:
-    """Rename the staged folder to its final name, replacing what is there; durable on return.
-
-    Files that somebody has added to the former folder are carried over.
-    """
-    if target.exists():
-        _carry_over(target, staging_of(target))
-    sync_folder(staging_of(target))
-    old = _old(target)
-    if target.exists():
-        target.rename(old)
-    try:
-        staging_of(target).rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    _remove(old)
-
-
-def discard(target: Path) -> None:
-    """Remove the staged folder of `target`, if there is one."""
-    _remove(staging_of(target))
-    for trash in target.parent.glob(f".{glob.escape(target.name)}.trash-*"):
-        shutil.rmtree(trash, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder; one that cannot be removed now (NFS keeps files that somebody reads) goes out of the way."""
-    if not folder.exists():
-        return
-    try:
-        shutil.rmtree(folder)
-    except OSError:
-        if folder.exists():
-            base = folder.name.rpartition(".")[0]
-            folder.rename(folder.parent / f"{base}.trash-{secrets.token_hex(4)}")
-
-
-def _is_filled(folder: Path) -> bool:
-    """Whether something is there that is not an empty folder."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def resolve(target: Path) -> Path:
-    """The folder to read for `target`: itself, or the former one if a commit was cut off between its renames.
-
-    Raises:
-        CheckpointNotFoundError: neither exists.
-    """
-    for folder in (target, _old(target)):
-        if folder.is_dir() and _is_filled(folder):
-            return folder
-    if target.is_dir():
-        return target
-    if target.exists():
-        raise CheckpointNotFoundError(f"{target} is a file, expected the folder of a saved average")
-    raise CheckpointNotFoundError(
-        f"there is no folder {target}, expected a saved average: check the path; under accelerate it is "
-        "<output_dir>/<name>, written by save_state once the average is attached"
-    )
-
-
-def was_begun(target: Path) -> bool:
-    """Whether there is a trace of `target`: the folder, a former one, or one whose writing was cut off."""
-    return any(os.path.lexists(path) for path in (target, _old(target), staging_of(target)))
-
-
-def averages_in(folder: Path) -> list[Path]:
-    """The saved averages in a folder, by name; a former one stands for one whose commit was cut off."""
-    found = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
-    for path in folder.glob(".*.old"):
-        if not _is_filled(found.get(name_of(path), folder / "-")):
-            found[name_of(path)] = path
-    return [found[name] for name in sorted(found) if has_manifest(found[name])]
-
-
-def name_of(folder: Path) -> str:
-    """The name of a committed folder, also of a former one whose commit was cut off."""
-    return folder.name[1:-4] if folder.name.startswith(".") else folder.name
 
 
 def sync_folder(folder: Path) -> None:
@@ -221,32 +325,45 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def staging_of(target: Path) -> Path:
-    """The folder in which `target` is being written."""
-    return target.parent / f".{target.name}.staging"
-
-
-def _old(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
+def _check_space(target: Path, needed_bytes: int) -> None:
+    free = free_bytes(target.parent)
+    if free is not None and free < needed_bytes:
+        raise CheckpointError(
+            f"{target} needs {needed_bytes:,} bytes, and its file system has {free:,} free. A save needs room beside "
+            "the former folder, which stays until the new one is complete: make room, or save elsewhere"
+        )
 
 
 def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
-    if not target.is_dir():
+    """Refuse what must not be replaced. Changes nothing."""
+    if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
     working = _working_folder()
     if working is not None and (target == working or target in working.parents):
         raise CheckpointError(f"{target} is the working folder, and saving replaces the whole folder: name one in it")
-    if any(target.iterdir()) and not replaceable(target):
-        told = "a saved average" if is_average(target) else "no saved average of ours"
+    if os.path.lexists(target) and is_mount_point(target):
         raise CheckpointError(
-            f"{target} is {told}, and this call would "
-            "replace it by something else: give the name of a new or empty folder"
+            f"{target} is a mount point, and a save replaces the whole folder by renaming it: name a folder in it, "
+            f"such as {target / 'ema'}"
+        )
+    former, found = _former(target), content_of(target)
+    if former != target:
+        fits = replaceable(former) and found in (Content.NOTHING, Content.ADDED, Content.PART)
+    else:
+        fits = found is Content.NOTHING or replaceable(target)
+    if not fits:
+        place = former if found is Content.NOTHING else target
+        told = "a saved average" if is_average(place) else "no saved average of ours"
+        rest = "" if former == target else f". The former content is whole, in {former}, and stays there"
+        raise CheckpointError(
+            f"{place} is {told}, and this call would "
+            f"replace it by something else: give the name of a new or empty folder{rest}"
         )
 
 
 def _carry_over(source: Path, staging: Path) -> None:
     """Give the new folder what somebody has added to the former one: a config.json, a tokenizer, notes."""
-    tracks = _track_folders(source)
+    tracks = track_folders(source)
     for path in source.iterdir():
         added = staging / path.name
         if path.name in tracks and path.is_dir() and not path.is_symlink():
@@ -254,7 +371,7 @@ def _carry_over(source: Path, staging: Path) -> None:
                 _carry_over(path, added)
         elif path.is_dir() and added.is_dir() and not path.is_symlink():
             _carry_over(path, added)
-        elif _OWN_FILE.fullmatch(path.name) or added.exists():
+        elif OWN_FILE.fullmatch(path.name) or os.path.lexists(added):
             continue
         elif path.is_dir() and not path.is_symlink():
             shutil.copytree(path, added, symlinks=True, copy_function=link)
@@ -270,11 +387,6 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
         if not Path(target).is_symlink():
             _sync(Path(target))
-
-
-def _track_folders(target: Path) -> set[str]:
-    tracks = _manifest(target).get("tracks")
-    return set(tracks) if isinstance(tracks, dict) and len(tracks) > 1 else set()
 
 
 def _working_folder() -> Path | None:

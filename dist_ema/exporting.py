@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,6 +65,7 @@ def write_model_folder(
     files: ModelFiles,
     values: Values,
     unchanged: Callable[[FileLayout], Path | None],
+    check: Callable[[], None],
     *,
     link: bool = False,
 ) -> None:
@@ -78,20 +78,22 @@ def write_model_folder(
         unchanged: an existing file that is the same as one to write, or None.
         link: give such a file a second name, where the file system can. Else it is copied: one pass over its bytes
             both compares the checksums and writes, or only compares, where the file system shares blocks.
+        check: called before the folder is committed; raises if what was read was replaced meanwhile.
 
     Raises:
         CheckpointError: there is something else at `target`, or it cannot be written.
     """
+    staged = None
     try:
-        staging = commit.stage(target, commit.is_export)
-        _fill(staging, files, values, unchanged, link=link)
-        commit.publish(target)
-    except BaseException as error:
-        with suppress(OSError):
-            commit.discard(target)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{target} could not be written: {error}") from error
-        raise
+        staged = commit.stage(target, commit.is_export, sum(file.size_bytes for file in files.files))
+        _fill(staged.folder, files, values, unchanged, link=link)
+        check()
+        commit.publish(staged)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        if staged is not None:
+            commit.discard(staged)
 
 
 def _fill(

@@ -3,8 +3,9 @@
     1 rank 0    find the folder, check the manifest, the headers and that they fit this run; tell all ranks
     2 all       read the bytes of their own boxes, with their checksums, to where the caller wants them
     3 all       agree that all have read, and that the checksums of the whole tensors fit
+    4 all       look whether a save has replaced the folder meanwhile: then all begin again
 
-The caller sees to it that nothing that counts changes before the end of 3 (`AveragedState.targets`).
+The caller sees to it that nothing that counts changes before the end of 4 (`AveragedState.targets`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dist_ema.checksums import PartialChecksums, checksum, whole_checksums
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, DistEMAError
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.exchange import Exchange
 from dist_ema.headers import TORCH_DTYPES, StoredModel, read_header, read_small
 from dist_ema.layout import EXTRA_STATE, Shard
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.plan import Plan
 from dist_ema.reading import read_boxes
-from dist_ema.saved import SavedAverage, damage_told, read_saved
+from dist_ema.saved import SavedAverage, damage_told, read_saved, was_replaced
 from dist_ema.sources import find_start
+from dist_ema.steady import Attempts, generation, steadily
 
 __all__ = ["Escapes", "load_average", "load_model"]
+
+T = TypeVar("T")
 
 # One tensor per shard to be filled; what the checkpoint does not have stays as it is.
 Targets = Sequence[torch.Tensor]
@@ -85,15 +90,24 @@ def load_average(
         _check_tracks(saved, list(now.tracks))
         return saved, _common_tensors(saved, now.tensors, escapes)
 
-    saved, common = exchange.on_rank_0(action, find)
-    blind = _blind_ranks(exchange, saved.folder, lambda: _sees_average(saved))
-    wanted = common.intersection(fqns)
-    for track in now.tracks:
-        names = {fqn: fqn for fqn in wanted}
-        checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
-        expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
-        loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
-        loading.run(shards, names, targets[track], expected)
+    def fill(found: tuple[SavedAverage, set[str]], blind: Sequence[int]) -> None:
+        saved, common = found
+        wanted = common.intersection(fqns)
+        for track in now.tracks:
+            names = {fqn: fqn for fqn in wanted}
+            checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
+            expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
+            loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
+            loading.run(shards, names, targets[track], expected)
+
+    saved, common = _steadily(
+        exchange,
+        target,
+        lambda: exchange.on_rank_0(action, find),
+        sees=lambda found: _sees_average(found[0]),
+        fill=fill,
+        replaced=lambda found: was_replaced(found[0]),
+    )
     return saved.manifest, common
 
 
@@ -124,14 +138,77 @@ def load_model(
     """
     action = f"loading {source}"
 
-    def find() -> tuple[Path, StoredModel, dict[str, str]]:
+    def find(check: Callable[[], None]) -> _FoundModel:
+        state = generation([source])
         found = find_start(source)
-        return found.folder, found.model, _stored_names(found.place, found.model, plan, escapes)
+        return _FoundModel(found.folder, found.model, _stored_names(found.place, found.model, plan, escapes), state)
 
-    folder, model, names = exchange.on_rank_0(action, find)
-    blind = _blind_ranks(exchange, folder, lambda: _sees_model(folder, model))
-    _Loading(exchange, action, folder, model, blind).run(shards, names, targets, {})
-    return set(names)
+    found = _steadily(
+        exchange,
+        source,
+        lambda: exchange.on_rank_0(action, lambda: steadily([source], find)),
+        sees=lambda found: _sees_model(found.folder, found.model),
+        fill=lambda found, blind: _Loading(exchange, action, found.folder, found.model, blind).run(
+            shards, found.names, targets, {}
+        ),
+        # Headers are alike before and after: only rank 0 can tell, from what it saw first.
+        replaced=lambda found: exchange.rank == 0 and generation([source]) != found.state,
+    )
+    return set(found.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FoundModel:
+    """A model folder, or a file, as rank 0 has found it; `state` is its generation."""
+
+    folder: Path
+    model: StoredModel
+    names: Mapping[str, str]
+    state: object
+
+
+def _steadily(
+    exchange: Exchange,
+    source: Path,
+    find: Callable[[], T],
+    *,
+    sees: Callable[[T], bool],
+    fill: Callable[[T, Sequence[int]], None],
+    replaced: Callable[[T], bool],
+) -> T:
+    """Collective: every rank must call it. Find and read a folder; all again if a save has replaced it meanwhile.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        source: for the message.
+        find: collective; what to read, the same on all ranks.
+        sees: whether this rank sees what was found.
+        fill: collective; reads, for the given blind ranks too. Raises the same error on all ranks.
+        replaced: whether what was found is no longer there, as this rank sees it.
+
+    Raises:
+        CheckpointError: what `fill` raised while nothing was replaced, or every attempt met a save.
+    """
+    attempts = Attempts([source])
+    while True:
+        found = find()
+        views = exchange.gather_objects((exchange.rank == 0 or sees(found), exchange.rank == 0 and replaced(found)))
+        blind = [rank for rank, (seen, _) in enumerate(views) if not seen]
+        failure: CheckpointError | None = None
+        if not (blind and views[0][1]):  # else they are not blind: it was replaced before they looked
+            if blind:
+                _warn_of_blind_ranks(exchange, source, blind)
+            try:
+                fill(found, blind)
+            except CheckpointError as error:
+                failure = error
+            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(found))):
+                if failure is not None:
+                    raise failure
+                return found
+        attempts.count_one()
+        if exchange.broadcast_object(attempts.are_enough):  # rank 0 has the clock
+            raise attempts.refusal() from failure
 
 
 class _Loading:
@@ -172,16 +249,11 @@ class _Loading:
                 raise CheckpointCorruptError(damage_told(self._folder, damaged))
 
 
-def _blind_ranks(exchange: Exchange, folder: Path, sees: Callable[[], bool]) -> list[int]:
-    """The ranks that do not see what rank 0 sees at the folder."""
-    seen = exchange.gather_objects(exchange.rank == 0 or sees())
-    blind = [rank for rank, sight in enumerate(seen) if not sight]
-    if blind:
-        exchange.warn(
-            f"{len(blind)} of {len(seen)} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which is "
-            "slower. Load from a file system that all nodes share"
-        )
-    return blind
+def _warn_of_blind_ranks(exchange: Exchange, folder: Path, blind: Sequence[int]) -> None:
+    exchange.warn(
+        f"{len(blind)} of {exchange.world_size} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which "
+        "is slower. Load from a file system that all nodes share"
+    )
 
 
 def _sees_average(saved: SavedAverage) -> bool:

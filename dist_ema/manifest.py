@@ -148,9 +148,14 @@ def find_saved(source: Path) -> Path:
             f"{source} is a file, expected the folder of a saved average{told_kind(source) or _OF_A_FILE}"
         )
     folder = commit.resolve(source)
-    if (folder / MANIFEST_NAME).exists():
+    if commit.is_average(folder):
         return folder
     inside = commit.averages_in(folder)
+    former = commit.former_average(source) if not inside and folder == source else None
+    if former is not None:
+        return former
+    if (folder / MANIFEST_NAME).exists():
+        return folder
     if len(inside) == 1:
         return inside[0]
     if inside:

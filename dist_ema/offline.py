@@ -19,6 +19,7 @@ from dist_ema.files import FileLayout
 from dist_ema.headers import TORCH_DTYPES
 from dist_ema.options import floating_dtype
 from dist_ema.saved import SavedAverage, damage_told, read_saved, stored_bytes
+from dist_ema.steady import steadily
 
 __all__ = ["consolidate_checkpoint"]
 
@@ -36,7 +37,8 @@ def consolidate_checkpoint(
     """Write one track of a saved average as a plain model folder to ship. Any one process; no communication.
 
     Args:
-        src: what `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it.
+        src: what `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it. If a save replaces it meanwhile,
+            it is read again.
         dst: the folder to write; a former export is replaced, atomically.
         track: which average; may be left out if there is one.
         dtype: floating-point tensors are converted to it; None keeps the averaged dtype.
@@ -54,16 +56,20 @@ def consolidate_checkpoint(
         CheckpointCorruptError: it is damaged; nothing was written.
         CheckpointError: `dst` cannot be written.
     """
-    target, converted = target_folder(dst), floating_dtype("dtype", dtype)
+    source, target, converted = absolute(src), target_folder(dst), floating_dtype("dtype", dtype)
     if not isinstance(link, bool):  # "no" must not link
         raise ConfigError(f"link is {link!r}, expected True or False")
-    saved = read_saved(absolute(src))
-    name = saved.track(track)
-    own = stored_dtypes(saved)
-    dtypes = {fqn: converted if converted and each.is_floating_point else each for fqn, each in own.items()}
-    files = plan_export(saved, name, dtypes, max_shard_size, converted)
-    work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
-    write_model_folder(target, files, work.values, work.unchanged, link=link)
+
+    def write(check: Callable[[], None]) -> None:
+        saved = read_saved(source)
+        name = saved.track(track)
+        own = stored_dtypes(saved)
+        dtypes = {fqn: converted if converted and each.is_floating_point else each for fqn, each in own.items()}
+        files = plan_export(saved, name, dtypes, max_shard_size, converted)
+        work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
+        write_model_folder(target, files, work.values, work.unchanged, check, link=link)
+
+    steadily([source], write)
 
 
 class _Consolidation:

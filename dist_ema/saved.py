@@ -23,8 +23,18 @@ from dist_ema.headers import (
     read_small,
 )
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_manifest
+from dist_ema.steady import steadily
 
-__all__ = ["SavedAverage", "check_files", "damage_told", "damaged_tensors", "read_piece", "read_saved", "stored_bytes"]
+__all__ = [
+    "SavedAverage",
+    "check_files",
+    "damage_told",
+    "damaged_tensors",
+    "read_piece",
+    "read_saved",
+    "stored_bytes",
+    "was_replaced",
+]
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -70,6 +80,8 @@ class SavedAverage:
 def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverage:
     """Find the average at `source`, that folder or the only one in it, and check all it says against its files.
 
+    If a save replaces the folder meanwhile, it is read again.
+
     Args:
         source: the folder of the average, or of the checkpoint that holds it.
         tracks: whose files to look at; None for all.
@@ -79,7 +91,12 @@ def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverag
         CheckpointMismatchError: a newer version of the format wrote it.
         CheckpointCorruptError: files are missing, damaged, or contradict each other.
     """
+    return steadily([source], lambda check: _read_saved(source, tracks))
+
+
+def _read_saved(source: Path, tracks: Sequence[str] | None) -> SavedAverage:
     folder = find_saved(source)
+    manifest_checksum = checksum(read_small(folder / MANIFEST_NAME))
     manifest = read_manifest(folder)
     models = {}
     check_files(folder, manifest)
@@ -88,7 +105,15 @@ def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverag
         models[track] = read_model_folder(folder / below)
         _check_tensors(folder / below, manifest, models[track])
         _check_files(folder, below, manifest, models[track])
-    return SavedAverage(folder, manifest, checksum(read_small(folder / MANIFEST_NAME)), models)
+    return SavedAverage(folder, manifest, manifest_checksum, models)
+
+
+def was_replaced(saved: SavedAverage) -> bool:
+    """Whether another average has taken the folder since it was read, or none is there."""
+    try:
+        return checksum(read_small(saved.folder / MANIFEST_NAME)) != saved.manifest_checksum
+    except CheckpointCorruptError:
+        return True
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -26,6 +26,7 @@ from dist_ema.posthoc import Fit, fit
 from dist_ema.saved import damage_told, read_piece
 from dist_ema.schedules.base import Schedule
 from dist_ema.snapshots import Snapshots, Source, read_snapshots
+from dist_ema.steady import steadily
 
 __all__ = ["Synthesis", "WeighedSnapshots", "WeightedAverage", "synthesize", "weigh", "write"]
 
@@ -137,8 +138,12 @@ def synthesize(
         True
     """
     target, converted = target_folder(out), floating_dtype("dtype", dtype)
-    weighed = weigh(snapshots, schedule, num_updates)
-    return write(weighed, target, dtype=converted, max_shard_size=max_shard_size, progress=progress)
+
+    def work(check: Callable[[], None]) -> Synthesis:
+        weighed = weigh(snapshots, schedule, num_updates)
+        return write(weighed, target, dtype=converted, max_shard_size=max_shard_size, progress=progress, check=check)
+
+    return steadily([absolute(snapshots)], work)
 
 
 def weigh(snapshots: str | os.PathLike[str], schedule: Schedule, num_updates: int | None = None) -> WeighedSnapshots:
@@ -173,6 +178,7 @@ def write(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     progress: Callable[[int], object] | None,
+    check: Callable[[], None],
 ) -> Synthesis:
     """Sum up what was weighed; see `synthesize`, which checks the arguments."""
     snapshots, found = weighed.snapshots, weighed.fit
@@ -189,9 +195,10 @@ def write(
             f"their best sum is off by {found.error:.0%}. More snapshots help, tracks that average longer and shorter "
             "than the wanted one, and a number of updates at which there is a snapshot",
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
-    write_model_folder(target, files, _Sum(weighed, progress or (lambda num_bytes: None)).values, lambda file: None)
+    values = _Sum(weighed, progress or (lambda num_bytes: None)).values
+    write_model_folder(target, files, values, lambda file: None, check)
     return Synthesis(
         folder=target,
         schedule=weighed.schedule,

@@ -5,6 +5,7 @@ So a folder tells by itself whether it is one whole generation, and which. The r
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from dist_ema.saved import damaged_tensors, read_saved, stored_bytes
 
 # A file that somebody has added to the folder: every save must carry it on.
 ADDED, ADDED_TEXT = "notes.txt", "added by hand"
+# In the names of what lies beside the folder.
+TOKEN = re.compile(r"-[0-9a-f]{12}$")
 # Makes several files and an index.
 MAX_SHARD_SIZE = 2_500_000
 # Update 0 copies the live values, every later one has momentum 1: the average is the live values, exactly.
@@ -55,8 +58,8 @@ def fill(model: nn.Module, generation: int) -> None:
         values.fill_(generation)
 
 
-def generation_of(target: Path) -> int:
-    """The generation at `target`, all of it: files, checksums, values, counter and the added file.
+def generation_of(target: Path, *, added: bool = True) -> int:
+    """The generation at `target`, all of it: files, checksums, values, counter and the added file, if there is one.
 
     Raises:
         DistEMAError: something is missing, or a size or the checksum of a manifest or header differs.
@@ -75,7 +78,7 @@ def generation_of(target: Path) -> int:
                 if not bool((values == generation).all()):
                     found = values.unique().tolist()[:5]
                     raise ValueError(f"{fqn} holds the values {found}, the number of updates is {generation}")
-    if (saved.folder / ADDED).read_text() != ADDED_TEXT:
+    if added and (saved.folder / ADDED).read_text() != ADDED_TEXT:
         raise ValueError(f"{ADDED} is another")
     return generation
 
@@ -98,5 +101,5 @@ def outcome_of(target: Path, new: int, *, returned: bool) -> tuple[str, str]:
 
 
 def beside(target: Path) -> list[str]:
-    """What lies beside the folder."""
-    return sorted(path.name for path in target.parent.iterdir() if path.name != target.name)
+    """What lies beside the folder; tokens, which are random, are left out."""
+    return sorted(TOKEN.sub("-TOKEN", path.name) for path in target.parent.iterdir() if path.name != target.name)

@@ -24,7 +24,7 @@ from pathlib import Path
 from killing import Kill, Result, Trials
 
 KINDS = tuple(itertools.product(("ddp", "fsdp2"), (False, True)))  # layouts, in the background or not
-BETWEEN_RENAMES = "rename .ema.staging ema"  # the change before which only `.ema.old` is whole
+BETWEEN_RENAMES = "rename .ema.staging-TOKEN ema"  # the change before which only `.ema.old` is whole
 HEAD = ("victims", "kills", "inside the save", "old whole", "new whole", "neither", "survivors", "told", "hung")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from generations import ADDED, ADDED_TEXT, COPYING, MAX_SHARD_SIZE, beside, build, fill, outcome_of
+from generations import ADDED, ADDED_TEXT, COPYING, MAX_SHARD_SIZE, TOKEN, beside, build, fill, outcome_of
 
 from dist_ema import CommunicationError, ShardedEMA
 
@@ -297,7 +297,7 @@ class _Ranks:
             ema.load(self._target)
         if self.plan.background:
             ema.save(self._store.with_name("elsewhere"), background=True)
-        watch = _Watch(self._reached) if self.plan.event is not None and rank == self.plan.victims[0] else None
+        watch = Watch(self._reached) if self.plan.event is not None and rank == self.plan.victims[0] else None
         while True:
             generation = ema.num_updates + 1
             fill(model, generation)
@@ -323,19 +323,29 @@ class _Ranks:
                 os.kill(self._pids[rank], signal.SIGKILL)
 
 
-class _Watch:
-    """Counts the changes that this process makes in the file system, and tells each before it is made."""
+class Watch:
+    """Counts the changes that this process makes in the file system, and tells each before it is made.
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
+    Args:
+        tell: called with the number of the change, from 1.
+        reads: whether files that are opened for reading count too.
+        under: only what lies in this folder counts; None for everything.
+    """
+
+    def __init__(self, tell: Callable[[int], None], *, reads: bool = False, under: Path | None = None) -> None:
         self.counts = False
         self.seen: list[str] = []
         self._tell = tell
+        self._reads = reads
+        self._under = under
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.counts:
             return
-        if event in _CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            names = [Path(os.fsdecode(name)).name for name in arguments[:2] if isinstance(name, str | bytes | Path)]
-            self.seen.append(" ".join([event.removeprefix("os."), *names]))
-            self._tell(len(self.seen))
+        if event in _CHANGES or (event == "open" and (self._reads or arguments[2] & (os.O_WRONLY | os.O_RDWR))):
+            paths = [Path(os.fsdecode(name)) for name in arguments[:2] if isinstance(name, str | bytes | Path)]
+            if self._under is None or any(path.is_relative_to(self._under) for path in paths):
+                names = [TOKEN.sub("-TOKEN", path.name) for path in paths]
+                self.seen.append(" ".join([event.removeprefix("os."), *names]))
+                self._tell(len(self.seen))

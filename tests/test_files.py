@@ -201,9 +201,10 @@ def bytes_of(strip: Strip) -> list[int]:
     return [byte for start in starts for byte in range(start, start + strip.run_bytes)]
 
 
-def fill(target, text: str) -> None:
-    staging = commit.stage(target, commit.is_average)
-    (staging / "manifest.json").write_text(f'{{"format": "dist_ema", "content": "{text}"}}')
+def fill(target, text: str) -> commit.Staged:
+    staged = commit.stage(target, commit.is_average)
+    (staged.folder / "manifest.json").write_text(f'{{"format": "dist_ema", "content": "{text}"}}')
+    return staged
 
 
 def content_of(folder) -> str:
@@ -213,33 +214,31 @@ def content_of(folder) -> str:
 def test_commit_replaces_the_former_folder_and_leaves_nothing_else(tmp_path) -> None:
     target = tmp_path / "ema"
     for text in ("old", "new"):
-        fill(target, text)
-        commit.publish(target)
+        commit.publish(fill(target, text))
     assert content_of(target) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["ema"]
 
 
 def test_a_save_cut_off_while_staging_leaves_the_former_one(tmp_path) -> None:
     target = tmp_path / "ema"
-    fill(target, "old")
-    commit.publish(target)
-    fill(target, "half")
+    commit.publish(fill(target, "old"))
+    half = fill(target, "half")
     assert content_of(commit.resolve(target)) == "old"
-    fill(target, "newer")
-    commit.publish(target)
+    del half  # its writer is gone
+    commit.publish(fill(target, "newer"))
     assert content_of(target) == "newer"
 
 
 def test_a_commit_cut_off_between_its_renames_leaves_the_whole_old_one(tmp_path) -> None:
     target = tmp_path / "ema"
-    fill(target, "old")
-    commit.publish(target)
-    fill(target, "new")
+    commit.publish(fill(target, "old"))
+    cut_off = fill(target, "new")
     target.rename(tmp_path / ".ema.old")  # the first of the two renames
     assert content_of(commit.resolve(target)) == "old"
-    fill(target, "newest")  # the next save must not remove the only good one before its own commit
+    del cut_off
+    newest = fill(target, "newest")  # the next save must not remove the only good one before its own commit
     assert content_of(commit.resolve(target)) == "old"
-    commit.publish(target)
+    commit.publish(newest)
     assert content_of(target) == "newest"
     assert [path.name for path in tmp_path.iterdir()] == ["ema"]
 

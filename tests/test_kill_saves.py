@@ -66,20 +66,25 @@ def test_killed_before_each_change_in_the_file_system(forking, tmp_path) -> None
     assert all(result.inside for result in results)
     aside = changes.index("rename ema .ema.old")
     between = changes.index(kill_saves.BETWEEN_RENAMES)
-    assert changes.index("mkdir .ema.staging") < changes.index("open manifest.json") < aside < between
+    assert changes.index("mkdir .ema.staging-TOKEN") < changes.index("open manifest.json") < aside < between
     # Before the second rename the old one is read, also when only `.ema.old` is left of it; after it the new one.
     expected = ["old"] * (between + 1) + ["new"] * (len(changes) - between - 1)
     assert [result.outcome for result in results] == expected, told(results)
-    assert results[aside].beside == (".ema.staging",)
-    assert results[between].beside == (".ema.old", ".ema.staging")
-    assert all(result.beside == (".ema.old",) for result in results[between + 1 :]), "the old one is being deleted"
+    staged = (".ema.staging-TOKEN", ".ema.writer-TOKEN")
+    assert results[aside].beside == staged
+    assert results[between].beside == (".ema.old", *staged)
+    assert results[between + 1].beside == (".ema.old", ".ema.writer-TOKEN")
+    assert {result.beside for result in results[between + 2 :]} == {
+        (".ema.old-TOKEN", ".ema.writer-TOKEN"),  # the old one is being deleted
+        (".ema.writer-TOKEN",),
+    }
 
 
 def kill_rank_0_at_turning_points(folder: Path) -> list[Result]:
     trials = Trials(folder, 2)
     trials.undisturbed(Kill(()), saves=2)
     changes = trials.events(Kill((0,)))
-    points = ["mkdir .ema.staging", "open manifest.json", "rename ema .ema.old", kill_saves.BETWEEN_RENAMES]
+    points = ["mkdir .ema.staging-TOKEN", "open manifest.json", "rename ema .ema.old", kill_saves.BETWEEN_RENAMES]
     numbers = [1 + changes.index(point) for point in points]
     return [trials.kill(Kill((0,), event=number)) for number in (*numbers, numbers[-1] + 1)]
 
@@ -110,11 +115,11 @@ def test_killed_again_while_it_clears_what_a_kill_left(forking, tmp_path) -> Non
 def kill_a_careless_commit(folder: Path) -> list[Result]:
     """The ranks inherit the patches of this process."""
 
-    def careless(target: Path) -> None:
-        if target.exists():
-            commit._carry_over(target, commit.staging_of(target))
-            shutil.rmtree(target)
-        commit.staging_of(target).rename(target)
+    def careless(staged: commit.Staged) -> None:
+        if staged.target.exists():
+            commit._carry_over(staged.target, staged.folder)
+            shutil.rmtree(staged.target)
+        staged.folder.rename(staged.target)
 
     careful, commit.publish = commit.publish, careless
     try:

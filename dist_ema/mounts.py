@@ -1,0 +1,70 @@
+"""What the file system under a path tells of itself: mount points, free space, and how far its locks reach.
+
+No communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["free_bytes", "is_mount_point", "locks_reach_other_machines"]
+
+# Mount options and file systems whose locks other machines do not see, or may not.
+_LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock", "nobrl"}
+_LOCAL_KINDS = re.compile(r"fuse(blk|\..*)?|9p|virtiofs|vboxsf|beegfs|prl_fs|hgfs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mount:
+    place: Path
+    kind: str
+    options: frozenset[str]
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether another file system, or another folder of this one, is mounted there: such a folder cannot be renamed."""
+    # A folder that is mounted a second time has the device of its parent: only the table tells.
+    return os.path.ismount(folder) or any(mount.place == folder for mount in _mounts())
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that may still be written to the file system of the path, or of the nearest folder above that is there.
+
+    None where the file system does not tell, or tells nonsense. A quota that it does not tell of is not counted.
+    """
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        found = shutil.disk_usage(path)
+    except (OSError, AttributeError):
+        return None
+    return found.free if 0 <= found.free <= found.total and found.total > 0 else None
+
+
+def locks_reach_other_machines(path: Path) -> bool:
+    """Whether a lock on a file there is seen by every machine that sees the file."""
+    above = [mount for mount in _mounts() if path.is_relative_to(mount.place)]
+    if not above:
+        return False
+    longest = max(len(mount.place.parts) for mount in above)
+    last = [mount for mount in above if len(mount.place.parts) == longest][-1]  # the one mounted over the others
+    return not _LOCAL_KINDS.fullmatch(last.kind) and not last.options & _LOCAL_OPTIONS
+
+
+def _mounts() -> Iterator[_Mount]:
+    """The mounts that this process sees, in the order of mounting; none where the system has no such table."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        before, after = left.split(" "), right.split(" ")
+        if len(before) >= 6 and len(after) >= 3:
+            place = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before[4])
+            yield _Mount(Path(place), after[0], frozenset([*before[5].split(","), *after[2].split(",")]))
