@@ -138,7 +138,7 @@ def _lock(descriptor: int) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+        return False if error.errno == errno.EWOULDBLOCK else None
     return True
 
 

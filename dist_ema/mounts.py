@@ -28,8 +28,12 @@ class _Mount:
 
 def is_mount_point(folder: Path) -> bool:
     """Whether another file system, or another folder of this one, is mounted there: such a folder cannot be renamed."""
+    # ismount does not follow a parent that is a link, such as /proc/self/cwd, and takes that for another disk.
+    follows = not os.path.islink(folder.parent)
+    if os.path.ismount(folder) if follows else folder.stat().st_dev != folder.parent.stat().st_dev:
+        return True
     # A folder that is mounted a second time has the device of its parent: only the table tells.
-    return os.path.ismount(folder) or any(mount.place == folder for mount in _mounts())
+    return any(mount.place == folder for mount in _mounts())
 
 
 def free_bytes(path: Path) -> int | None:
