@@ -94,12 +94,17 @@ CALLS: dict[str, Callable[[ShardedEMA, str], object]] = {
 }
 
 
+# Errors that a program holds on to, with their tracebacks: no connection may stay open because of one.
+KEPT: list[BaseException] = []
+
+
 def caught(call: Callable[[], object]) -> tuple[str, str, float]:
     """Class and text of the error, and the seconds until it came."""
     began = time.monotonic()
     try:
         call()
     except BaseException as error:
+        KEPT.append(error)
         return type(error).__name__, str(error), time.monotonic() - began
     return "", "", time.monotonic() - began
 
@@ -248,6 +253,11 @@ def test_a_rank_that_is_interrupted_ends_the_call_for_all_at_once_and_the_next_c
         return
     assert other[2] < 5 and kinds[how] in other[1]
     assert other[0] == ("DistEMAError" if swallowed else "CommunicationError")
+
+
+def test_a_third_rank_is_told_too_while_the_errors_of_the_others_are_kept(world, tmp_path) -> None:
+    first, own, third = world(3).run(interrupted, str(tmp_path / "ema"), "between two agreements", "signal")
+    assert first[:2] == third[:2] and own[0] == "KeyboardInterrupt" and max(first[2], third[2]) < 5
 
 
 def fails_between(folder: str, error: type[Exception]) -> tuple[str, str, float]:
