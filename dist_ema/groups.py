@@ -160,15 +160,11 @@ class Link:
         """
         deadline = time.monotonic() + seconds
         if self._rank == 0:
-            group = self._live()
-            works = [group.recv([message], other, _COMING) for other, message in self._messages]
-            del group
-            _wait(works, deadline)
-            works = [self._live().send([message], other, _READY) for other, message in self._messages]
+            _wait([self._live().recv([message], other, _COMING) for other, message in self._messages], deadline)
+            _wait([self._live().send([message], other, _READY) for other, message in self._messages], deadline)
         else:
             (_, message), (_, answer) = self._messages
-            works = [self._live().send([message], 0, _COMING), self._live().recv([answer], 0, _READY)]
-        _wait(works, deadline)
+            _wait([self._live().send([message], 0, _COMING), self._live().recv([answer], 0, _READY)], deadline)
 
     def reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """Collective: every rank must call it. Combine a CPU tensor over the ranks, in place."""
@@ -214,15 +210,17 @@ class Link:
 
     def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
         """Point to point, both ways at once; None where there is nothing to send or to receive."""
-        works = [] if sent is None else [self._live().send([sent], target, 0)]
+        works: list[Any] = []
         try:
+            if sent is not None:
+                works.append(self._live().send([sent], target, 0))
             if received is not None:
                 self.receive(received, source)
-            for work in works:
-                work.wait()
+            while works:
+                works[0].wait()
+                works.pop(0)
         finally:
             works.clear()
-            work = None
 
     def _live(self) -> Any:
         if self._group is None:
@@ -233,11 +231,11 @@ class Link:
 def _wait(works: list[Any], deadline: float) -> None:
     """Wait for all works, and forget them, whatever comes."""
     try:
-        for work in works:
-            work.wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        while works:
+            works[0].wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            works.pop(0)
     finally:
         works.clear()
-        work = None
 
 
 class World:

@@ -158,7 +158,7 @@ class Sweep:
 
     def __init__(self, folder: Path, tick: Callable[[], None] = lambda: None, faults: Faults | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._folder = folder
+        self.folder = folder
         self._tick = tick
         self.faults = faults or Faults()
         self._trials: dict[str, Trial] = {}
@@ -167,7 +167,7 @@ class Sweep:
     def run(self, layout: str, name: str, every: int = 1, first: int = 0, call: str = "") -> Row:
         """Each point of an action, or one in `every`, from number `first`; the same row on every rank."""
         if layout not in self._trials:
-            self._trials[layout] = Trial(layout, self._folder)
+            self._trials[layout] = Trial(layout, self.folder)
         trial, action, row = self._trials[layout], ACTIONS[name], Row(layout, name)
         target = self._target(trial, action)
         self._undisturbed(trial, action, target)
@@ -327,8 +327,9 @@ def sweep_here(folder: str, layout: str, every: Mapping[str, int], call: str = "
         every: action -> one in how many points.
         call: only those of this operation.
     """
-    sweep = Sweep(Path(folder), faults=_sweeps[0].faults if _sweeps else None)
-    _sweeps[:] = [sweep]
+    if not _sweeps or _sweeps[0].folder != Path(folder):
+        _sweeps[:] = [Sweep(Path(folder), faults=_sweeps[0].faults if _sweeps else None)]
+    sweep = _sweeps[0]
     return [sweep.run(layout, action, number, call=call) for action, number in every.items()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -93,12 +94,17 @@ CALLS: dict[str, Callable[[ShardedEMA, str], object]] = {
 }
 
 
+# Errors that a program holds on to, with their tracebacks: no connection may stay open because of one.
+KEPT: list[BaseException] = []
+
+
 def caught(call: Callable[[], object]) -> tuple[str, str, float]:
     """Class and text of the error, and the seconds until it came."""
     began = time.monotonic()
     try:
         call()
     except BaseException as error:
+        KEPT.append(error)
         return type(error).__name__, str(error), time.monotonic() - began
     return "", "", time.monotonic() - began
 
@@ -122,9 +128,9 @@ def late(folder: str, late_rank: int) -> tuple[list[str], float]:
     ema = averaging()
     dist.barrier()
     ema.metrics()
-    with environment(notice="0.3"), Log() as log:
+    with environment(notice="0.8"), Log() as log:
         if dist.get_rank() == late_rank:
-            time.sleep(0.8)
+            time.sleep(1.5)
         began = time.monotonic()
         ema.save(folder)
     return log.told, time.monotonic() - began
@@ -132,8 +138,8 @@ def late(folder: str, late_rank: int) -> tuple[list[str], float]:
 
 def test_a_late_rank_is_waited_for_and_rank_0_tells_for_whom(world, tmp_path) -> None:
     (told, seconds), (silent, _), (also_silent, _) = world(3).run(late, str(tmp_path / "ema"), 2)
-    assert silent == also_silent == [] and seconds > 0.5
-    assert len(told) == 1 and "save: rank 0 has waited 0 s for rank 2, and waits on" in told[0]
+    assert silent == also_silent == [] and seconds > 1.0
+    assert re.match(r"save: rank 0 has waited \d+ s for rank 2, and waits on, 20 s at most", told[0])
     assert [log for log, _ in world(3).run(late, str(tmp_path / "ema"), 0)] == [[], [], []]
 
 
@@ -161,7 +167,7 @@ def test_after_arrival_seconds_all_ranks_and_the_late_one_fail_alike_and_the_nex
     assert {kind for kind, _, _ in results} == {"CommunicationError"}
     messages = {message for _, message, _ in results}
     assert len(messages) == 1 and f"waited for rank {late_rank}. Perhaps" in messages.pop()
-    assert all(seconds < (0.3 if rank == late_rank else 1.0) for rank, (_, _, seconds) in enumerate(results))
+    assert all(seconds < 5 for _, _, seconds in results), "not the 20 s of the process group"
 
 
 def given_up_often(folder: str) -> list[str]:
@@ -247,6 +253,11 @@ def test_a_rank_that_is_interrupted_ends_the_call_for_all_at_once_and_the_next_c
         return
     assert other[2] < 5 and kinds[how] in other[1]
     assert other[0] == ("DistEMAError" if swallowed else "CommunicationError")
+
+
+def test_a_third_rank_is_told_too_while_the_errors_of_the_others_are_kept(world, tmp_path) -> None:
+    first, own, third = world(3).run(interrupted, str(tmp_path / "ema"), "between two agreements", "signal")
+    assert first[:2] == third[:2] and own[0] == "KeyboardInterrupt" and max(first[2], third[2]) < 5
 
 
 def fails_between(folder: str, error: type[Exception]) -> tuple[str, str, float]:
