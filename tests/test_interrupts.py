@@ -21,7 +21,7 @@ import torch
 from interrupts import ROWS, Alarm, Row, sweep_lines, sweep_signals
 from torch import nn
 
-from dist_ema import ConstantSchedule, ShardedEMA, SwapError
+from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA, SwapError
 from dist_ema.streams import HostThread
 from dist_ema.whole import Job, Lane, Once, Steps, insist
 
@@ -38,9 +38,9 @@ def test_an_interrupt_at_any_line_leaves_nothing_half_done(tmp_path: Path, name:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ALL_LINES], ids=lambda row: row.name)
 def test_an_interrupt_at_some_line_leaves_nothing_half_done(tmp_path: Path, row: Row) -> None:
     """Other lines for each row; `launch/interrupts.py` tries them all."""
-    every = 5 if row.name.startswith(("update", "restart")) else 61
+    every = 11 if row.name.startswith(("update", "restart")) else 67
     points, bad = sweep_lines(row, tmp_path, every, 1 + len(row.name) % every)
-    assert points and not bad
+    assert points > 0 and not bad
 
 
 @pytest.mark.parametrize("name", ["update, two tracks", "update, default device", "update, threads", "swap", "load"])
@@ -156,7 +156,7 @@ def test_a_restore_that_fails_leaves_the_swap_open_and_the_next_call_tries_again
             raise ValueError("in the body")
         assert "in the body" in str(chain(caught.value))
         assert not torch.equal(model.weight, live)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(DistEMAError, match="ZeroDivisionError"):
             ema.save(tmp_path / "ema")
     ema.save(tmp_path / "ema")
     assert torch.equal(model.weight, live) and ema._state.swapped is None
