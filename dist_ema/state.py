@@ -295,6 +295,7 @@ class AveragedState:
 
     def values(self, track: str | None) -> tuple[torch.Tensor, ...]:
         """The averaged values of `shards`; before the first update these are the live ones of this moment."""
+        self._updater.complete()
         averages = self.averages[self.track(track)]
         step, not_started = self.num_updates, self._now.not_started
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone
