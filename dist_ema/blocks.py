@@ -128,9 +128,7 @@ class _Packed(Block):
         if self._live[0].dtype == packed.dtype:
             steps.again(partial(torch.cat, self._live, out=packed))
         else:
-            joined = torch.empty(self.scratch_numel, dtype=self._live[0].dtype, device=packed.device)
-            steps.again(partial(torch.cat, self._live, out=joined))
-            steps.again(partial(packed.copy_, joined))
+            steps.again(lambda: packed.copy_(torch.cat(self._live)))  # into memory that is given, cat is slower
         return [packed]
 
 

@@ -302,6 +302,7 @@ class AveragedState:
         With `fqns` only those of these names count.
         """
         self.use.is_given = True
+        self._updater.complete()
         averages = self.averages[self.track(track)]
         step, not_started = self.num_updates, self._now.not_started
         if self.teacher is not None:  # all that hold a replica of it, not its owners alone

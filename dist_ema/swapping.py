@@ -75,7 +75,6 @@ class Swap(io.IOBase):
         try:
             try:
                 try:
-                    state.leave = leave
                     state.swapped = state.track(self._track)
                     put_average(state.plan, values)
                     yield
