@@ -74,6 +74,7 @@ class Stored:
         Raises:
             SwapError: the averaged weights are in the model.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
@@ -103,6 +104,7 @@ class Stored:
             SwapError: the averaged weights are in the model.
             ConfigError: `dtype` is not a floating-point one.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
