@@ -93,9 +93,9 @@ def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:
         exchange.compare(told)
     except RankMismatchError as error:
         raise RankMismatchError(
-            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does not "
-            "serve such a model; a later one will. Until then shard the whole model over all ranks, with fully_shard or "
-            "tensor parallelism"
+            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does "
+            "not serve such a model; a later one will. Until then shard the whole model over all ranks, with "
+            "fully_shard or tensor parallelism"
         ) from None
 
 
