@@ -95,9 +95,9 @@ def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:
         exchange.compare(told)
     except RankMismatchError as error:
         raise RankMismatchError(
-            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: such a model is not "
-            "served by this version; a later one will. Until then average each stage in a process group of its own, or "
-            "shard the whole model with fully_shard"
+            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does "
+            "not serve such a model; a later one will. Until then shard the whole model over all ranks, with "
+            "fully_shard or tensor parallelism"
         ) from None
 
 

@@ -65,7 +65,8 @@ class ShardedEMA(Stored):
         device: where they are kept; None for the device of each live tensor.
         include: glob pattern or patterns of names to average; None for all.
         exclude: glob pattern or patterns of names not to average; wins over `include`. What is not averaged is
-            shown live, in the model as in the files.
+            shown live, in the model as in the files; what a file cannot hold (quantised weights, extra state that is no
+            tensor) has to be named here, and is left out of the files.
         skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
             first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch. Masks are
             no overflow and do enter: infinities of frozen parameters, and of buffers if they are minus infinity, or
@@ -202,9 +203,10 @@ class ShardedEMA(Stored):
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Every rank must enter it. Communicates where ranks hold the same tensors (DDP, Replicate axes): each
-        owner broadcasts its run. Under FSDP nothing is sent. Needs memory for one copy of the averaged tensors
-        as this rank's model holds them. The live weights are restored bit for bit, also after an exception or an
-        interrupt, which goes on once they are.
+        owner broadcasts its run, and every rank sees the persistent buffers that the files hold, those of rank 0.
+        Under FSDP nothing is sent, and each rank sees its own. Needs memory for one copy of the averaged tensors as
+        this rank's model holds them. The live weights, and each rank's own persistent buffers, are restored bit for
+        bit, also after an exception or an interrupt, which goes on once they are.
 
         Args:
             track: which average; may be left out if there is one.
@@ -212,6 +214,7 @@ class ShardedEMA(Stored):
         Raises:
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
+            UnsupportedModelError: ranks that should hold the same weights do not (found before the first swap).
         """
         return Swap(self._state, lambda: self._prepared_swap("average_parameters", track), track)
 
@@ -219,6 +222,7 @@ class ShardedEMA(Stored):
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
 
+        Where that communicates, every rank then has the persistent buffers of rank 0 as well.
         Needs memory for one copy where ranks hold the same tensors: if it is cut off, the live weights come back.
 
         Args:

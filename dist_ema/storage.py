@@ -96,6 +96,7 @@ class Stored:
             SwapError: the averaged weights are in the model.
             ModelChangedError: the model has other modules, names or shapes than when the average was built.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
@@ -131,6 +132,7 @@ class Stored:
             SwapError: the averaged weights are in the model.
             ConfigError: `dtype` is not a floating-point one.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
             CheckpointError: some rank could not write; the same error on all ranks.
             CommunicationError: some rank did not make the call.
         """
