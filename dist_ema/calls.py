@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dist_ema.exchange import Exchange
 
-__all__ = ["collective", "together"]
+__all__ = ["collective", "end_for_all", "together"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ def together(exchange: Exchange, call: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _end(exchange, call, before, error)
+        end_for_all(exchange, call, before, error)
         raise
 
 
@@ -50,13 +50,18 @@ def collective(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
-            _end(exchange, method.__name__, before, error)
+            end_for_all(exchange, method.__name__, before, error)
             raise
 
     return call
 
 
-def _end(exchange: Exchange, call: str, before: int, error: BaseException) -> None:
+def end_for_all(exchange: Exchange, call: str, before: int, error: BaseException) -> None:
+    """End a call for the other ranks too, if one has begun since `before`, when there were so many.
+
+    Raises:
+        DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+    """
     # Before its arrival no other rank has been met, and none waits.
     if exchange.is_beside or exchange.num_calls > before:
         exchange.abandon(call, error)

@@ -29,7 +29,7 @@ class Doubts:
 
     def __init__(self) -> None:
         self._told_of_better = False
-        self._told_of_none = False
+        self._told_of_none_in: int | None = None  # an epoch of the exchange
         self._sample: bytes | None = None
 
     def expect_updates(self, plan: Plan) -> None:
@@ -58,11 +58,11 @@ class Doubts:
 
     def warn_of_no_updates(self, exchange: Exchange, plan: Plan, num_updates: int) -> None:
         """Collective at 0 updates, else no communication. Warn if some rank's weights changed though none was made."""
-        if num_updates or self._told_of_none or self._sample is None:
+        if num_updates or self._told_of_none_in == exchange.epoch or self._sample is None:
             return
         changed = exchange.agree("comparing the weights", lambda: _live_sample(plan) != self._sample)
         if exchange.sum_integers([int(changed)]) != [0]:
-            self._told_of_none = True
+            self._told_of_none_in = exchange.epoch
             exchange.warn(
                 "the average has had 0 updates, though the weights are no longer those of when it was attached: what "
                 "is written are the live weights. The step() of the attached optimizer was never called (first_step "

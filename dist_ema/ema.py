@@ -216,7 +216,7 @@ class ShardedEMA(Stored):
             ConfigError: there is no such track.
             UnsupportedModelError: ranks that should hold the same weights do not (found before the first swap).
         """
-        return Swap(self._state, lambda: self._prepared_swap("average_parameters", track), track)
+        return Swap(self._exchange, self._state, lambda: self._prepared_swap("average_parameters", track), track)
 
     @collective
     def copy_to_model(self, track: str | None = None) -> None:
@@ -234,7 +234,7 @@ class ShardedEMA(Stored):
         """
         state = self._state
         if state.plan.has_replicas:
-            put_for_good(state, *self._prepared_swap("copy_to_model", track), track)
+            put_for_good(self._exchange, state, *self._prepared_swap("copy_to_model", track), track)
             return
         state.begin("copy_to_model")
         state.plan.verify()
@@ -351,7 +351,9 @@ class ShardedEMA(Stored):
             return self._state.values(track)
 
         values = self._prepare_swap("sharded_state_dict", track, prepare)
-        return sharded_tensors(self._state.plan, values, self._state.options.dtype)
+        plan = self._state.plan
+        meeting = self._exchange.meeting("sharded_state_dict") if plan.has_replicas else ()
+        return sharded_tensors(plan, values, self._state.options.dtype, meeting)
 
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.

@@ -36,7 +36,7 @@ from dist_ema.errors import (
 )
 from dist_ema.groups import Farewell, Link, this_world
 
-__all__ = ["Exchange", "broadcast_from"]
+__all__ = ["Exchange"]
 
 T = TypeVar("T")
 
@@ -144,6 +144,15 @@ class Exchange:
     def num_calls(self) -> int:
         """How many calls this process has come to."""
         return 0 if self._world is None else self._world.num_calls
+
+    @property
+    def epoch(self) -> int:
+        """A number that is the same on all ranks within a call, and another one after a call that was cut off.
+
+        What decides whether a call communicates further, and was set by an earlier call, counts in its epoch only: a
+        call that was cut off may have set it on some ranks and not on others.
+        """
+        return 0 if self._world is None else self._world.num_links
 
     def beside(self) -> Exchange:
         """Collective: every rank must call it, within a call. An exchange for a thread beside the calls.
@@ -320,6 +329,32 @@ class Exchange:
         told: list[Any] = combined.tolist()
         return told
 
+    def meeting(self, action: str) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Collective: every rank must do both steps. No rank passes the second before all have done the first.
+
+        For what must not begin on some ranks only: whoever ends the call before its first step ends it for all.
+
+        Returns:
+            Steps that may be cut off and done again (see `dist_ema.whole`): begin it, and wait for it.
+        """
+        if self.world_size == 1:
+            return (lambda: None), (lambda: None)
+        with self._together(action) as link:
+            passing = link.meeting()
+        failures: list[DistEMAError] = []
+
+        def wait() -> None:
+            if failures:
+                raise failures[0]
+            try:
+                with self._together(action):
+                    passing.wait()
+            except DistEMAError as error:
+                failures.append(error)
+                raise
+
+        return passing.begin, wait
+
     def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
         """Collective: every rank must call it. Row r goes to rank r; row r of the answer came from rank r."""
         if self.world_size == 1:
@@ -346,43 +381,6 @@ class Exchange:
         """
         with self._together("exchanging tensors") as link:
             link.pass_on(sent, target, received, source)
-
-
-def broadcast_from(
-    owner: int, values: torch.Tensor, ranks: Sequence[int], groups: Sequence[dist.ProcessGroup | None]
-) -> None:
-    """Collective: each of `ranks` must call it. Sends the values of `owner` to all of them.
-
-    With several groups (several Replicate axes of a mesh) the values travel along one axis after the other: first
-    within the owner's own line of the first axis, then from every rank of that line along the second, and so on.
-
-    Args:
-        owner: global rank whose values are sent.
-        values: contiguous tensor, read on the owner and overwritten elsewhere.
-        ranks: global ranks of all holders, laid out row-major over the axes of `groups`.
-        groups: this rank's process group along each axis; None is the default group.
-    """
-    grid = torch.tensor(ranks, device="cpu").view([dist.get_world_size(group) for group in groups])
-    mine, owners = (_place_in(grid, rank) for rank in (dist.get_rank(), owner))
-    for axis, group in enumerate(groups):
-        # Lines in which nobody has the values yet sit this axis out; a later axis reaches them.
-        if mine[axis + 1 :] == owners[axis + 1 :]:
-            carrier = (*mine[:axis], owners[axis], *mine[axis + 1 :])
-            _broadcast(values, int(grid[carrier]), group)
-
-
-def _place_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:
-    return tuple((grid == rank).nonzero()[0].tolist())
-
-
-def _broadcast(values: torch.Tensor, sender: int, group: dist.ProcessGroup | None) -> None:
-    if values.device.type == "cpu" and dist.get_backend(group) == "nccl":
-        # Parameters offloaded to the host, replicas reachable by NCCL only.
-        on_device = values.cuda()
-        dist.broadcast(on_device, src=sender, group=group)
-        values.copy_(on_device)
-    else:
-        dist.broadcast(values, src=sender, group=group)
 
 
 def _first_line(error: Exception) -> str:

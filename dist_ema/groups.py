@@ -20,12 +20,15 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from dist_ema.broadcasts import Passing
 
 __all__ = ["Farewell", "Link", "World", "this_world"]
 
@@ -196,6 +199,11 @@ class Link:
         self._live().broadcast([content], options).wait()
         return value if self._rank == 0 else _unpickled(content)
 
+    def meeting(self) -> Passing:
+        """Collective: every rank must do it. A message that is through when all ranks have begun it."""
+        flag, options = torch.zeros(1, dtype=torch.uint8, device="cpu"), dist.AllreduceOptions()
+        return Passing(partial(self._live().allreduce, [flag], options))
+
     def transpose(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Collective: every rank must call it. Row r of `sent` goes to rank r."""
         self._live().alltoall_base(received, sent, [], []).wait()
@@ -247,6 +255,7 @@ class World:
         size: how many ranks it has.
         timeout_seconds: of the default group, which `init_process_group` gives to its store too.
         num_calls: how many calls this rank has come to; the same on all ranks at the same call.
+        num_links: how many links of the calls there were; the same on all ranks within a call.
         link: of the calls; made by the first of them.
     """
 
@@ -258,15 +267,15 @@ class World:
         self.num_calls = 0
         self._store = PrefixStore(f"dist_ema/{number}", store.clone())
         self._store.set_timeout(store.timeout)
-        self._num_links = 1
+        self.num_links = 1
         self._num_beside = 0
         self._beside: Link | None = None
         self.link = self._new_link("calls", 1)
 
     def renew(self) -> None:
         """Have the next call make a new group; all ranks leave the same ones. No communication."""
-        self._num_links += 1
-        self.link = self._new_link("calls", self._num_links)
+        self.num_links += 1
+        self.link = self._new_link("calls", self.num_links)
 
     def come(self, call: str) -> None:
         """Tell the other ranks that this one has come to the call number `num_calls`. No answer is waited for."""

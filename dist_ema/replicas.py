@@ -57,8 +57,8 @@ class Replicas:
     def __init__(self, exchange: Exchange, plan: Plan) -> None:
         self._exchange = exchange
         self._plan = plan
-        self._has_compared = False
-        self._has_warned = False
+        self._compared_in: int | None = None  # epochs of the exchange
+        self._warned_in: int | None = None
 
     def check_once(self, call: str, num_updates: int) -> None:
         """Collective: every rank must call it. As `check`, but only before the first of the calls that use it.
@@ -69,11 +69,12 @@ class Replicas:
             call: as for `check`.
             num_updates: so far, on this rank.
         """
-        if self._has_compared:
+        if self._compared_in == self._exchange.epoch:
             return
         self.check(call)
         (num_trained,) = self._exchange.sum_integers([num_updates > 1])
-        self._has_compared = num_trained == self._exchange.world_size
+        if num_trained == self._exchange.world_size:
+            self._compared_in = self._exchange.epoch
 
     def check(self, call: str, plan: Plan | None = None) -> None:
         """Collective: every rank must call it. Refuses replicas that are none; warns once of those that have drifted.
@@ -108,8 +109,8 @@ class Replicas:
         refused = [each for each in found if not each.relative <= DRIFT_ALLOWED]
         if refused:
             raise UnsupportedModelError(_refusal(call, [each for each in refused if each.fqn == refused[0].fqn]))
-        if found and not self._has_warned:
-            self._has_warned = True
+        if found and self._warned_in != self._exchange.epoch:
+            self._warned_in = self._exchange.epoch
             self._exchange.warn(_warning(found))
 
 

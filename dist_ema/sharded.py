@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
 from dist_ema.layout import Form, Held
 from dist_ema.plan import Plan
-from dist_ema.swap import spread, spread_buffers
+from dist_ema.swap import spread_all
 
 __all__ = ["check_forms", "sharded_tensors", "take_sharded"]
 
@@ -26,13 +26,16 @@ def check_forms(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def sharded_tensors(plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def sharded_tensors(
+    plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dtype, meeting: Sequence[Callable[[], None]] = ()
+) -> dict[str, torch.Tensor]:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes; `check_forms` has passed.
         values: averaged values of `plan.owned(averaged=True)`.
         dtype: of the averaged entries.
+        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
 
     Returns:
         Every tensor under each of its names, in new memory: plain or a DTensor, as the model has it.
@@ -43,9 +46,8 @@ def sharded_tensors(plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dty
         live = held.values()
         fresh = torch.empty(live.shape, dtype=dtype, device=live.device) if held.spec.averaged else live.clone()
         pieces[held.spec.fqn] = fresh
-    spread(plan, values, lambda shard: shard.within(pieces[shard.fqn]))
-    if plan.has_replicas:  # as within a swap
-        spread_buffers(plan, lambda shard: shard.within(pieces[shard.fqn]), extra_state=True)
+    # Buffers as within a swap.
+    spread_all(plan, values, lambda shard: shard.within(pieces[shard.fqn]), meeting, extra_state=True)
     held_by_name = {held.spec.fqn: held for held in _all_held(plan)}
     state = {spec.fqn: _form(held_by_name[spec.fqn]).wrap(pieces[spec.fqn]) for spec in plan.specs}
     return state | {alias: state[fqn] for alias, fqn in plan.aliases.items()}

@@ -47,7 +47,7 @@ class Stored:
         self._replicas = Replicas(exchange, state.plan)
         self._replicas.check("building the average")
         self._background = Background()
-        self._has_warned_of_later = False
+        self._warned_of_later_in: int | None = None  # an epoch of the exchange
         self._doubts = Doubts()
 
     def expect_updates(self) -> None:
@@ -141,12 +141,12 @@ class Stored:
             return absolute(path) / _SNAPSHOT.format(state.num_updates)
 
         self._save("snapshot", path, place, dtype, max_shard_size, bool(background))
-        if self._has_warned_of_later:
+        if self._warned_of_later_in == self._exchange.epoch:
             return
         now = self._state.num_updates
         later = self._exchange.on_rank_0("snapshot", lambda: _snapshots_after(now, absolute(path)))
         if later:
-            self._has_warned_of_later = True
+            self._warned_of_later_in = self._exchange.epoch
             self._exchange.warn(
                 f"{path} holds {len(later)} snapshots with more updates than this run has had ({later[0]}, ...): they "
                 "are of another run, or of steps that a resume took back. synthesize would mix them: move them away"

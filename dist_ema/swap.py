@@ -9,15 +9,17 @@ buffers, which a forward within the swap may change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from dist_ema.exchange import broadcast_from
+from dist_ema.broadcasts import broadcast_steps
 from dist_ema.layout import Shard
 from dist_ema.plan import Division, Plan
+from dist_ema.whole import Job, Lane, Steps
 
-__all__ = ["LiveBackup", "put_average", "spread", "spread_buffers"]
+__all__ = ["LiveBackup", "put_average", "spread", "spread_all"]
 
 # Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
 _BUCKET_BYTES = 8 * 2**20
@@ -67,21 +69,44 @@ class LiveBackup:
             self.is_restored = True
 
 
-@torch.no_grad()
-def put_average(plan: Plan, values: Sequence[torch.Tensor]) -> None:
+def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Callable[[], None]] = ()) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
+
+    An interrupt does not cut off what the ranks have begun together: it goes on afterwards.
 
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
+        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
     """
     plan.settle()
-    spread(plan, values, lambda shard: shard.live())
+    spread_all(plan, values, lambda shard: shard.live(), meeting)
+
+
+def spread_all(
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    place: Callable[[Shard], torch.Tensor],
+    meeting: Sequence[Callable[[], None]] = (),
+    *,
+    extra_state: bool = False,
+) -> None:
+    """As `spread`, and where that communicates all ranks are also given the live buffers that their owner has.
+
+    Args:
+        plan: the model as boxes.
+        values: averaged values of `plan.owned(averaged=True)`, converted on the way.
+        place: as for `spread`.
+        meeting: as for `put_average`.
+        extra_state: whether what `get_extra_state` returns is among the buffers.
+    """
+    given: list[_Given] = [(plan, values, True)]
     if plan.has_replicas:
-        spread_buffers(plan, lambda shard: shard.live())
+        buffers = plan.live_buffers(extra_state=extra_state)
+        given.append((buffers, [shard.live() for shard in buffers.owned(averaged=False)], False))
+    _spread(given, place, meeting)
 
 
-@torch.no_grad()
 def spread(
     plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor], *, averaged: bool = True
 ) -> None:
@@ -93,26 +118,59 @@ def spread(
         place: where the values of a shard are to be, on its owner and on all other ranks that hold it.
         averaged: the averaged tensors, or those that are always shown live.
     """
+    _spread([(plan, values, averaged)], place, ())
+
+
+# A plan, values of what this rank owns of it, and whether these are the averaged ones.
+_Given = tuple[Plan, Sequence[torch.Tensor], bool]
+
+
+def _spread(
+    given: Sequence[_Given], place: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
+) -> None:
+    def make(worker: int) -> Steps:
+        steps = Steps()
+        for step in meeting:
+            steps.again(step)
+        room = _Room()
+        for plan, values, averaged in given:
+            _add_spreading(steps, plan, values, place, averaged, room)
+        return steps
+
+    with torch.no_grad():
+        Job([Lane(make)])()
+
+
+def _add_spreading(
+    steps: Steps,
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    place: Callable[[Shard], torch.Tensor],
+    averaged: bool,
+    room: _Room,
+) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
-        place(shard).copy_(value)
+        steps.again(functools.partial(place(shard).copy_, value))
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
             for bucket in _buckets([place(shard) for shard in division.run(position)]):
-                _refresh(bucket, owner, division)
+                _add_refreshing(steps, bucket, owner, division, room)
 
 
-def spread_buffers(plan: Plan, place: Callable[[Shard], torch.Tensor], *, extra_state: bool = False) -> None:
-    """Collective along replicas only. Have all ranks show the buffers that are not averaged as their owner has them.
+class _Room:
+    """Scratch on each device, used by one broadcast after the other."""
 
-    Args:
-        plan: the model as boxes.
-        place: as in `spread`.
-        extra_state: whether what `get_extra_state` returns is among them.
-    """
-    buffers = plan.live_buffers(extra_state=extra_state)
-    spread(buffers, [shard.live() for shard in buffers.owned(averaged=False)], place, averaged=False)
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def __call__(self, nbytes: int, device: torch.device, use: str = "sent") -> torch.Tensor:
+        memory = self._memory.get((use, device))
+        if memory is None or memory.numel() < nbytes:
+            memory = torch.empty(max(nbytes, _BUCKET_BYTES), dtype=torch.uint8, device=device)
+            self._memory[use, device] = memory
+        return memory[:nbytes]
 
 
 def _buckets(run: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -140,16 +198,24 @@ def _parts(piece: torch.Tensor) -> Iterable[torch.Tensor]:
     return parts
 
 
-def _refresh(pieces: Sequence[torch.Tensor], owner: int, division: Division) -> None:
+def _add_refreshing(steps: Steps, pieces: Sequence[torch.Tensor], owner: int, division: Division, room: _Room) -> None:
     if len(pieces) == 1 and pieces[0].is_contiguous():
-        broadcast_from(owner, _bytes(pieces[0]), division.ranks, division.groups)
+        broadcast_steps(steps, owner, _bytes(pieces[0]), division.ranks, division.groups, room)
         return
-    packed = torch.cat([piece.reshape(-1) for piece in pieces])
-    broadcast_from(owner, _bytes(packed), division.ranks, division.groups)
+    numel = sum(piece.numel() for piece in pieces)
+    packed = room(numel * pieces[0].element_size(), pieces[0].device, "packed").view(pieces[0].dtype)
+    runs = packed.split([piece.numel() for piece in pieces])
+    parts = [run.view(piece.shape) for run, piece in zip(runs, pieces, strict=True)]
+    if division.ranks[division.position] == owner:
+        steps.again(functools.partial(_copy_all, parts, pieces))
+    broadcast_steps(steps, owner, _bytes(packed), division.ranks, division.groups, room)
     if division.ranks[division.position] != owner:
-        parts = packed.split([piece.numel() for piece in pieces])
-        for piece, part in zip(pieces, parts, strict=True):
-            piece.copy_(part.view(piece.shape))
+        steps.again(functools.partial(_copy_all, pieces, parts))
+
+
+def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from dist_ema.calls import end_for_all
+from dist_ema.exchange import Exchange
 from dist_ema.state import AveragedState
 from dist_ema.streams import join_all
 from dist_ema.swap import LiveBackup, put_average
@@ -17,6 +19,9 @@ from dist_ema.whole import insist
 __all__ = ["Swap", "put_for_good"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+_CALL = "average_parameters"
 
 
 class Swap(io.IOBase):
@@ -28,6 +33,7 @@ class Swap(io.IOBase):
     which here resumes a generator, in the middle of its `try`. That is all there is of a file in it.
 
     Args:
+        exchange: the control traffic of all ranks.
         state: the averages of this rank.
         prepare: the averaged values, and the live ones kept aside. Collective along replicas.
         track: which average; may be None if there is one.
@@ -37,10 +43,12 @@ class Swap(io.IOBase):
 
     def __init__(
         self,
+        exchange: Exchange,
         state: AveragedState,
         prepare: Callable[[], tuple[tuple[torch.Tensor, ...], LiveBackup]],
         track: str | None,
     ) -> None:
+        self._exchange = exchange
         self._state = state
         self._prepare = prepare
         self._track = track
@@ -62,34 +70,44 @@ class Swap(io.IOBase):
 
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
-            with Swap(self._state, self._prepare, self._track):
+            with Swap(self._exchange, self._state, self._prepare, self._track):
                 return function(*args, **kwargs)
 
         return within  # type: ignore[return-value]
 
     def _swapping(self) -> Generator[None, None, None]:
-        state = self._state
-        values, backup = self._prepare()
-        leave = _Leave(state, backup)
-        # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
+        state, exchange = self._state, self._exchange
+        before, is_entered = exchange.num_calls, False
         try:
+            values, backup = self._prepare()
+            leave = _Leave(state, backup)
+            # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
             try:
                 try:
-                    state.swapped = state.track(self._track)
-                    put_average(state.plan, values)
-                    yield
+                    try:
+                        state.swapped = state.track(self._track)
+                        put_average(state.plan, values, _meeting(exchange, state, _CALL))
+                        is_entered = True
+                        yield
+                    finally:
+                        leave()
                 finally:
                     leave()
             finally:
                 leave()
-        finally:
-            leave()
+        except BaseException as error:
+            if not is_entered:
+                end_for_all(exchange, _CALL, before, error)
+            raise
 
 
-def put_for_good(state: AveragedState, values: tuple[torch.Tensor, ...], backup: LiveBackup, track: str | None) -> None:
+def put_for_good(
+    exchange: Exchange, state: AveragedState, values: tuple[torch.Tensor, ...], backup: LiveBackup, track: str | None
+) -> None:
     """Collective along replicas only. Put averaged values into the model, or leave the live ones there.
 
     Args:
+        exchange: the control traffic of all ranks.
         state: the averages of this rank.
         values: averaged values of all its shards.
         backup: the live values, which come back if this is cut off.
@@ -99,7 +117,7 @@ def put_for_good(state: AveragedState, values: tuple[torch.Tensor, ...], backup:
     try:
         try:
             state.swapped = state.track(track)
-            put_average(state.plan, values)
+            put_average(state.plan, values, _meeting(exchange, state, "copy_to_model"))
             state.swapped = None
         except BaseException:
             leave()
@@ -107,6 +125,10 @@ def put_for_good(state: AveragedState, values: tuple[torch.Tensor, ...], backup:
     except BaseException:  # a second one, before the first was dealt with
         leave()
         raise
+
+
+def _meeting(exchange: Exchange, state: AveragedState, call: str) -> Sequence[Callable[[], None]]:
+    return exchange.meeting(call) if state.plan.has_replicas else ()
 
 
 class _Leave:

@@ -37,6 +37,7 @@ LAYERS = [
     ["exchange", "update", "topology.planning", "integrations.transformers"],
     ["prepared", "arrival"],
     ["blocks", "guard", "workers", "groups", "notice", "infinities"],
+    ["broadcasts"],
     ["averages", "streams", "whole"],
     ["topology.extra"],
     ["topology.names"],
@@ -104,7 +105,7 @@ def test_only_topology_knows_the_parallelisms() -> None:
 def test_only_exchange_and_topology_touch_process_groups() -> None:
     for name, tree in modules().items():
         uses_groups = any(imported.startswith("torch.distributed") for imported in imports(tree))
-        assert not uses_groups or name in ("exchange", "groups") or name.startswith("topology."), name
+        assert not uses_groups or name in ("exchange", "groups", "broadcasts") or name.startswith("topology."), name
 
 
 def test_private_torch_is_confined() -> None:
