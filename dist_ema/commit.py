@@ -58,6 +58,7 @@ __all__ = [
     "averages_in",
     "discard",
     "former_average",
+    "former_of",
     "has_manifest",
     "is_average",
     "is_export",
@@ -89,7 +90,7 @@ class Staged:
         self.target = target
         self.folder = target.parent / f".{target.name}.staging-{token}"
         self._claim = Claim(target.parent / f".{target.name}.writer-{token}")
-        self._replaced = fingerprint(_former(target))
+        self._replaced = fingerprint(former_of(target))
 
     def make(self) -> bool:
         """Make the empty folder. False if another save took ours for a dead one before it was claimed."""
@@ -100,7 +101,7 @@ class Staged:
 
     def is_current(self) -> bool:
         """Whether what it replaces is still there, at the target or as the former content."""
-        return fingerprint(_former(self.target)) == self._replaced
+        return fingerprint(former_of(self.target)) == self._replaced
 
     def was(self, folder: Path) -> bool:
         """Whether the folder is what it replaces."""
@@ -181,7 +182,7 @@ def _swap(staged: Staged, trash: Path) -> None:
         if found is Content.FOREIGN or not staged.is_current():
             raise _taken(target)
         if found is not Content.NOTHING:
-            if _former(target) == old:  # the target is not whole, and must not take the place of what is
+            if former_of(target) == old:  # the target is not whole, and must not take the place of what is
                 _carry_over(target, old)
                 target.rename(trash)
             else:
@@ -218,7 +219,7 @@ def discard(staged: Staged) -> None:
         staged.release()
 
 
-def _former(target: Path) -> Path:
+def former_of(target: Path) -> Path:
     """The folder that a save replaces: the target, or the former content if that is whole and the target is not."""
     old = old_of(target)
     return old if os.path.lexists(old) and not is_whole(target) and is_whole(old) else target
@@ -250,7 +251,7 @@ def _clear(target: Path) -> None:
         if aside == old_of(target):
             with suppress(OSError):  # if it is still in the way at the commit, that tells
                 _retire_old(target)
-        elif is_whole(_former(target)):
+        elif is_whole(former_of(target)):
             shutil.rmtree(aside, ignore_errors=True)
         elif is_whole(aside):
             # Two writers died, one of them in the moment before it saw that it had moved the only whole one.
@@ -265,7 +266,7 @@ def _retire_old(target: Path) -> None:
     """
     old = old_of(target)
     before = fingerprint(old)
-    if not os.path.lexists(old) or _former(target) == old:
+    if not os.path.lexists(old) or former_of(target) == old:
         return
     aside = _beside(target, "old")
     try:
@@ -346,7 +347,7 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
             f"{target} is a mount point, and a save replaces the whole folder by renaming it: name a folder in it, "
             f"such as {target / 'ema'}"
         )
-    former, found = _former(target), content_of(target)
+    former, found = former_of(target), content_of(target)
     if former != target:
         fits = replaceable(former) and found in (Content.NOTHING, Content.ADDED, Content.PART)
     else:

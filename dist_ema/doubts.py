@@ -74,7 +74,7 @@ class Doubts:
 def _updates_in(target: Path) -> int | None:
     """The number of updates of the average at `target`; None if there is none that says so."""
     with suppress(DistEMAError, OSError, ValueError, RecursionError):
-        record = json.loads(read_small(commit.resolve(target) / MANIFEST_NAME))
+        record = json.loads(read_small(commit.former_of(target) / MANIFEST_NAME))
         if isinstance(record, dict) and type(record.get("num_updates")) is int and record.get("format") == "dist_ema":
             return int(record["num_updates"])
     return None

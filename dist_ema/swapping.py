@@ -54,15 +54,18 @@ class Swap(io.IOBase):
         self._track = track
 
     def __enter__(self) -> None:  # type: ignore[override]
-        swapping = self._swapping()
+        swapping, before = self._swapping(), self._exchange.num_calls
         try:
             self.close = functools.partial(next, swapping, None)  # type: ignore[method-assign]
             return next(swapping)  # nothing after it: the `try` would not cover a line of its own
-        except BaseException:
+        except BaseException as error:
             try:
-                swapping.close()
+                try:
+                    swapping.close()
+                finally:
+                    swapping.close()
             finally:
-                swapping.close()
+                end_for_all(self._exchange, _CALL, before, error)
             raise
 
     def __call__(self, function: F) -> F:
@@ -76,29 +79,22 @@ class Swap(io.IOBase):
         return within  # type: ignore[return-value]
 
     def _swapping(self) -> Generator[None, None, None]:
-        state, exchange = self._state, self._exchange
-        before, is_entered = exchange.num_calls, False
+        state = self._state
+        values, backup = self._prepare()
+        leave = _Leave(state, backup)
+        # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
         try:
-            values, backup = self._prepare()
-            leave = _Leave(state, backup)
-            # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
             try:
                 try:
-                    try:
-                        state.swapped = state.track(self._track)
-                        put_average(state.plan, values, _meeting(exchange, state, _CALL))
-                        is_entered = True
-                        yield
-                    finally:
-                        leave()
+                    state.swapped = state.track(self._track)
+                    put_average(state.plan, values, _meeting(self._exchange, state, _CALL))
+                    yield
                 finally:
                     leave()
             finally:
                 leave()
-        except BaseException as error:
-            if not is_entered:
-                end_for_all(exchange, _CALL, before, error)
-            raise
+        finally:
+            leave()
 
 
 def put_for_good(
@@ -138,6 +134,7 @@ class _Leave:
         self._state = state
         self._backup = backup
         self._has_failed = False
+        self._is_through = False
 
     def __call__(self, *, again: bool = False) -> None:
         """Do it, if need be by a thread that no signal handler interrupts.
@@ -154,9 +151,12 @@ class _Leave:
             backup.restore()
         except BaseException:
             self._has_failed = True
-            insist(self._restore_anyway)
-            self._has_failed = False
-            self._end()
+            try:
+                insist(self._restore_anyway)
+            finally:  # a further interrupt is raised once that is through
+                if self._is_through:
+                    self._has_failed = False
+                    self._end()
             raise
         self._end()
 
@@ -165,6 +165,7 @@ class _Leave:
             join_all()
         finally:
             self._backup.restore(anyway=True)
+        self._is_through = True
 
     def _end(self) -> None:
         self._state.swapped = None

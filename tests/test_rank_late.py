@@ -33,6 +33,7 @@ from dist_ema import (
     storage,
     writing,
 )
+from dist_ema.replicas import Replicas
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 
@@ -210,7 +211,7 @@ def patched(module: Any, name: str) -> Callable[[ShardedEMA, Callable[[], None]]
 
 PLACES = {
     "before the first agreement": ("save", in_prepare),
-    "between two agreements": ("save", patched(storage, "warn_of_differing_replicas")),
+    "between two agreements": ("save", patched(Replicas, "check")),
     "between the messages of an exchange": ("save", patched(writing, "host_bytes")),
     "after the last byte": ("save", patched(checkpoint, "whole_checksums")),
     "after the last agreement": ("load", lambda ema, leave: patched(ema._state, "restore")(ema, leave)),
@@ -264,10 +265,10 @@ def fails_between(folder: str, error: type[Exception]) -> tuple[str, str, float]
     """A failure at a place where nothing fails as far as anybody knows."""
     ema = averaging()
     if dist.get_rank() == 1:
-        real, storage.warn_of_differing_replicas = storage.warn_of_differing_replicas, broken(error)
+        real, Replicas.check = Replicas.check, broken(error)  # type: ignore[method-assign]
     told = caught(lambda: ema.save(folder))
     if dist.get_rank() == 1:
-        storage.warn_of_differing_replicas = real
+        Replicas.check = real  # type: ignore[method-assign]
     whole_life(ema, folder)
     return told
 
