@@ -210,14 +210,18 @@ def read_small(path: Path) -> bytes:
         descriptor = open_regular(path)
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         size_bytes = os.fstat(descriptor).st_size
-        content = file.read(size_bytes) if size_bytes <= LARGEST_RECORD_BYTES else b""
-    if size_bytes > LARGEST_RECORD_BYTES:
-        raise CheckpointCorruptError(
-            f"{path} has {size_bytes:,} bytes, expected at most {LARGEST_RECORD_BYTES:,}: no file of its kind is larger"
-        )
-    return content
+        if size_bytes > LARGEST_RECORD_BYTES:
+            raise CheckpointCorruptError(
+                f"{path} has {size_bytes:,} bytes, expected at most {LARGEST_RECORD_BYTES:,}: no file of its kind is "
+                "larger"
+            )
+        content = bytearray(size_bytes)
+        read_exactly(descriptor, content, 0)
+        return bytes(content)
+    finally:
+        os.close(descriptor)
 
 
 def _parse(file: str, text: bytes, size_bytes: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:

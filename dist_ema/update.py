@@ -22,6 +22,7 @@ An update is a job (whole.py): its steps first, all of them or none. Tensors tha
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -103,7 +104,8 @@ class Updater:
         """As `run`, for a job that sets averages otherwise than by an update."""
         self._watch.forget()
         self.run(job)
-        self._watch.look()
+        with suppress(Exception):  # no memory, say: what is not looked at now is looked at before the next update
+            self._watch.look()
 
     def mend(self) -> None:
         """Before averages are used: see `dist_ema.infinities`."""
