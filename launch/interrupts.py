@@ -1,6 +1,6 @@
 """Interrupts at every line of the package, and real signals at random times: is everything whole or not at all?
 
-    python launch/interrupts.py                      # every line of every row: some minutes
+    python launch/interrupts.py                      # every line of every row: some minutes (saves: `--rows save`)
     python launch/interrupts.py --rows swap --every 7
     python launch/interrupts.py --signals 200        # real signals at random times, half of them followed by a second
 
@@ -146,12 +146,14 @@ class Row:
         make: what it is called on.
         act: the call.
         within: what holds meanwhile.
+        left: what is wrong with the folder of the subject after an interrupt, if it is looked at; None if all is well.
     """
 
     name: str
     make: Callable[[Path], Subject]
     act: Callable[[Subject], None] = Subject.update
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    left: Callable[[Subject], str | None] = lambda given: None
 
 
 @contextlib.contextmanager
@@ -251,6 +253,35 @@ def load(given: Subject) -> None:
     given.ema.load(given.folder / "saved")
 
 
+def saving(folder: Path) -> Subject:
+    """A run whose folder of saves holds one of 1 update."""
+    shutil.rmtree(folder / "saves", ignore_errors=True)
+    subject(updates=1)(folder).ema.save(folder / "saves" / "ema")
+    return subject()(folder)
+
+
+def save(given: Subject) -> None:
+    given.ema.save(given.folder / "saves" / "ema")
+
+
+def save_behind(given: Subject) -> None:
+    given.ema.save(given.folder / "saves" / "ema", background=True)
+    given.ema.wait()
+
+
+def half_saved(given: Subject) -> str | None:
+    """The folder is the whole old or new one, and a save that nobody disturbs leaves nothing beside it."""
+    with contextlib.suppress(*SEEN):
+        given.ema.wait()
+    again = subject(updates=0)(given.folder).ema
+    again.load(given.folder / "saves" / "ema")
+    if again.num_updates not in (1, given.ema.num_updates):
+        return f"an average of {again.num_updates} updates is in the folder"
+    save(given)
+    beside = sorted(path.name for path in (given.folder / "saves").iterdir())
+    return None if beside == ["ema"] else f"the next save leaves {beside}"
+
+
 HOST_THREAD, SIDE_STREAM = beside(HostThread), beside(SideStream)
 ROWS = [
     Row("update, one track", subject(ONE)),
@@ -297,6 +328,8 @@ ROWS = [
         with_state_dict,
         lambda given: given.ema.load_sharded_state_dict(given.given, track="b", num_updates=7),
     ),
+    Row("save", saving, save, left=half_saved),
+    Row("save, background", saving, save_behind, left=half_saved),
     Row("restart", subject(), lambda given: given.ema.restart()),
     Row("restart, teacher", subject(teacher=True), lambda given: given.ema.restart()),
 ]
@@ -378,6 +411,9 @@ def expected(row: Row, folder: Path) -> list[dict[str, Any]]:
 def harm(row: Row, given: Subject, seen: Sequence[Mapping[str, Any]]) -> str | None:
     """What is not as it should be, after an interrupt."""
     before, after, further = seen
+    wrong = row.left(given)
+    if wrong is not None:
+        return wrong
     now = given.seen()
     is_before, is_after = not differences(now, before), not differences(now, after)
     if not is_before and not is_after:
