@@ -58,7 +58,7 @@ class Background:
 
         def run() -> None:
             # All saves share one process group: one after the other, on every rank in the order of the calls.
-            if before is not None:
+            if before is not None and before.ident is not None:
                 before.join()
             try:
                 work()
@@ -77,9 +77,11 @@ class Background:
             CheckpointError: it failed; the same on all ranks.
         """
         if self._thread is not None:
-            self._thread.join()
+            if self._thread.ident is not None:  # else an interrupt came before it was started
+                self._thread.join()
             self._thread = None
-            _under_way.remove(self)
+            if self in _under_way:
+                _under_way.remove(self)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

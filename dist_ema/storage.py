@@ -196,7 +196,8 @@ class Stored:
             with together(exchange, call):
                 write_average(exchange, target, files, copies, manifest)
 
-        self._background.start(write)
+        with together(exchange, call):  # an interrupt before the thread has begun
+            self._background.start(write)
 
     @collective
     def load(

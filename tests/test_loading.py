@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,19 @@ def test_consolidating_offline_takes_bounded_memory(tmp_path) -> None:
         command = [sys.executable, "-c", CONSOLIDATES, str(tmp_path), step]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout) < 64, f"{done.stdout.strip()} MiB over the interpreter"
+
+
+def test_an_interrupt_before_the_thread_of_a_save_has_begun_does_not_spoil_later_saves(tmp_path, monkeypatch) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), HALF)
+    ema.update()
+
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ema.save(tmp_path / "ema", background=True)
+    ema.save(tmp_path / "ema", background=True)
+    ema.wait()
+    ShardedEMA(nn.Linear(2, 2), HALF).load(tmp_path / "ema")
