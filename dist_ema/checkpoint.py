@@ -23,6 +23,7 @@ from dist_ema.checksums import PartialChecksums, checksum, whole_checksums
 from dist_ema.exchange import Exchange
 from dist_ema.files import ModelFiles, plan_files, write_whole
 from dist_ema.headers import INDEX_NAME
+from dist_ema.integrations.transformers import CONFIG_NAMES, are_described
 from dist_ema.manifest import MANIFEST_NAME, Manifest, SavedFile
 from dist_ema.plan import Plan
 from dist_ema.writing import Pieces, write_tensors
@@ -39,6 +40,8 @@ def model_files(
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int | str,
     texts: Mapping[str, bytes] | None = None,
+    *,
+    in_part: bool = False,
 ) -> ModelFiles:
     """The files of one track, the same on every rank. No communication.
 
@@ -47,6 +50,7 @@ def model_files(
         dtypes: fqn -> dtype in the files.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
         texts: name -> content of further small files.
+        in_part: these are not all tensors of the model, so that no configuration describes them.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -55,7 +59,8 @@ def model_files(
     tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
     metadata = {**plan.aliases, commit.MARK: commit.MARK_VALUE}
     files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
-    return dataclasses.replace(files, texts=texts or {})
+    described = not in_part and are_described([spec.fqn for spec in plan.specs])
+    return dataclasses.replace(files, texts=texts or {}, unfit=() if described else CONFIG_NAMES)
 
 
 def write_average(
@@ -175,7 +180,7 @@ class _Save:
         if self._manifest is not None:
             manifest = dataclasses.replace(self._manifest, files=self._saved_files(), checksums=checksums)
             write_whole(self._staged.folder / MANIFEST_NAME, manifest.to_bytes())
-        commit.publish(self._staged)
+        commit.publish(self._staged, self._files.unfit)
 
     def _saved_files(self) -> dict[str, SavedFile]:
         files = {file.name: SavedFile(file.size_bytes, checksum(file.header)) for file in self._files.files}

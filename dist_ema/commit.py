@@ -23,16 +23,16 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from dist_ema.carrying import carry_over, sync
 from dist_ema.claims import Claim, is_dead, writer_told
 from dist_ema.errors import CheckpointError
 from dist_ema.folders import (
     MARK,
     MARK_VALUE,
-    OWN_FILE,
     Content,
     averages_in,
     beside,
@@ -46,7 +46,6 @@ from dist_ema.folders import (
     name_of,
     old_of,
     resolve,
-    track_folders,
     was_begun,
 )
 from dist_ema.mounts import free_bytes, is_mount_point
@@ -62,7 +61,6 @@ __all__ = [
     "has_manifest",
     "is_average",
     "is_export",
-    "link",
     "name_of",
     "publish",
     "resolve",
@@ -142,11 +140,15 @@ def stage(target: Path, replaceable: Callable[[Path], bool], needed_bytes: int =
     )
 
 
-def publish(staged: Staged) -> None:
+def publish(staged: Staged, unfit: Collection[str] = ()) -> None:
     """Rename the staged folder to its final name, replacing what is there; durable on return.
 
     Files that somebody has added to the former folder are carried over. Once the new folder is in place nothing raises:
     what cannot be removed then is logged, and removed by the next save.
+
+    Args:
+        staged: what `stage` returned, filled.
+        unfit: names of added files that would tell wrong things of the new folder, and are not carried over.
 
     Raises:
         CheckpointError: another job has saved into the folder since this one was staged. What it saved stays.
@@ -156,7 +158,7 @@ def publish(staged: Staged) -> None:
     try:
         for source in (target,) if is_whole(target) else (target, old_of(target)):
             if source.is_dir():
-                _carry_over(source, staged.folder)
+                carry_over(source, staged.folder, unfit)
         sync_folder(staged.folder)
     except FileNotFoundError as error:
         if staged.is_current():
@@ -164,7 +166,7 @@ def publish(staged: Staged) -> None:
         raise _taken(target) from error
     _swap(staged, trash)
     try:
-        _sync(target.parent)
+        sync(target.parent)
         if os.path.lexists(trash):
             _remove(trash)
         _retire_old(target)
@@ -183,7 +185,7 @@ def _swap(staged: Staged, trash: Path) -> None:
             raise _taken(target)
         if found is not Content.NOTHING:
             if former_of(target) == old:  # the target is not whole, and must not take the place of what is
-                _carry_over(target, old)
+                carry_over(target, old)
                 target.rename(trash)
             else:
                 _retire_old(target)
@@ -309,21 +311,13 @@ def _make_parents(target: Path) -> None:
     missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the entries of a folder, and of all folders below it, durable."""
     for path, _, _ in os.walk(folder):
-        _sync(Path(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(Path(path))
 
 
 def _check_space(target: Path, needed_bytes: int) -> None:
@@ -360,34 +354,6 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
             f"{place} is {told}, and this call would "
             f"replace it by something else: give the name of a new or empty folder{rest}"
         )
-
-
-def _carry_over(source: Path, staging: Path) -> None:
-    """Give the new folder what somebody has added to the former one: a config.json, a tokenizer, notes."""
-    tracks = track_folders(source)
-    for path in source.iterdir():
-        added = staging / path.name
-        if path.name in tracks and path.is_dir() and not path.is_symlink():
-            if added.is_dir():
-                _carry_over(path, added)
-        elif path.is_dir() and added.is_dir() and not path.is_symlink():
-            _carry_over(path, added)
-        elif OWN_FILE.fullmatch(path.name) or os.path.lexists(added):
-            continue
-        elif path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, added, symlinks=True, copy_function=link)
-        else:
-            link(path, added)
-
-
-def link(source: str | Path, target: str | Path) -> None:
-    """Give the file a second name where the file system can, else copy it durably."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-        if not Path(target).is_symlink():
-            _sync(Path(target))
 
 
 def _working_folder() -> Path | None:

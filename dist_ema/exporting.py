@@ -57,7 +57,7 @@ def plan_export(
     # A folder that an older version wrote may have one beside the names of an adapter.
     described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
     texts = _texts(saved.folder_of(track), config_dtype) if described else {}
-    return dataclasses.replace(files, texts=texts)
+    return dataclasses.replace(files, texts=texts, unfit=() if described else CONFIG_NAMES)
 
 
 def write_model_folder(
@@ -88,7 +88,7 @@ def write_model_folder(
         staged = commit.stage(target, commit.is_export, sum(file.size_bytes for file in files.files))
         _fill(staged.folder, files, values, unchanged, link=link)
         check()
-        commit.publish(staged)
+        commit.publish(staged, files.unfit)
     except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:

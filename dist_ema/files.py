@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,13 @@ class ModelFiles:
         files: with the tensors.
         index: content of the index, where there are several.
         texts: name -> content of further small files, such as config.json.
+        unfit: names of small files that do not describe these tensors, and must not lie beside them.
     """
 
     files: tuple[FileLayout, ...]
     index: bytes | None
     texts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    unfit: Collection[str] = ()
 
     def locate(self) -> dict[str, tuple[FileLayout, Entry]]:
         """Name of a tensor -> its file and its place there."""

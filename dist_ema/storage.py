@@ -168,7 +168,7 @@ class Stored:
             state.begin(call)
             part = Part.of(state.plan, only_unchanged=only_unchanged)
             texts = part.texts(lambda: state.texts(stored or state.options.dtype))
-            files = model_files(part.plan, state.dtypes(stored), max_shard_size, texts)
+            files = model_files(part.plan, state.dtypes(stored), max_shard_size, texts, in_part=part.has_changed)
             tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in state.schedules}
             manifest, target = state.manifest(self._exchange.world_size, stored, part.plan), place(state)
             if call == "save" and self._exchange.rank == 0:
@@ -307,7 +307,7 @@ class Stored:
             part = Part.of(state.plan, only_unchanged=bool(only_unchanged))
             dtypes = state.dtypes(floating_dtype("dtype", dtype))
             texts = part.texts(lambda: state.texts(dtype or state.options.dtype))
-            files = model_files(part.plan, dtypes, max_shard_size, texts)
+            files = model_files(part.plan, dtypes, max_shard_size, texts, in_part=part.has_changed)
             return target_folder(path), state.pieces(track, part.plan), files, part
 
         target, pieces, files, part = self._together("consolidate", prepare)

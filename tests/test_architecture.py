@@ -50,6 +50,7 @@ LAYERS = [
     ["standstill"],
     ["schedules.classic", "schedules.profiles", "schedules.combinators"],
     ["schedules.base"],
+    ["carrying"],
     ["folders", "claims"],
     ["files", "mounts"],
     ["headers"],

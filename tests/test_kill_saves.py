@@ -22,6 +22,7 @@ from hostile import sealed
 from killing import Kill, Result, Trials
 
 from dist_ema import CommunicationError, ShardedEMA, commit
+from dist_ema.carrying import carry_over
 
 OLD, NEW = 1, 2
 
@@ -115,9 +116,9 @@ def test_killed_again_while_it_clears_what_a_kill_left(forking, tmp_path) -> Non
 def kill_a_careless_commit(folder: Path) -> list[Result]:
     """The ranks inherit the patches of this process."""
 
-    def careless(staged: commit.Staged) -> None:
+    def careless(staged: commit.Staged, unfit: object = ()) -> None:
         if staged.target.exists():
-            commit._carry_over(staged.target, staged.folder)
+            carry_over(staged.target, staged.folder)
             shutil.rmtree(staged.target)
         staged.folder.rename(staged.target)
 

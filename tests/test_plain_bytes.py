@@ -392,3 +392,34 @@ def test_a_model_of_transformers_has_its_configuration_still(tmp_path) -> None:
         "config.json",
         "generation_config.json",
     }
+
+
+def test_a_configuration_of_a_former_save_is_not_carried_over_beside_an_adapter(tmp_path) -> None:
+    """A former version wrote it: `from_pretrained` would go on making a model of random weights."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = nn.Linear(2, 2)
+
+    ema = ShardedEMA(Adapted(), ConstantSchedule(decay=0.5))
+    ema.update()
+    ema.save(tmp_path / "ema")
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / "ema" / name).write_text("{}")
+    ema.save(tmp_path / "ema")
+    assert not (tmp_path / "ema" / "config.json").exists() and (tmp_path / "ema" / "adapter_config.json").exists()
+
+
+def test_the_configuration_of_the_whole_model_is_not_carried_over_beside_a_part_of_it(tmp_path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    ema = ShardedEMA(model, ConstantSchedule(decay=0.5))
+    ema.update()
+    ema.save(tmp_path / "ema")
+    (tmp_path / "ema" / "config.json").write_text("{}")
+    ema.save(tmp_path / "ema")
+    assert (tmp_path / "ema" / "config.json").exists(), "what a user has added to a whole model stays"
+    model["head"] = nn.Linear(2, 3)
+    with pytest.warns(UserWarning, match="has changed since"):
+        ema.save(tmp_path / "ema", only_unchanged=True)
+    assert not (tmp_path / "ema" / "config.json").exists()
