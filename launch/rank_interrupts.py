@@ -85,7 +85,7 @@ class At:
 
 
 class Signals:
-    """SIGINT to this process after some seconds, and once more a little later."""
+    """SIGINT to this process after some seconds, and once more a little later; afterwards it is deaf to them."""
 
     def __init__(self, seconds: float, again: float) -> None:
         self._timers = [threading.Timer(each, signal.raise_signal, [signal.SIGINT]) for each in (seconds, again)]
@@ -93,10 +93,16 @@ class Signals:
     def __enter__(self) -> None:
         for each in self._timers:
             each.start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *raised: object) -> None:
+        deafen()
         for each in self._timers:
             each.cancel()
+
+
+def deafen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def built() -> tuple[nn.Sequential, ShardedEMA]:
@@ -157,8 +163,14 @@ class Subject:
         """Collective. One call, interrupted on rank 0."""
         began, told, before = time.monotonic(), "nothing", self._ema._exchange.num_calls
         try:
-            with made if dist.get_rank() == 0 else contextlib.nullcontext():
-                self.call()
+            try:
+                try:
+                    with made if dist.get_rank() == 0 else contextlib.nullcontext():
+                        self.call()
+                finally:  # a second signal may come while the first is dealt with
+                    deafen()
+            finally:
+                deafen()
         except KeyboardInterrupt:
             told = "interrupt"
             if self._ema._exchange.num_calls == before:  # it had not arrived: the other rank waits for it
@@ -198,7 +210,7 @@ def sweep_lines(folder: str, name: str, every: int, start: int = 1, stop: int | 
 
 def sweep_signals(folder: str, name: str, count: int, seed: int) -> tuple[int, list[str]]:
     """Collective. As `sweep_lines`; by SIGINT at random times of a call, half of them followed by a second one."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    deafen()
     subject, chance = Subject(name, Path(folder)), random.Random(seed)
     began = time.perf_counter()
     subject.call()
