@@ -183,7 +183,8 @@ class _Look:
             if value.numel():
                 of_devices.setdefault(value.device, []).append((index, value))
         for device, pairs in of_devices.items():
-            ends = torch.stack([torch.stack(torch.aminmax(value)).float() for _, value in pairs]).isfinite().all(dim=1)
+            # The cheapest pass that no infinity escapes; a sum that overflows costs a second pass later, and no more.
+            ends = torch.stack([_sum(value).isfinite() for _, value in pairs])
             if device.type == "cuda":
                 host = torch.empty(ends.shape, dtype=ends.dtype, device="cpu", pin_memory=True)
                 ends = host.copy_(ends, non_blocking=True)
@@ -207,6 +208,10 @@ class _Look:
             for index, is_finite in zip(indices, ends.tolist(), strict=True)
             if not is_finite
         }
+
+
+def _sum(value: torch.Tensor) -> torch.Tensor:
+    return value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def _version(value: torch.Tensor) -> Any:

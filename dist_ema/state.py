@@ -258,7 +258,7 @@ class AveragedState:
             self._copy_live(count, [Lane.of(self.teacher.show_live)], counted=False)
 
     def _take(self, lanes: Sequence[Lane], now: _Now) -> None:
-        self._updater.set(Job(lanes, Once(self, "_now", now)))
+        self._updater.set(Job(lanes, Once(self, "_now", now)), look_later=True)
 
     def momentum(self, track: str) -> float:
         """The momentum of the latest update that averaged: 1 for the copy of update number 0."""

@@ -100,10 +100,17 @@ class Updater:
         self.stream.join()
         self._run(Stream(), job)
 
-    def set(self, job: Job) -> None:
-        """As `run`, for a job that sets averages otherwise than by an update."""
+    def set(self, job: Job, *, look_later: bool = False) -> None:
+        """As `run`, for a job that sets averages otherwise than by an update.
+
+        Args:
+            job: sets them.
+            look_later: leave it to the next update to look for infinities, where it need not wait for a device.
+        """
         self._watch.forget()
         self.run(job)
+        if look_later and all(value.device.type == "cpu" for track in self._tracks for value in track.values):
+            return
         with suppress(Exception):  # no memory, say: what is not looked at now is looked at before the next update
             self._watch.look()
 
