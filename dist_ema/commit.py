@@ -242,7 +242,8 @@ def _clear(target: Path) -> None:
         else:
             _log_once(
                 staging,
-                f"{staging} stays: {writer_told(writer)} writes it, or wrote it and cannot be looked up from here",
+                f"{staging} stays: {writer_told(writer)} writes it, or wrote it and cannot be looked up from here. If "
+                "another job saves here, end one of them; if that process is gone, remove the folder",
             )
     for writer in beside(target, "writer"):
         staging = writer.with_name(staging_name + writer.name.removeprefix(writer_name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from dist_ema.errors import ModelChangedError
 from dist_ema.exchange import Exchange
 from dist_ema.plan import Plan
 
@@ -39,13 +38,7 @@ class Part:
             remains = plan.remains()
             left_out = tuple(spec.fqn for spec in plan.specs if spec.fqn not in remains.names)
             return Part(plan.only(remains), left_out, remains.others)
-        try:
-            plan.verify()
-        except ModelChangedError as error:
-            raise ModelChangedError(
-                f"{error}. To keep what the former one holds: save(path, only_unchanged=True), or consolidate with it, "
-                "writes the average of the tensors that are as they were"
-            ) from None
+        plan.verify()
         return Part(plan)
 
     @property

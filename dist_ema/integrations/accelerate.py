@@ -209,7 +209,7 @@ def _around(
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
     """Collective. Under FSDP rank 0 may have been writing the model alone, for long; there is no hurry before our call.
 
-    Where ours is the first collective of `save_state` (DDP), a call on one rank only should be told soon: no waiting.
+    Where ours is the first collective of `save_state` (DDP), it waits as every call does.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         exchange.arrive("save_state or load_state", hurried=False)

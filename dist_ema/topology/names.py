@@ -170,8 +170,9 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
         old, new = before.get(fqns), after.get(fqns)
         if old is None or new is None or old.owner is not new.owner or old.shape != new.shape:
             raise ModelChangedError(
-                f"{fqns[0]} was added, removed, tied, reshaped or moved since the average was built: build "
-                "a new ShardedEMA after changing a model"
+                f"{fqns[0]} was added, removed, replaced, tied, reshaped or moved since the average was "
+                "built: build a new ShardedEMA after changing a model; keep first what this one holds by save(path, "
+                "only_unchanged=True)"
             )
 
 
