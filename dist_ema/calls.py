@@ -1,4 +1,8 @@
-"""Calls that all ranks make and end together, also when only one of them raises. See [Note: leaving] in groups.py."""
+"""Calls that all ranks make and end together, also when only one of them raises. See [Note: leaving] in groups.py.
+
+They also leave torch's grad mode as they found it: `torch.no_grad()` is Python, so an interrupt at its end would leave
+autograd switched off for the rest of the run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
 
 from dist_ema.exchange import Exchange
 
@@ -46,10 +52,11 @@ def collective(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
     @functools.wraps(method)
     def call(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
         exchange = self._exchange
-        before = exchange.num_calls
+        before, mode = exchange.num_calls, torch.is_grad_enabled()
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
+            torch.set_grad_enabled(mode)
             end_for_all(exchange, method.__name__, before, error)
             raise
 

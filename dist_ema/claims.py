@@ -62,7 +62,8 @@ class Claim:
             return
         self._close()
         try:
-            self.path.unlink(missing_ok=True)
+            if os.path.lexists(self.path):  # a read-only file system refuses to remove what is not there either
+                self.path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("%s could not be removed (%s): the next save does it", self.path, error)
         _held.pop(self.path, None)

@@ -48,7 +48,7 @@ from dist_ema.folders import (
     resolve,
     was_begun,
 )
-from dist_ema.mounts import free_bytes, is_mount_point
+from dist_ema.mounts import free_bytes, is_mount_point, mounted_within
 
 __all__ = [
     "MARK",
@@ -342,6 +342,12 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
             f"{target} is a mount point, and a save replaces the whole folder by renaming it: name a folder in it, "
             f"such as {target / 'ema'}"
         )
+    within = mounted_within(target)
+    if within is not None:
+        raise CheckpointError(
+            f"something is mounted at {within}, within {target}: a save replaces the whole folder, and would empty "
+            "what is mounted there. Unmount it, or save into another folder"
+        )
     former, found = former_of(target), content_of(target)
     if former != target:
         fits = replaceable(former) and found in (Content.NOTHING, Content.ADDED, Content.PART)
@@ -350,7 +356,8 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
     if not fits:
         place = former if found is Content.NOTHING else target
         told = "a saved average" if is_average(place) else "no saved average of ours"
-        rest = "" if former == target else f". The former content is whole, in {former}, and stays there"
+        old = old_of(target)
+        rest = f". The former content is whole, in {old}, and stays there" if is_whole(old) else ""
         raise CheckpointError(
             f"{place} is {told}, and this call would "
             f"replace it by something else: give the name of a new or empty folder{rest}"

@@ -34,8 +34,12 @@ T = TypeVar("T")
 
 
 def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    step = state.num_updates
-    state.update(found_inf)
+    step, mode = state.num_updates, torch.is_grad_enabled()
+    try:
+        state.update(found_inf)
+    except BaseException:
+        torch.set_grad_enabled(mode)  # see calls.py
+        raise
     state.use.num_calls += 1
     if step >= standstill.next_step:
         standstill.tell(step)
@@ -145,9 +149,9 @@ class ShardedEMA(Stored):
             self.on_detach(join_before_steps(self._state))
             self.on_detach(self._state.stop_overlapping)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a copy: the hooks are those of the first, and stay so."""
-        return self.__dict__ | {"_on_detach": []}
+    def _copied(self) -> dict[str, Any]:
+        """The hooks are those of the first, and stay so."""
+        return super()._copied() | {"_on_detach": []}
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())

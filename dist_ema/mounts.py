@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["free_bytes", "is_mount_point", "locks_reach_other_machines"]
+__all__ = ["free_bytes", "is_mount_point", "locks_reach_other_machines", "mounted_within"]
 
 # Mount options and file systems whose locks other machines do not see, or may not.
 _LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock", "nobrl"}
@@ -34,6 +34,11 @@ def is_mount_point(folder: Path) -> bool:
         return True
     # A folder that is mounted a second time has the device of its parent: only the table tells.
     return any(mount.place == folder for mount in _mounts())
+
+
+def mounted_within(folder: Path) -> Path | None:
+    """A place below the folder where something is mounted, which removing the folder would empty; None if none."""
+    return next((mount.place for mount in _mounts() if mount.place != folder and folder in mount.place.parents), None)
 
 
 def free_bytes(path: Path) -> int | None:

@@ -7,11 +7,12 @@ in it. Whoever gives the checkpoint to this package means the average; whoever m
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema import commit
-from dist_ema.errors import CheckpointMismatchError, CheckpointNotFoundError
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from dist_ema.headers import INDEX_NAME, ONE_FILE_NAME, StoredModel, read_header, read_model_folder
 from dist_ema.manifest import read_manifest
 from dist_ema.saved import read_saved
@@ -74,6 +75,8 @@ def find_start(source: Path) -> Weights:
         CheckpointMismatchError: the average has several tracks to choose from.
         CheckpointCorruptError: files are missing or damaged.
     """
+    if not os.path.lexists(source):
+        raise CheckpointCorruptError(f"there is nothing at {source}, expected a model folder or a safetensors file")
     if source.is_file():
         return _of_file(source)
     folder = _averaged_side(source)

@@ -56,7 +56,9 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
             check()
         except (DistEMAError, OSError) as error:
             if generation(sources) == before and not isinstance(error, ReplacedError):
-                raise
+                if isinstance(error, DistEMAError):
+                    raise
+                raise CheckpointError(f"{', '.join(map(str, sources))} cannot be read: {error}") from error
             attempts.count_one()
             if attempts.are_enough:
                 raise attempts.refusal() from error

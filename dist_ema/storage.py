@@ -18,6 +18,7 @@ from dist_ema.checks import absolute, positive_integer, target_folder, working_f
 from dist_ema.doubts import Doubts
 from dist_ema.exchange import Exchange
 from dist_ema.files import ModelFiles
+from dist_ema.habits import Habits
 from dist_ema.loading import Escapes, load_average, load_model
 from dist_ema.manifest import Manifest
 from dist_ema.options import floating_dtype, name_patterns
@@ -38,7 +39,7 @@ Patterns = str | Iterable[str] | None
 _SNAPSHOT = "updates-{:09d}"
 
 
-class Stored:
+class Stored(Habits):
     """The half of `ShardedEMA` that knows folders."""
 
     def __init__(self, exchange: Exchange, state: AveragedState) -> None:

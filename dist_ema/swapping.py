@@ -54,7 +54,7 @@ class Swap(io.IOBase):
         self._track = track
 
     def __enter__(self) -> None:  # type: ignore[override]
-        swapping, before = self._swapping(), self._exchange.num_calls
+        swapping, before, mode = self._swapping(), self._exchange.num_calls, torch.is_grad_enabled()
         try:
             self.close = functools.partial(next, swapping, None)  # type: ignore[method-assign]
             return next(swapping)  # nothing after it: the `try` would not cover a line of its own
@@ -65,6 +65,7 @@ class Swap(io.IOBase):
                 finally:
                     swapping.close()
             finally:
+                torch.set_grad_enabled(mode)
                 end_for_all(self._exchange, _CALL, before, error)
             raise
 
@@ -135,6 +136,7 @@ class _Leave:
         self._backup = backup
         self._has_failed = False
         self._is_through = False
+        self._mode: bool | None = None  # of autograd, when this began
 
     def __call__(self, *, again: bool = False) -> None:
         """Do it, if need be by a thread that no signal handler interrupts.
@@ -145,6 +147,8 @@ class _Leave:
         state, backup = self._state, self._backup
         if (backup.is_restored and state.leave is None) or (self._has_failed and not again):
             return
+        if self._mode is None:
+            self._mode = torch.is_grad_enabled()
         state.leave = functools.partial(self, again=True)
         try:
             join_all()
@@ -154,6 +158,7 @@ class _Leave:
             try:
                 insist(self._restore_anyway)
             finally:  # a further interrupt is raised once that is through
+                torch.set_grad_enabled(self._mode)  # see calls.py
                 if self._is_through:
                     self._has_failed = False
                     self._end()

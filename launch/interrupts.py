@@ -79,6 +79,7 @@ class Subject:
             "num_updates": self.ema.num_updates,
             "refused": state.num_refused,
             "swapped": state.swapped,
+            "autograd": torch.is_grad_enabled(),
             "not started": sorted(state._now.not_started),
         }
         tensors = {f"live {name}": value for name, value in self.model.state_dict().items()}

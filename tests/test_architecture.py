@@ -55,7 +55,7 @@ LAYERS = [
     ["files", "mounts"],
     ["headers"],
     ["kinds", "sharing", "tensor_checksums"],
-    ["checks", "checksums", "differences", "telling", "use"],
+    ["checks", "checksums", "habits", "differences", "telling", "use"],
     ["errors", "_version"],
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -446,3 +446,14 @@ def test_a_trace_of_a_save_is_seen_whatever_was_cut_off(tmp_path) -> None:
         (tmp_path / name).rmdir()
     with pytest.raises(CheckpointNotFoundError):
         commit.resolve(tmp_path / "ema")
+
+
+def test_a_folder_with_something_mounted_in_it_is_refused_and_what_is_mounted_stays(tmp_path, monkeypatch) -> None:
+    averaging(1).save(tmp_path / "ema")
+    (tmp_path / "ema" / "logs").mkdir()
+    (tmp_path / "ema" / "logs" / "log").write_text("kept")
+    mount = mounts._Mount(tmp_path / "ema" / "logs", "ext4", frozenset())
+    monkeypatch.setattr(mounts, "_mounts", lambda: iter([mount]))
+    with pytest.raises(CheckpointError, match="mounted at"):
+        averaging(2).save(tmp_path / "ema")
+    assert (tmp_path / "ema" / "logs" / "log").read_text() == "kept" and os.listdir(tmp_path) == ["ema"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -609,3 +611,27 @@ def test_a_load_over_averages_in_use_gives_each_track_its_own_values(tmp_path) -
     ema.load(tmp_path / "average")
     for track, expected in (("fast", 0.5), ("slow", 0.1)):
         assert torch.equal(ema.full_state_dict(track)["weight"], torch.full((2, 3), expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("state_dict", "full_state_dict"), ("load_state_dict", "load_sharded_state_dict"), ("to", "device="), ("x", None)],
+)
+def test_what_people_reach_for_by_habit_is_told_where_it_is(name, told) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(decay=0.9))
+    assert not hasattr(ema, name)
+    with pytest.raises(AttributeError, match=name) as caught:
+        getattr(ema, name)
+    assert ("use " in str(caught.value)) == (told is not None) and (told is None or told in str(caught.value))
+
+
+def test_a_pickle_is_refused_with_the_way_to_go_and_copies_are_not(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, ConstantSchedule(decay=0.9))
+    ema.update()
+    for call in (lambda: pickle.dumps(ema), lambda: torch.save(ema, tmp_path / "ema.pt")):
+        with pytest.raises(ConfigError, match=r"save\(path\)"):
+            call()
+    twin = copy.deepcopy(ema)
+    twin.update()
+    assert (ema.num_updates, twin.num_updates) == (1, 2)
