@@ -76,7 +76,9 @@ def find_start(source: Path) -> Weights:
         CheckpointCorruptError: files are missing or damaged.
     """
     if not os.path.lexists(source):
-        raise CheckpointCorruptError(f"there is nothing at {source}, expected a model folder or a safetensors file")
+        raise CheckpointCorruptError(
+            f"{source} is missing, expected a model folder or a safetensors file: check the path"
+        )
     if source.is_file():
         return _of_file(source)
     folder = _averaged_side(source)
