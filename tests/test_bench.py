@@ -66,7 +66,20 @@ ALONE = {
     "export": (1, ("--rounds", 1, "--elements", 8000)),
     "against": (
         1,
-        ("--base", "HEAD", "--rounds", 2, "--models", "small", "--file-model", "small", "--calls", "update"),
+        (
+            "--base",
+            "HEAD",
+            "--rounds",
+            2,
+            "--launches",
+            1,
+            "--models",
+            "small",
+            "--file-model",
+            "small",
+            "--calls",
+            "update",
+        ),
     ),
 }
 ON_RANKS = {

@@ -1,11 +1,12 @@
 """Whether the working tree is slower than a former commit: updates, saves and loads, paired within rounds.
 
-    python launch/bench/against.py --base v0.1.0 --rounds 40
+    python launch/bench/against.py --base v0.1.0
 
 Both sides run as processes of their own, side by side: one imports dist_ema from the working tree, the other from
 what git has of the base. In each round both do the same work, in random order, and the ratio new / base is taken. Told
 is its median over the rounds with the 95% interval of that median (order statistics; no distribution is assumed). An
-interval that contains 1.00, or lies below it, is no sign of a loss.
+interval that contains 1.00, or lies below it, is no sign of a loss. Both are started anew several times: where memory
+happens to lie changes the speed of a whole process by some percent.
 
 Updates are timed by the CPU time of one thread, as many in a row as take 20 ms. Saves and loads are those of 2 gloo
 ranks, by the wall clock of the slower one; a save replaces a folder, everything fsynced.
@@ -208,9 +209,10 @@ def row(name: str, new: Sequence[float], base: Sequence[float]) -> Mapping[str, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = benchmark_parser(__doc__ or "", rounds=40)
+    parser = benchmark_parser(__doc__ or "", rounds=10)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--base", required=True, help="a commit, branch or tag")
+    parser.add_argument("--launches", type=int, default=4, help="of both sides, each for so many rounds")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["gpt2", "resnet50", "tiny"])
     parser.add_argument("--calls", nargs="+", choices=("update", "save", "load"), default=["update", "save", "load"])
     parser.add_argument("--file-model", choices=tuple(MODELS), default="gpt2", help="that is saved and loaded")
@@ -222,9 +224,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Mapping[str, Cell]] = []
     with checked_out(options.base) as base:
         for model_name, work in chosen:
-            rows.append(row(f"{model_name}: {work}", *samples(base, work, model_name, options.rounds)))
+            found: tuple[list[float], list[float]] = ([], [])
+            for _ in range(options.launches):
+                for kept, more in zip(found, samples(base, work, model_name, options.rounds), strict=True):
+                    kept += more
+            rows.append(row(f"{model_name}: {work}", *found))
             print("  ".join(shown(cell) for cell in rows[-1].values()), file=sys.stderr, flush=True)
-    report.add(f"working tree against {options.base}, {options.rounds} rounds", rows)
+    told = f"{options.launches} x {options.rounds} rounds"
+    report.add(f"working tree against {options.base}, {told}", rows)
 
 
 if __name__ == "__main__":
