@@ -383,12 +383,14 @@ class ShardedEMA(Stored):
         self._on_detach.append(undo)
 
     def _prepare_swap(self, call: str, track: str | None, prepare: Callable[[], T]) -> T:
-        """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none."""
+        """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none.
+
+        Whoever calls it ends the call for all ranks if this raises: `collective`, or the swap itself.
+        """
         if not self._state.plan.has_replicas:
             return prepare()
-        with together(self._exchange, call):
-            self._exchange.arrive(call)
-            prepared = self._exchange.agree(call, prepare)
-            self._exchange.compare({"call": call, "track": self._state.track(track)})
-            self._replicas.check_once(call, self.num_updates)
-            return prepared
+        self._exchange.arrive(call)
+        prepared = self._exchange.agree(call, prepare)
+        self._exchange.compare({"call": call, "track": self._state.track(track)})
+        self._replicas.check_once(call, self.num_updates)
+        return prepared

@@ -180,8 +180,8 @@ class Stored(Habits):
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=self._sum_refused())
         same = {"call": call, "path": str(target), "num_updates": manifest.num_updates, "dtype": str(dtype)}
-        same = {**same, "left_out": part.left_out, "others": part.others}
-        same = {**same, "max_shard_size": str(max_shard_size), "background": background}
+        same |= {"left_out": part.left_out, "others": part.others}
+        same |= {"max_shard_size": str(max_shard_size), "background": background}
         self._exchange.compare(same, working_folder(path))
         part.warn(self._exchange)
         if not part.has_changed:
