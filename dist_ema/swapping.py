@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -134,8 +135,9 @@ class _Leave:
     def __init__(self, state: AveragedState, backup: LiveBackup) -> None:
         self._state = state
         self._backup = backup
+        self._restoring = threading.Lock()  # of threads only: one that is interrupted would keep it
+        self._is_carried_off = False
         self._has_failed = False
-        self._is_through = False
         self._mode: bool | None = None  # of autograd, when this began
 
     def __call__(self, *, again: bool = False) -> None:
@@ -145,32 +147,43 @@ class _Leave:
             again: try once more what has failed.
         """
         state, backup = self._state, self._backup
-        if (backup.is_restored and state.leave is None) or (self._has_failed and not again):
+        if backup.is_restored and state.leave is None:
             return
         if self._mode is None:
             self._mode = torch.is_grad_enabled()
         state.leave = functools.partial(self, again=True)
+        if self._is_carried_off:
+            self._carry_off(again)
+            return
         try:
             join_all()
             backup.restore()
         except BaseException:
-            self._has_failed = True
-            try:
-                insist(self._restore_anyway)
-            finally:  # a further interrupt is raised once that is through
-                torch.set_grad_enabled(self._mode)  # see calls.py
-                if self._is_through:
-                    self._has_failed = False
-                    self._end()
+            self._carry_off(again)
             raise
         self._end()
 
-    def _restore_anyway(self) -> None:
+    def _carry_off(self, again: bool) -> None:
+        """Have a thread do it. What is raised before that has begun comes out here: whoever calls calls again."""
+        self._is_carried_off = True
         try:
-            join_all()
-        finally:
-            self._backup.restore(anyway=True)
-        self._is_through = True
+            insist(functools.partial(self._restore_anyway, again))
+        finally:  # a further interrupt is raised once that is through
+            if self._mode is not None:
+                torch.set_grad_enabled(self._mode)  # see calls.py
+            if self._backup.is_restored and not self._has_failed:
+                self._end()
+
+    def _restore_anyway(self, again: bool) -> None:
+        with self._restoring:  # the thread of an earlier try may be at it
+            if self._has_failed and not again:
+                return
+            self._has_failed = True
+            try:
+                join_all()
+            finally:
+                self._backup.restore(anyway=True)
+            self._has_failed = False
 
     def _end(self) -> None:
         self._state.swapped = None

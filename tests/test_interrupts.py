@@ -21,8 +21,9 @@ import torch
 from interrupts import ROWS, Alarm, Row, sweep_lines, sweep_signals
 from torch import nn
 
-from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA, SwapError
+from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA, SwapError, swapping
 from dist_ema.streams import HostThread
+from dist_ema.swap import LiveBackup
 from dist_ema.whole import Job, Lane, Once, Steps, insist
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -161,6 +162,35 @@ def test_a_restore_that_fails_leaves_the_swap_open_and_the_next_call_tries_again
             ema.save(tmp_path / "ema")
     ema.save(tmp_path / "ema")
     assert torch.equal(model.weight, live) and ema._state.swapped is None
+
+
+def test_a_second_signal_before_the_restoring_thread_has_begun_does_not_leave_the_average_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ema = made()
+    live = copy.deepcopy(model.state_dict())
+    calls: list[str] = []
+
+    def interrupted(self: LiveBackup, *, anyway: bool = False) -> None:
+        if not calls:
+            calls.append("restore")
+            raise KeyboardInterrupt
+        restore(self, anyway=anyway)
+
+    def not_begun(work: Any) -> None:
+        calls.append("thread")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        insist(work)
+
+    restore = LiveBackup.restore
+    monkeypatch.setattr(LiveBackup, "restore", interrupted)
+    monkeypatch.setattr(swapping, "insist", not_begun)
+    with pytest.raises(KeyboardInterrupt), ema.average_parameters():
+        pass
+    assert calls == ["restore", "thread", "thread"]
+    assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
+    ema.update()
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
