@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from dist_ema.integrations.accelerate import attach
-    from dist_ema.offline import consolidate_checkpoint
+    from dist_ema.offline.consolidation import consolidate_checkpoint
+    from dist_ema.offline.synthesis import synthesize
     from dist_ema.schedules.classic import (
         AnnealedSchedule,
         ConstantSchedule,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     )
     from dist_ema.schedules.combinators import after, every, scaled_batch
     from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule
-    from dist_ema.synthesis import synthesize
 
 __all__ = [
     "AnnealedSchedule",
@@ -74,8 +74,8 @@ __all__ = [
 _HOME = {
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
-    "consolidate_checkpoint": "dist_ema.offline",
-    "synthesize": "dist_ema.synthesis",
+    "consolidate_checkpoint": "dist_ema.offline.consolidation",
+    "synthesize": "dist_ema.offline.synthesis",
     **dict.fromkeys(
         ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"],
         "dist_ema.schedules.classic",

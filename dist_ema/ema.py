@@ -10,23 +10,23 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dist_ema.building import build_state
-from dist_ema.calls import collective, together
-from dist_ema.distance import Groups, checked_groups, distances, metrics_of
-from dist_ema.exchange import Exchange
-from dist_ema.gather import whole_tensors
-from dist_ema.layout import Shard
+from dist_ema.averaging.standstill import Standstill
+from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.streams import join_before_steps
+from dist_ema.averaging.usage import Use
+from dist_ema.boxes.shards import Shard
+from dist_ema.construction import build_state
+from dist_ema.live.distance import Groups, checked_groups, distances, metrics_of
+from dist_ema.live.gather import whole_tensors
+from dist_ema.live.sharded import check_forms, sharded_tensors
+from dist_ema.live.spreading import LiveBackup, put_average
+from dist_ema.live.swap import Swap, put_for_good
 from dist_ema.options import Options, checked_device, name_patterns
+from dist_ema.ranks.calls import collective, together
+from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
-from dist_ema.sharded import check_forms, sharded_tensors
-from dist_ema.standstill import Standstill
-from dist_ema.state import AveragedState
 from dist_ema.storage import Stored
-from dist_ema.streams import join_before_steps
-from dist_ema.swap import LiveBackup, put_average
-from dist_ema.swapping import Swap, put_for_good
-from dist_ema.use import Use
-from dist_ema.whole import Job, Lane
+from dist_ema.uninterrupted import Job, Lane
 
 __all__ = ["ShardedEMA"]
 
@@ -193,7 +193,8 @@ class ShardedEMA(Stored):
 
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
-                the step was skipped. Such a step is neither averaged nor counted; see `dist_ema.skipped` for its cost.
+                the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has its
+                cost.
                 `attach` passes it by itself.
 
         Raises:

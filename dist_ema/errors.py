@@ -14,7 +14,7 @@
         └── CheckpointCorruptError               it is damaged or was not written by this package
 
 Each message says what was given, what was expected and what to do. An error found on one of several ranks
-is raised on all of them with the same class and text (see `dist_ema.exchange.Exchange.agree`).
+is raised on all of them with the same class and text (see `dist_ema.ranks.exchange.Exchange.agree`).
 """
 
 from __future__ import annotations

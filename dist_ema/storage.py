@@ -11,23 +11,23 @@ from typing import TypeVar
 
 import torch
 
-from dist_ema.background import Background
-from dist_ema.calls import collective, together
-from dist_ema.checkpoint import model_files, write_average, write_export
+from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.streams import join_all
+from dist_ema.checkpoint.background import Background
+from dist_ema.checkpoint.loading import Escapes, load_average, load_model
+from dist_ema.checkpoint.save_warnings import Doubts
+from dist_ema.checkpoint.saving import model_files, write_average, write_export
+from dist_ema.checkpoint.unchanged_part import Part
+from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import absolute, positive_integer, target_folder, working_folder
-from dist_ema.doubts import Doubts
-from dist_ema.exchange import Exchange
-from dist_ema.files import ModelFiles
+from dist_ema.disk.formats.model_files import ModelFiles
+from dist_ema.disk.manifest import Manifest
 from dist_ema.habits import Habits
-from dist_ema.loading import Escapes, load_average, load_model
-from dist_ema.manifest import Manifest
+from dist_ema.live.replicas import Replicas
+from dist_ema.live.sharded import take_sharded
 from dist_ema.options import floating_dtype, name_patterns
-from dist_ema.replicas import Replicas
-from dist_ema.sharded import take_sharded
-from dist_ema.state import AveragedState
-from dist_ema.streams import join_all
-from dist_ema.unchanged import Part
-from dist_ema.writing import Pieces
+from dist_ema.ranks.calls import collective, together
+from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["Stored"]
 

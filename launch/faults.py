@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_ema import writing
+from dist_ema.checkpoint import writing
 
 FILE_CALLS = (
     *("open", "close", "pwrite", "pread", "preadv", "fsync", "ftruncate", "fstat", "stat", "lstat", "statvfs"),

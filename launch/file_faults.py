@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_ema
 from dist_ema import CosineSchedule, DistEMAError, ShardedEMA
-from dist_ema.headers import TORCH_DTYPES, read_model_folder
-from dist_ema.saved import damaged_tensors, read_saved, stored_bytes
+from dist_ema.disk.formats.headers import TORCH_DTYPES, read_model_folder
+from dist_ema.disk.saved_average import damaged_tensors, read_saved, stored_bytes
 
 # Update 0 copies the live values, every later one has momentum 1: the average is the live values, exactly.
 COPYING = CosineSchedule(momentum=0.5, end_momentum=1.0, total_steps=1)

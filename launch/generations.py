@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import CosineSchedule, DistEMAError
-from dist_ema.headers import TORCH_DTYPES
-from dist_ema.saved import damaged_tensors, read_saved, stored_bytes
+from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.saved_average import damaged_tensors, read_saved, stored_bytes
 
 # A file that somebody has added to the folder: every save must carry it on.
 ADDED, ADDED_TEXT = "notes.txt", "added by hand"

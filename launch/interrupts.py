@@ -34,7 +34,7 @@ from torch import nn
 
 import dist_ema
 from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA
-from dist_ema.streams import HostThread, SideStream
+from dist_ema.averaging.streams import HostThread, SideStream
 
 PACKAGE = str(Path(dist_ema.__file__).parent)
 CPU = torch.device("cpu")
@@ -161,7 +161,10 @@ class Row:
 def threads() -> Iterator[None]:
     former = torch.get_num_threads()
     torch.set_num_threads(3)
-    with mock.patch("dist_ema.prepared._FEWEST_SHARED_NUMEL", 1), mock.patch("dist_ema.prepared.SERIAL_NUMEL", 500):
+    with (
+        mock.patch("dist_ema.averaging.prepared_update._FEWEST_SHARED_NUMEL", 1),
+        mock.patch("dist_ema.averaging.prepared_update.SERIAL_NUMEL", 500),
+    ):
         yield
     torch.set_num_threads(former)
 
@@ -175,11 +178,11 @@ def both(*contexts: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
 
 def fetched() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    return mock.patch("dist_ema.averaging.tensor_blocks._is_afar", lambda live, averaged: True)
 
 
 def beside(kind: Callable[[torch.device], Any]) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    return lambda: mock.patch("dist_ema.state.stream_beside", lambda live, averaged: kind(CPU))
+    return lambda: mock.patch("dist_ema.averaging.state.stream_beside", lambda live, averaged: kind(CPU))
 
 
 def flagged(given: Subject, *, skipped: float = 0.0) -> None:

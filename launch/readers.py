@@ -120,7 +120,7 @@ class _Rereads(logging.Handler):
 def read_on(read: Callable[[], None], done: Path, log: Path) -> Counter[str]:
     """Read again and again until the saves are done."""
     handler = _Rereads()
-    logger = logging.getLogger("dist_ema.steady")
+    logger = logging.getLogger("dist_ema.disk.folders.steady_reading")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False

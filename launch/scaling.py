@@ -12,7 +12,8 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from dist_ema.layout import Box, cut_points, run_between
+from dist_ema.boxes.owners import cut_points, run_between
+from dist_ema.boxes.shards import Box
 
 Shape = tuple[int, ...]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
 from dist_ema.cli import main
-from dist_ema.plots import mean_ages
+from dist_ema.offline.plots import mean_ages
 
 
 @pytest.fixture

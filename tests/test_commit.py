@@ -22,12 +22,9 @@ from dist_ema import (
     CheckpointNotFoundError,
     ConstantSchedule,
     ShardedEMA,
-    claims,
-    commit,
     consolidate_checkpoint,
-    folders,
-    mounts,
 )
+from dist_ema.disk.folders import claims, commit, contents, mounts
 
 HALF = ConstantSchedule(momentum=0.5)
 
@@ -145,13 +142,13 @@ def test_an_export_that_was_cut_off_is_found_and_replaced(tmp_path) -> None:
 
 
 def staged(target: Path, text: str) -> commit.Staged:
-    made = commit.stage(target, commit.is_average)
+    made = commit.stage(target, contents.is_average)
     (made.folder / "manifest.json").write_text(json.dumps({"format": "dist_ema", "content": text}))
     return made
 
 
 def content(target: Path) -> str:
-    return str(json.loads((commit.resolve(target) / "manifest.json").read_text())["content"])
+    return str(json.loads((contents.resolve(target) / "manifest.json").read_text())["content"])
 
 
 @pytest.mark.parametrize("former", [False, True])
@@ -215,7 +212,7 @@ def test_a_whole_average_that_two_dying_writers_moved_away_is_found_again(tmp_pa
     averaging(1).save(tmp_path / "ema")
     (tmp_path / "ema").rename(tmp_path / ".ema.old-0123456789ab")
     assert loaded(tmp_path / "ema") == 1
-    made = commit.stage(tmp_path / "ema", commit.is_average)
+    made = commit.stage(tmp_path / "ema", contents.is_average)
     assert sorted(os.listdir(tmp_path))[0] == ".ema.old" and loaded(tmp_path / "ema") == 1
     commit.discard(made)
     averaging(2).save(tmp_path / "ema")
@@ -225,8 +222,8 @@ def test_a_whole_average_that_two_dying_writers_moved_away_is_found_again(tmp_pa
 WRITES = """
 import sys, time
 from pathlib import Path
-from dist_ema import commit
-staged = commit.stage(Path(sys.argv[1]), commit.is_average)
+from dist_ema.disk.folders import commit
+staged = commit.stage(Path(sys.argv[1]), contents.is_average)
 (staged.folder / "model.safetensors").write_bytes(bytes(1000))
 print(staged.folder, flush=True)
 time.sleep(60)
@@ -436,16 +433,16 @@ def test_an_interrupt_in_a_save_leaves_the_whole_old_or_new_one_and_nothing_in_t
 
 
 def test_a_trace_of_a_save_is_seen_whatever_was_cut_off(tmp_path) -> None:
-    assert not folders.was_begun(tmp_path / "ema") and not folders.was_begun(tmp_path / "none" / "ema")
-    made = commit.stage(tmp_path / "ema", commit.is_average)
-    assert folders.was_begun(tmp_path / "ema") and not folders.was_begun(tmp_path / "em")
+    assert not contents.was_begun(tmp_path / "ema") and not contents.was_begun(tmp_path / "none" / "ema")
+    made = commit.stage(tmp_path / "ema", contents.is_average)
+    assert contents.was_begun(tmp_path / "ema") and not contents.was_begun(tmp_path / "em")
     commit.discard(made)
     for name in (".ema.old", ".ema.staging", "ema"):
         (tmp_path / name).mkdir()
-        assert folders.was_begun(tmp_path / "ema")
+        assert contents.was_begun(tmp_path / "ema")
         (tmp_path / name).rmdir()
     with pytest.raises(CheckpointNotFoundError):
-        commit.resolve(tmp_path / "ema")
+        contents.resolve(tmp_path / "ema")
 
 
 def test_a_folder_with_something_mounted_in_it_is_refused_and_what_is_mounted_stays(tmp_path, monkeypatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_ema import UnsupportedModelError
-from dist_ema.coverage import Coverage
-from dist_ema.layout import Box, TensorSpec
+from dist_ema.boxes.coverage import Coverage
+from dist_ema.boxes.shards import Box, TensorSpec
 
 
 def spec(*shape: int, fqn: str = "w") -> TensorSpec:

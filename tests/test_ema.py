@@ -32,7 +32,7 @@ from dist_ema import (
     UnsupportedModelError,
     after,
 )
-from dist_ema.blocks import SCRATCH_NUMEL
+from dist_ema.averaging.tensor_blocks import SCRATCH_NUMEL
 
 HALF = ConstantSchedule(momentum=0.5)
 

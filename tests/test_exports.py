@@ -23,9 +23,9 @@ from dist_ema import (
     ShardedEMA,
     attach,
     consolidate_checkpoint,
-    sharing,
 )
 from dist_ema.cli import main
+from dist_ema.disk.folders import file_copies as sharing
 
 HALF = ConstantSchedule(momentum=0.5)
 

@@ -10,7 +10,7 @@ import pytest
 from file_faults import ACTIONS, Row
 from ranks import World
 
-from dist_ema import writing
+from dist_ema.checkpoint import writing
 
 # One in how many points is tried.
 EVERY = {"save": 13, "full_state_dict": 7, "construction": 7}

@@ -14,15 +14,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dist_ema import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedModelError, commit
-from dist_ema.checksums import PartialChecksums, whole_checksums
-from dist_ema.exchange import Exchange
-from dist_ema.files import plan_files, write_whole
-from dist_ema.headers import read_model_folder
-from dist_ema.layout import Box
-from dist_ema.reading import read_boxes
-from dist_ema.strips import Strip, strips_of_box
-from dist_ema.writing import write_tensors
+from dist_ema import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedModelError,
+)
+from dist_ema.boxes.shards import Box
+from dist_ema.checkpoint.reading import read_boxes
+from dist_ema.checkpoint.writing import write_tensors
+from dist_ema.disk.folders import commit
+from dist_ema.disk.formats.byte_ranges import Strip, strips_of_box
+from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
+from dist_ema.disk.formats.headers import read_model_folder
+from dist_ema.disk.formats.model_files import plan_files, write_whole
+from dist_ema.ranks.exchange import Exchange
 
 DTYPES = [
     torch.float64,

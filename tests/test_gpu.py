@@ -16,8 +16,8 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
-from dist_ema.streams import HostThread
-from dist_ema.update import Updater
+from dist_ema.averaging.streams import HostThread
+from dist_ema.averaging.update import Updater
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -21,10 +21,16 @@ import torch
 from interrupts import ROWS, Alarm, Row, sweep_lines, sweep_signals
 from torch import nn
 
-from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA, SwapError, swapping
-from dist_ema.streams import HostThread
-from dist_ema.swap import LiveBackup
-from dist_ema.whole import Job, Lane, Once, Steps, insist
+from dist_ema import (
+    ConstantSchedule,
+    DistEMAError,
+    ShardedEMA,
+    SwapError,
+)
+from dist_ema.averaging.streams import HostThread
+from dist_ema.live import swap as swapping
+from dist_ema.live.spreading import LiveBackup
+from dist_ema.uninterrupted import Job, Lane, Once, Steps, insist
 
 BY_NAME = {row.name: row for row in ROWS}
 ALL_LINES = ["update, two tracks", "update, threads", "update, host thread", "swap"]
@@ -99,7 +105,7 @@ def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.M
         for parameter in each.parameters():
             parameter.data.add_(1.0)
         runs.append(ema)
-    from dist_ema import update
+    from dist_ema.averaging import update
 
     calls, is_short = [], [True]
 
@@ -150,7 +156,7 @@ def test_a_restore_that_fails_leaves_the_swap_open_and_the_next_call_tries_again
     """Else averaged weights would be saved, and stepped, as live ones."""
     model, ema = made()
     live = model.weight.detach().clone()
-    from dist_ema.swap import LiveBackup
+    from dist_ema.live.spreading import LiveBackup
 
     with monkeypatch.context() as patched:
         patched.setattr(LiveBackup, "_put_back", lambda self: 1 / 0)
@@ -263,7 +269,7 @@ def test_an_interrupt_at_the_entry_of_the_exit_restores_the_live_weights() -> No
 
 def test_an_update_that_a_host_thread_has_not_begun_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = HostThread(torch.device("cpu"))
-    monkeypatch.setattr("dist_ema.state.stream_beside", lambda live, averaged: stream)
+    monkeypatch.setattr("dist_ema.averaging.state.stream_beside", lambda live, averaged: stream)
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.5), overlap=True)
     ema.update()
@@ -275,7 +281,7 @@ def test_an_update_that_a_host_thread_has_not_begun_is_taken_back(monkeypatch: p
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dist_ema.streams._thread", Interrupted)
+        patched.setattr("dist_ema.averaging.streams._thread", Interrupted)
         ema.update()
     assert ema.num_updates == 1
     assert torch.equal(ema.full_state_dict()["weight"], before)

@@ -11,7 +11,7 @@ import job_pairs
 import pytest
 from job_pairs import TURNING_POINTS, Outcome, Pairs
 
-from dist_ema import commit
+from dist_ema.disk.folders import commit
 
 SHORT = TURNING_POINTS[2:6]
 

@@ -21,8 +21,12 @@ from generations import ADDED, ADDED_TEXT, COPYING, MAX_SHARD_SIZE, build, fill,
 from hostile import sealed
 from killing import Kill, Result, Trials
 
-from dist_ema import CommunicationError, ShardedEMA, commit
-from dist_ema.carrying import carry_over
+from dist_ema import (
+    CommunicationError,
+    ShardedEMA,
+)
+from dist_ema.disk.folders import commit
+from dist_ema.disk.folders.carried_files import carry_over
 
 OLD, NEW = 1, 2
 

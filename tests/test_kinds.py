@@ -24,8 +24,8 @@ from dist_ema import (
     consolidate_checkpoint,
 )
 from dist_ema.cli import main
-from dist_ema.headers import read_header
-from dist_ema.kinds import kind_of
+from dist_ema.disk.formats.file_kinds import kind_of
+from dist_ema.disk.formats.headers import read_header
 
 STATE = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
 

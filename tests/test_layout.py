@@ -9,7 +9,8 @@ import pytest
 import scaling
 import torch
 
-from dist_ema.layout import Box, boxes_of_run, cut_points, run_between
+from dist_ema.boxes.owners import boxes_of_run, cut_points, run_between
+from dist_ema.boxes.shards import Box
 
 
 def whole(*shape: int, fqn: str = "w") -> Box:

@@ -24,10 +24,10 @@ from dist_ema import (
     ConfigError,
     ConstantSchedule,
     ShardedEMA,
-    commit,
     consolidate_checkpoint,
-    files,
 )
+from dist_ema.disk.folders import commit
+from dist_ema.disk.formats import model_files as files
 
 HALF = ConstantSchedule(momentum=0.5)
 
@@ -240,7 +240,8 @@ def test_the_failure_of_a_save_in_the_background_reaches_the_next_call_on_all_ra
 
 EXITS = """
 import sys, time, torch
-from dist_ema import ConstantSchedule, ShardedEMA, files
+from dist_ema import (ConstantSchedule, ShardedEMA,)
+from dist_ema.disk.formats import model_files as files
 ema = ShardedEMA(torch.nn.Linear(2, 2), ConstantSchedule(momentum=0.5))
 real = files.os.fsync
 def slow(descriptor):

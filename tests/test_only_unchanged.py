@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import set_live
 
 from dist_ema import ConstantSchedule, ModelChangedError, ShardedEMA
-from dist_ema.saved import damaged_tensors, read_saved
+from dist_ema.disk.saved_average import damaged_tensors, read_saved
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 

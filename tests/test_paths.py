@@ -18,13 +18,13 @@ from dist_ema import (
     ShardedEMA,
     UnsupportedModelError,
     consolidate_checkpoint,
-    files,
-    headers,
-    manifest,
     synthesize,
 )
 from dist_ema.checks import absolute
 from dist_ema.cli import main
+from dist_ema.disk import manifest
+from dist_ema.disk.formats import headers
+from dist_ema.disk.formats import model_files as files
 
 HALF = ConstantSchedule(momentum=0.5)
 

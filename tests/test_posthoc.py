@@ -42,9 +42,9 @@ from dist_ema import (
     synthesize,
 )
 from dist_ema.cli import main
-from dist_ema.headers import read_header
-from dist_ema.manifest import read_manifest
-from dist_ema.posthoc import Profile, fit, inner_products, masses
+from dist_ema.disk.formats.headers import read_header
+from dist_ema.disk.manifest import read_manifest
+from dist_ema.offline.posthoc import Profile, fit, inner_products, masses
 from dist_ema.schedules.base import momentum_of_update
 from dist_ema.schedules.records import schedule_from_text, schedule_text, schedule_to_json
 
@@ -85,7 +85,7 @@ def naive(profile: Profile, length: int) -> torch.Tensor:
 def test_inner_products_and_masses_are_those_of_the_updates_that_took_place(
     monkeypatch, interval, correction, stretch
 ) -> None:
-    monkeypatch.setattr("dist_ema.posthoc._STRETCH", stretch)
+    monkeypatch.setattr("dist_ema.offline.posthoc._STRETCH", stretch)
     profiles = [Profile(kind, t, interval, correction) for kind in KINDS for t in (1, 2, 99, 101, 240)]
     dense = torch.stack([naive(profile, 240) for profile in profiles])
     torch.testing.assert_close(inner_products(profiles), dense @ dense.T, rtol=1e-10, atol=1e-18)
@@ -186,7 +186,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("more", [{}, {"interval": 3, "interval_correction": True}], ids=["each", "every third"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_synthesized_averages_are_within_2_percent_of_tracked_ones(tmp_path, monkeypatch, dtype, more) -> None:
-    monkeypatch.setattr("dist_ema.synthesis._PIECE_NUMEL", 500)
+    monkeypatch.setattr("dist_ema.offline.synthesis._PIECE_NUMEL", 500)
     truth = run(tmp_path / "snapshots", dtype, **more)
     for sigma in (75, 150, 200):
         made = synthesize(tmp_path / "snapshots", tmp_path / "out", PowerSchedule(sigma_rel=sigma / 1000))

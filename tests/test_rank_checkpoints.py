@@ -23,8 +23,8 @@ from dist_ema import (
     DistEMAError,
     RankMismatchError,
     ShardedEMA,
-    writing,
 )
+from dist_ema.checkpoint import writing
 
 SAVED_STEPS = 3
 

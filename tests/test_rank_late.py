@@ -29,11 +29,11 @@ from dist_ema import (
     ConstantSchedule,
     RankMismatchError,
     ShardedEMA,
-    checkpoint,
     storage,
-    writing,
 )
-from dist_ema.replicas import Replicas
+from dist_ema.checkpoint import saving as checkpoint
+from dist_ema.checkpoint import writing
+from dist_ema.live.replicas import Replicas
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, RankMismatchError, ShardedEMA, UnsupportedModelError
-from dist_ema import replicas as replicas_module
-from dist_ema.tensor_checksums import CHUNK_NUMEL, chunks, device_checksum, tensor_checksums
+from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, device_checksum, tensor_checksums
+from dist_ema.live import replicas as replicas_module
 
 HALF = ConstantSchedule(momentum=0.5)
 CAUSES = ("experts", "pipeline", "DistributedDataParallel", "broadcast")

@@ -32,12 +32,12 @@ from dist_ema import (
     DistEMAError,
     ShardedEMA,
     UnsupportedModelError,
-    checkpoint,
-    commit,
     consolidate_checkpoint,
     storage,
 )
+from dist_ema.checkpoint import saving as checkpoint
 from dist_ema.cli import main
+from dist_ema.disk.folders import commit
 
 HALF = ConstantSchedule(momentum=0.5)
 

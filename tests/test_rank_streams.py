@@ -21,10 +21,17 @@ from test_accelerate import accelerator_of
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import dist_ema.averaging.state
 import dist_ema.ema
-import dist_ema.state
-from dist_ema import ConfigError, ConstantSchedule, DistEMAError, ShardedEMA, attach, streams
-from dist_ema.streams import HostThread, SideStream, Stream, stream_beside
+from dist_ema import (
+    ConfigError,
+    ConstantSchedule,
+    DistEMAError,
+    ShardedEMA,
+    attach,
+)
+from dist_ema.averaging import streams
+from dist_ema.averaging.streams import HostThread, SideStream, Stream, stream_beside
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 CPU = torch.device("cpu")
@@ -59,7 +66,7 @@ class Slow(HostThread):
 
 @pytest.fixture(params=[Late, lambda: Slow(CPU), lambda: SideStream(CPU)], ids=["late", "thread", "cpu"])
 def beside(request, monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: request.param())
+    monkeypatch.setattr(dist_ema.averaging.state, "stream_beside", lambda live, averaged: request.param())
     yield
 
 
@@ -102,7 +109,7 @@ def test_every_optimizer_waits_for_an_update_beside_training(beside, options) ->
 
 def test_without_its_hook_a_late_update_would_see_the_next_weights(monkeypatch) -> None:
     """That the test before this one can fail."""
-    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Late())
+    monkeypatch.setattr(dist_ema.averaging.state, "stream_beside", lambda live, averaged: Late())
     monkeypatch.setattr(dist_ema.ema, "join_before_steps", lambda state: lambda: None)
     model, ema, optimizers = made(overlap=True)
     trained(ema, model, optimizers)
@@ -352,7 +359,7 @@ def test_load_state_of_accelerate_waits_before_it_loads_the_model(beside, tmp_pa
 
 def in_every_layout(layout: str) -> bool:
     """Whether averages of a slow thread are those of the naive twin, bit for bit."""
-    dist_ema.state.stream_beside = lambda live, averaged: Slow(CPU)  # type: ignore[assignment]
+    dist_ema.averaging.state.stream_beside = lambda live, averaged: Slow(CPU)  # type: ignore[assignment]
     try:
         model = build_layout(layout)
         ema = ShardedEMA(model, {"one": SCHEDULE, "two": ConstantSchedule(momentum=0.5)}, overlap=True)
@@ -366,7 +373,7 @@ def in_every_layout(layout: str) -> bool:
         found = ema.full_state_dict("one")
         return all(torch.equal(found[name], value) for name, value in naive.values.items() if name in found)
     finally:
-        dist_ema.state.stream_beside = stream_beside
+        dist_ema.averaging.state.stream_beside = stream_beside
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp1_orig", "fsdp1_flat", "fsdp2", "hsdp"])
@@ -378,9 +385,9 @@ def test_an_update_beside_a_forward_has_the_same_bits_in_every_layout(world, lay
 @pytest.mark.parametrize("overlap", [False, True])
 def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, overlap) -> None:
     """A CPU stands for the device: blocks are fetched one ahead, into two pieces of memory in turn."""
-    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
-    monkeypatch.setattr("dist_ema.blocks.SCRATCH_NUMEL", 5000)
-    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Slow(CPU))
+    monkeypatch.setattr("dist_ema.averaging.tensor_blocks._is_afar", lambda live, averaged: True)
+    monkeypatch.setattr("dist_ema.averaging.tensor_blocks.SCRATCH_NUMEL", 5000)
+    monkeypatch.setattr(dist_ema.averaging.state, "stream_beside", lambda live, averaged: Slow(CPU))
     model = nn.Module()
     for index, shape in enumerate([(70, 90), (3,), (1000, 12), (60, 50), (2500,), (0, 4), (2, 2)]):
         model.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape).to(dtype)))
@@ -400,7 +407,7 @@ def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, ove
 
 def test_a_copy_of_fetched_averages_prepares_its_own_lists(monkeypatch) -> None:
     """Those of the first hold events, which cannot be copied."""
-    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    monkeypatch.setattr("dist_ema.averaging.tensor_blocks._is_afar", lambda live, averaged: True)
     model, ema, _ = made()
     ema.update()
     ema.update()
@@ -413,7 +420,7 @@ def test_a_copy_of_fetched_averages_prepares_its_own_lists(monkeypatch) -> None:
 
 
 def test_fetched_averages_prepared_in_inference_mode_are_updated_outside_it(monkeypatch) -> None:
-    monkeypatch.setattr("dist_ema.blocks._is_afar", lambda live, averaged: True)
+    monkeypatch.setattr("dist_ema.averaging.tensor_blocks._is_afar", lambda live, averaged: True)
     _, ema, _ = made()
     with torch.inference_mode():
         ema.update()
@@ -513,11 +520,11 @@ def test_threads_that_join_at_once_do_not_trip_over_each_other() -> None:
 
 
 def test_detach_after_a_failed_update_ends_the_overlap_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(dist_ema.state, "stream_beside", lambda live, averaged: Slow(CPU))
+    monkeypatch.setattr(dist_ema.averaging.state, "stream_beside", lambda live, averaged: Slow(CPU))
     model, ema, _ = made(overlap=True)
     ema.update()
     with monkeypatch.context() as patched:
-        patched.setattr("dist_ema.prepared.share_out", lambda *_: 1 / 0)
+        patched.setattr("dist_ema.averaging.prepared_update.share_out", lambda *_: 1 / 0)
         ema.update()
         with pytest.raises(ZeroDivisionError):
             ema.detach()

@@ -494,7 +494,7 @@ def channels_last_swap() -> None:
     for step in range(2):
         naive.update(set_whole(model, step))
         ema.update()
-    with mock.patch("dist_ema.swap._BUCKET_BYTES", 1000), ema.average_parameters():
+    with mock.patch("dist_ema.live.spreading._BUCKET_BYTES", 1000), ema.average_parameters():
         assert all(torch.equal(value, naive.values[name]) for name, value in read_whole(model).items())
 
 

@@ -18,7 +18,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_ema import CheckpointError, CommunicationError, ConstantSchedule, ShardedEMA, commit, groups, writing
+from dist_ema import (
+    CheckpointError,
+    CommunicationError,
+    ConstantSchedule,
+    ShardedEMA,
+)
+from dist_ema.checkpoint import writing
+from dist_ema.disk.folders import commit
+from dist_ema.ranks import groups
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 UNITS = ("_PAGE_BYTES", "_LONG_BYTES", "_WINDOW_BYTES", "_CHUNK_BYTES")

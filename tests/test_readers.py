@@ -25,9 +25,9 @@ from dist_ema import (
     ConstantSchedule,
     ShardedEMA,
     consolidate_checkpoint,
-    loading,
-    steady,
 )
+from dist_ema.checkpoint import loading
+from dist_ema.disk.folders import steady_reading as steady
 
 HALF = ConstantSchedule(momentum=0.5)
 

@@ -18,11 +18,11 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConfigError, ConstantSchedule, ModelChangedError, ShardedEMA, after
-from dist_ema.averages import Averages
-from dist_ema.blocks import by_strides
-from dist_ema.guard import Guard
-from dist_ema.prepared import Prepared
-from dist_ema.workers import share_out
+from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.cpu_threads import share_out
+from dist_ema.averaging.live_memory import Guard
+from dist_ema.averaging.prepared_update import Prepared
+from dist_ema.averaging.tensor_blocks import by_strides
 
 SCHEDULES = {"fast": ConstantSchedule(momentum=0.5), "slow": ConstantSchedule(momentum=0.003)}
 
@@ -359,7 +359,7 @@ def test_an_interrupted_preparation_is_made_again(monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dist_ema.prepared.make_blocks", interrupted)
+        patched.setattr("dist_ema.averaging.prepared_update.make_blocks", interrupted)
         ema.update()
     nn.init.zeros_(model.weight)
     ema.update()
@@ -391,7 +391,7 @@ def test_memory_seen_in_another_shape_is_told_at_the_next_update() -> None:
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_a_device_whose_tensors_torch_cannot_compare_is_guarded_too(monkeypatch, by_torch) -> None:
     if not by_torch:
-        monkeypatch.setattr("dist_ema.guard._COMPARED_BY_TORCH", ())
+        monkeypatch.setattr("dist_ema.averaging.live_memory._COMPARED_BY_TORCH", ())
     weight = nn.Parameter(torch.randn(4, 4))
     model = nn.ParameterDict({"weight": weight})
     guard = Guard(ShardedEMA(model, ConstantSchedule(momentum=0.5))._state.plan.divisions[0].held)
@@ -445,7 +445,7 @@ def test_a_compensated_average_is_the_live_weights_while_it_copies_them(skipped)
 def test_a_training_thread_that_outlives_the_main_one_goes_on_updating() -> None:
     script = """
 import threading, torch
-from dist_ema.workers import share_out
+from dist_ema.averaging.cpu_threads import share_out
 share_out(lambda item, worker: None, range(9), 3)
 done = []
 def late():

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.layout import Box
+from dist_ema.boxes.shards import Box
 
 
 class Nasty(nn.Module):

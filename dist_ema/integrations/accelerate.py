@@ -24,15 +24,15 @@ from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from dist_ema.calls import together
 from dist_ema.checks import folder_name
-from dist_ema.commit import was_begun
+from dist_ema.disk.folders.contents import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
-from dist_ema.exchange import Exchange
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
+from dist_ema.messages import tell
+from dist_ema.ranks.calls import together
+from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
-from dist_ema.telling import tell
 from dist_ema.topology.names import unwrapped
 from dist_ema.topology.planning import trained_parameters
 

@@ -15,9 +15,9 @@ import types
 import weakref
 from typing import Any
 
+from dist_ema.averaging.usage import Use
 from dist_ema.ema import ShardedEMA
-from dist_ema.telling import tell
-from dist_ema.use import Use
+from dist_ema.messages import tell
 
 __all__ = ["Watch", "is_of_a_trainer"]
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 from dist_ema.topology.runs import local_runs
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.layout import EXTRA_STATE, Box
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.placed import Named, Piece
 from dist_ema.topology.plain import PlainForm

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from dist_ema.boxes.owners import boxes_of_run
+from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box, boxes_of_run, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["FlatSlice", "find_flat_slices", "place_flat", "reshard_fsdp1"]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.plan import Remains
 from dist_ema.topology.fsdp1 import FlatSlice
 from dist_ema.topology.placed import Named
 

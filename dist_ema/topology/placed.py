@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_ema.layout import Box, Form, Place
+from dist_ema.boxes.shards import Box, Form, Place
 
 __all__ = ["Holders", "Named", "Piece"]
 
@@ -54,7 +54,7 @@ class Holders:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A box that this rank holds, the way to its live values, its form and its place: see `dist_ema.layout.Held`."""
+    """A box that this rank holds, the way to its live values, its form and its place: see `Held` in boxes/shards.py."""
 
     box: Box
     view: Callable[[], torch.Tensor]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_ema.boxes.shards import Box, Place, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.layout import Box, Place, same_memory
 from dist_ema.topology.placed import Holders, Named, Piece
 
 __all__ = ["PlainForm", "holders_of_plain", "place_plain"]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_ema.boxes.owners import Division
+from dist_ema.boxes.plan import Plan, Remains
+from dist_ema.boxes.shards import Held, TensorSpec
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.layout import Held, TensorSpec
-from dist_ema.plan import Division, Plan, Remains
 from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
 from dist_ema.topology.extra import extra_states, place_extra
 from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1

@@ -1,0 +1,1 @@
+"""One rank's averages, and what moves them. No communication."""

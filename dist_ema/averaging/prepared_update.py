@@ -1,0 +1,138 @@
+"""An update made ready: the blocks that it moves, for the memory that live tensors have now, and room to work in.
+
+Made at the first update, and anew whenever the guard finds that live memory was replaced. No communication.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.cpu_threads import SERIAL_NUMEL, num_workers, share_out
+from dist_ema.averaging.infinities import masks_of
+from dist_ema.averaging.live_memory import Guard
+from dist_ema.averaging.tensor_blocks import Block, make_blocks
+from dist_ema.boxes.shards import Shard
+from dist_ema.uninterrupted import Lane, Steps
+
+__all__ = ["Prepared"]
+
+# Elements of a piece of a compensated average, so that its temporaries stay in a CPU's cache (measured: half the time).
+_COMPENSATED_NUMEL = 2**17
+
+# Elements of all averages together that are worth waking other threads for.
+_FEWEST_SHARED_NUMEL = 2**20
+
+
+class Prepared:
+    """The lists of an update, which hold while `holds()`.
+
+    Attributes:
+        is_fetched: whether live values come from a device into host memory.
+        watched: the shards that may hold infinities.
+
+    Args:
+        shards: those of the averages.
+        tracks: the averages, all of one dtype and on the same devices.
+        skip_nonfinite: the work takes temporaries of the size of a block, and counts: one block after the other.
+        uncounted: names of tensors of which another rank counts what is left out.
+        watched: indices of the shards that may hold infinities.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        tracks: Sequence[Averages],
+        *,
+        skip_nonfinite: bool,
+        uncounted: Collection[str],
+        watched: frozenset[int] = frozenset(),
+    ) -> None:
+        self.watched = watched
+        live = [shard.live() for shard in shards]
+        filled = [index for index, value in enumerate(live) if value.numel()]
+        compensated = any(track.residuals for track in tracks)
+        rows = [track.values for track in tracks] + [track.residuals for track in tracks if compensated]
+        self._live = [live[index] for index in filled]
+        self._averaged = [[row[index] for index in filled] for row in rows]
+        others = [held for track in tracks for held in track.held()]
+        self._guard = Guard(list(dict.fromkeys([*(shard.held for shard in shards), *others])))
+        on_cpu = all(value.device.type == "cpu" for values in (self._live, *self._averaged) for value in values)
+        numel = sum(value.numel() for values in self._averaged for value in values)
+        self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not skip_nonfinite else 1
+        if self._workers > 1:
+            # Versions of their own: by these an interrupted thread tells what it has moved, and all views share one.
+            with torch.inference_mode(False):
+                self._averaged = [[value.data for value in values] for values in self._averaged]
+        piece_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
+        self._blocks: list[Block] = []
+        kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
+        for at, index in enumerate(filled):
+            masks = masks_of(shards[index]) if index in watched else ()
+            kinds.setdefault((shards[index].fqn not in uncounted, index in watched, masks), []).append(at)
+        for (counted, is_watched, masks), chosen in kinds.items():
+            self._blocks += make_blocks(
+                [self._live[at] for at in chosen],
+                [[row[at] for at in chosen] for row in self._averaged],
+                whole=len(rows) == 1 and not skip_nonfinite and not is_watched,
+                piece_numel=piece_numel,
+                counted=counted,
+                watched=is_watched,
+                masks=masks,
+            )
+        # Neither another thread nor a later update could write to an inference tensor.
+        with torch.inference_mode(False):
+            self._scratches = self._make_scratches()
+            self._landings = self._make_landings(pinned=not on_cpu)
+            for index, block in enumerate(self._blocks if self._landings else ()):
+                block.land_in(self._landings[index % 2])
+        self.is_fetched = bool(self._landings)
+
+    def holds(self) -> bool:
+        """Whether live tensors and averages still stand for the same memory."""
+        return self._guard.holds()
+
+    def used(self) -> Iterator[torch.Tensor]:
+        """All memory that the work reads or writes."""
+        return itertools.chain(self._live, *self._averaged, *self._scratches.values())
+
+    def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
+        """The blocks in lanes, `make(blocks, worker)` being the steps that move some of them."""
+        if self._workers == 1:
+            return [Lane(partial(make, self._blocks))]
+        return [Lane(partial(make, [block])) for block in self._blocks]
+
+    def share(self, lanes: Sequence[Lane]) -> None:
+        """Have lanes done by as many threads as are worth it."""
+        share_out(Lane.run, lanes, self._workers)
+
+    def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:
+        """The blocks, with tensors that hold the live values in the averages' dtype and on their device.
+
+        They do so after the steps added until then, and before those of the next block: a block that is fetched lands
+        where the one before the last has been used.
+        """
+        if self.is_fetched:
+            steps.again(blocks[0].fetch)
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            if self.is_fetched and following is not None:
+                steps.again(following.fetch)
+            yield block, block.bring(self._scratches[block.tracks[0][0].device][worker], steps)
+
+    def _make_scratches(self) -> dict[torch.device, list[torch.Tensor]]:
+        """One for each thread, on each device."""
+        numel = max((block.scratch_numel for block in self._blocks), default=0)
+        wanted = {value.device: value.dtype for value in itertools.chain(*self._averaged[:1])}
+        return {
+            device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
+            for device, dtype in wanted.items()
+        }
+
+    def _make_landings(self, *, pinned: bool) -> list[torch.Tensor]:
+        nbytes = max((block.landing_bytes for block in self._blocks), default=0)
+        count = 2 if nbytes else 0
+        return [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]

@@ -1,0 +1,269 @@
+"""What an update is made of: blocks of live tensors, with the averaged tensors of each track. No communication."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_each, copying
+from dist_ema.averaging.streams import has_streams
+from dist_ema.uninterrupted import Steps
+
+__all__ = ["SCRATCH_NUMEL", "Block", "by_strides", "cut_alike", "make_blocks"]
+
+# Elements of a block: 4 MiB of fp32 stay in a CPU's cache between the copy and the lerp that reads them, or from one
+# track to the next, and are long enough to stream (measured best: 0.5 to 1.5 million elements, for one track and for
+# three). On a GPU a block must outlast its launch and fit the cache.
+SCRATCH_NUMEL = 2**20
+_BLOCK_NUMEL = {"cuda": 4 * 2**20}
+
+# A tensor of fewer elements is cheaper packed than averaged by itself (measured: 0.1 and 0.45 us of host time each).
+_TINY_NUMEL = 2048
+_FEWEST_PACKED = 4
+
+_ALIGNED_BYTES = 64
+
+
+class Block:
+    """Live tensors that are averaged together.
+
+    Attributes:
+        tracks: of each track, averaged tensors shaped like what `bring` gives.
+        scratch_numel: elements of scratch that `bring` wants.
+        landing_bytes: host memory that `fetch` wants.
+        counted: whether this rank counts which live values are left out.
+        watched: whether there may be infinities on either side (`dist_ema.averaging.infinities`).
+        masks: the infinities of the live tensors that are no overflow.
+    """
+
+    scratch_numel = 0
+    landing_bytes = 0
+    counted = True
+    watched = False
+    masks: tuple[float, ...] = ()
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        self._live = live
+        self.tracks = tracks
+
+    def land_in(self, landing: torch.Tensor) -> None:
+        """Have `fetch` use these bytes of host memory."""
+
+    def fetch(self) -> None:
+        """Begin to bring live values that come from afar; the host does not wait. Before the steps of `bring`."""
+
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        """Tensors that hold the live values, in the averages' dtype and on their device, once these steps are done."""
+        return self._live
+
+
+class _Staged(Block):
+    """Live tensors that are converted."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        super().__init__(live, tracks)
+        self._sizes = [aligned(value.numel(), ALIGNED_NUMEL) for value in live]
+        self.scratch_numel = sum(self._sizes)
+        # The latest scratch, and that cut in parts: which takes longer than to copy a small tensor.
+        self._cut: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
+
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        known, parts = self._cut
+        if known is not scratch:
+            flat = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
+            parts = [part[: value.numel()].view(value.shape) for part, value in zip(flat, self._live, strict=True)]
+            self._cut = scratch, parts
+        steps.again(copying(parts, self._live))
+        return parts
+
+
+class _Fetched(_Staged):
+    """Live tensors of a device, whose averages are in host memory: copied as they are, and converted there."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        super().__init__(live, tracks)
+        self._source = live
+        if all(value.dtype == own.dtype for value, own in zip(live, tracks[0], strict=True)):
+            self.scratch_numel = 0
+        # Each part begins where any dtype may.
+        *self._starts, self.landing_bytes = itertools.accumulate(
+            (aligned(value.nbytes, _ALIGNED_BYTES) for value in live), initial=0
+        )
+        modules = {value.device: torch.get_device_module(value.device) for value in live}
+        # Waited for by sleeping: the first comes only when the device has done the step.
+        options = {device: {"blocking": True} if device.type == "cuda" else {} for device in modules}
+        self._arrivals = [(of.Event(**options[device]), of, device) for device, of in modules.items()]
+
+    def land_in(self, landing: torch.Tensor) -> None:
+        self._live = [
+            landing[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            for start, value in zip(self._starts, self._source, strict=True)
+        ]
+
+    def fetch(self) -> None:
+        copy_each(self._live, self._source, non_blocking=True)
+        for arrival, of, device in self._arrivals:
+            arrival.record(of.current_stream(device))
+
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        for arrival, _, _ in self._arrivals:
+            steps.again(arrival.synchronize)
+        return super().bring(scratch, steps) if self.scratch_numel else self._live
+
+
+class _Packed(Block):
+    """Tiny live tensors, whose averaged ones lie end to end: one flat tensor of each track."""
+
+    def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
+        self.scratch_numel = sum(value.numel() for value in live)
+        flat = [[averaged[0].as_strided((self.scratch_numel,), (1,))] for averaged in tracks]
+        super().__init__([value.view(-1) for value in live], flat)
+
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        packed = scratch[: self.scratch_numel]
+        if self._live[0].dtype == packed.dtype:
+            steps.again(partial(torch.cat, self._live, out=packed))
+        else:
+            steps.again(lambda: packed.copy_(torch.cat(self._live)))  # into memory that is given, cat is slower
+        return [packed]
+
+
+def make_blocks(
+    live: Sequence[torch.Tensor],
+    tracks: Sequence[Sequence[torch.Tensor]],
+    *,
+    whole: bool = False,
+    piece_numel: int | None = None,
+    counted: bool = True,
+    watched: bool = False,
+    masks: tuple[float, ...] = (),
+) -> list[Block]:
+    """Blocks that cover these tensors.
+
+    Args:
+        live: not empty, nor any of them.
+        tracks: of each track, averaged tensors of the same shapes; of one dtype, and lying alike.
+        whole: average all tensors that need no scratch as one block.
+        piece_numel: cut tensors in pieces of at most as many elements.
+        counted: of the blocks.
+        watched: of the blocks.
+        masks: of the blocks.
+    """
+    packs, rest = _packs(live, tracks)
+    blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
+    kinds: dict[type[Block], list[int]] = {Block: [], _Staged: [], _Fetched: []}
+    for index in rest:
+        kinds[_kind(live[index], tracks[0][index])].append(index)
+    for kind, indices in kinds.items():
+        for chosen in by_strides(indices, live, tracks[0]):
+            if kind is Block and whole and piece_numel is None:
+                blocks.append(Block(*_chosen(chosen, live, tracks)))
+                continue
+            numel = _BLOCK_NUMEL.get(tracks[0][chosen[0]].device.type, SCRATCH_NUMEL)
+            blocks += [kind(*group) for group in _groups(*_chosen(chosen, live, tracks), numel, piece_numel)]
+    for block in blocks:
+        block.counted, block.watched, block.masks = counted, watched, masks
+    return blocks
+
+
+def _chosen(
+    indices: Sequence[int], live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    return [live[index] for index in indices], [[averaged[index] for index in indices] for averaged in tracks]
+
+
+def _kind(live: torch.Tensor, averaged: torch.Tensor) -> type[Block]:
+    if _is_afar(live, averaged):
+        return _Fetched
+    return Block if live.dtype == averaged.dtype and live.device == averaged.device else _Staged
+
+
+def _is_afar(live: torch.Tensor, averaged: torch.Tensor) -> bool:
+    return averaged.device.type == "cpu" != live.device.type and has_streams(live.device)
+
+
+def by_strides(
+    indices: Sequence[int], live: Sequence[torch.Tensor], averaged: Sequence[torch.Tensor]
+) -> list[list[int]]:
+    """The indices in groups for one call each: off the CPU, tensors that lie like their averages apart from others.
+
+    One pair that does not (channels_last, say) would have the whole list launched tensor by tensor.
+    """
+    alike: list[int] = []
+    others: list[int] = []
+    for index in indices:
+        on_cpu = live[index].device.type == "cpu"
+        (alike if on_cpu or live[index].stride() == averaged[index].stride() else others).append(index)
+    return [group for group in (alike, others) if group]
+
+
+def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:
+    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and all others."""
+    runs: list[list[int]] = []
+    rest: list[int] = []
+    stop = numel = 0
+    for index, (value, *averaged) in enumerate(zip(live, *tracks, strict=True)):
+        on_cpu = value.device.type == averaged[0].device.type == "cpu"
+        if not on_cpu or value.numel() > _TINY_NUMEL or not all(map(torch.Tensor.is_contiguous, (value, *averaged))):
+            rest.append(index)
+            continue
+        follows = runs and index == runs[-1][-1] + 1 and averaged[0].data_ptr() == stop
+        # A teacher's tensors may lie end to end by chance, or be mapped from one file.
+        follows = follows and _share_storage(averaged[0], tracks[0][index - 1])
+        if follows and live[index - 1].dtype == value.dtype and numel + value.numel() <= SCRATCH_NUMEL:
+            runs[-1].append(index)
+            numel += value.numel()
+        else:
+            runs.append([index])
+            numel = value.numel()
+        stop = averaged[0].data_ptr() + averaged[0].nbytes
+    packs = [run for run in runs if len(run) >= _FEWEST_PACKED]
+    rest += [index for run in runs if len(run) < _FEWEST_PACKED for index in run]
+    return packs, sorted(rest)
+
+
+def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _groups(
+    live: Sequence[torch.Tensor],
+    tracks: Sequence[Sequence[torch.Tensor]],
+    numel: int,
+    piece_numel: int | None,
+) -> Iterator[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
+    """The tensors cut and grouped so that a group is at most `numel` elements, all tracks alike."""
+    live_group: list[torch.Tensor] = []
+    track_groups: list[list[torch.Tensor]] = [[] for _ in tracks]
+    room = numel
+    for whole, *averaged in zip(live, *tracks, strict=True):
+        cuts = [list(cut_alike(each, whole, piece_numel or numel)) for each in averaged]
+        for pieces in zip(*cuts, strict=True):
+            piece = pieces[0][1]
+            if piece.numel() > room and live_group:
+                yield live_group, track_groups
+                live_group, track_groups, room = [], [[] for _ in tracks], numel
+            live_group.append(piece)
+            for group, (own, _) in zip(track_groups, pieces, strict=True):
+                group.append(own)
+            room -= piece.numel()
+    if live_group:
+        yield live_group, track_groups
+
+
+def cut_alike(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a pair of equal shape into pieces of at most `numel` elements, along dims in turn."""
+    if averaged.numel() <= numel:
+        yield averaged, live
+        return
+    if averaged.is_contiguous() and live.is_contiguous():
+        yield from zip(averaged.view(-1).split(numel), live.view(-1).split(numel), strict=True)
+        return
+    dim = next(dim for dim, size in enumerate(averaged.shape) if size > 1)
+    rows = max(1, numel // math.prod(averaged.shape[dim + 1 :]))
+    for averaged_rows, live_rows in zip(averaged.split(rows, dim), live.split(rows, dim), strict=True):
+        yield from cut_alike(averaged_rows, live_rows, numel)

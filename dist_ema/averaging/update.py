@@ -1,0 +1,397 @@
+"""The update that moves the averages of this rank. No communication, ever.
+
+Live values of the averages' dtype and device are averaged in place by one `_foreach_lerp_` over prepared lists. Others
+(bfloat16 weights into float32 averages, averages kept on another device) pass through a bounded scratch; so do many
+tiny tensors on a CPU, which are packed end to end. Several tracks go block by block, so that a block of live values is
+read from memory once and from the cache after that. On several CPU threads blocks are shared out (workers.py). What
+comes from a device into host memory is fetched one block ahead. All of it may run beside training (streams.py).
+
+`lerp` and not `mul` + `add`: fp32(1 - m) + fp32(m) is not 1, so the second form drifts (3e-5 relative after
+2,000 updates at a decay of 0.9999, against 1e-6); and lerp in fp32 gives the same bits however a tensor is cut,
+so every layout of the same weights gives the same average.
+
+[Note: compensation]
+An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is about a rounding unit of the average:
+much of it is lost. A compensated average also keeps what each step lost, in bfloat16, and adds it to the next (Kahan's
+sum). Its operations are single ones, not fused, so that the bits do not depend on how a tensor is cut either.
+
+An update is a job (whole.py): its steps first, all of them or none. Tensors that may hold infinities are watched
+(infinities.py), and averaged with care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+
+from dist_ema.averaging.averages import Averages, copying
+from dist_ema.averaging.infinities import Watch, is_mask, masks_of
+from dist_ema.averaging.prepared_update import Prepared
+from dist_ema.averaging.skipped_steps import weight_unless
+from dist_ema.averaging.streams import Stream
+from dist_ema.averaging.tensor_blocks import Block
+from dist_ema.boxes.shards import Shard
+from dist_ema.uninterrupted import Job, Lane, Once, Steps
+
+__all__ = ["Updater"]
+
+
+class Updater:
+    """Moves the averages of all tracks towards the live values.
+
+    Args:
+        shards: those of the averages.
+        tracks: the averages, all of one dtype and on the same devices.
+        skip_nonfinite: leave out live values that are infinite or not a number, element by element.
+        uncounted: names of tensors of which another rank counts what is left out.
+        stream: where the averages are moved; None for the current one.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        tracks: Sequence[Averages],
+        *,
+        skip_nonfinite: bool = False,
+        uncounted: Collection[str] = (),
+        stream: Stream | None = None,
+    ) -> None:
+        self._shards = tuple(shards)
+        self._tracks = tuple(tracks)
+        self._skip_nonfinite = skip_nonfinite
+        self._uncounted = frozenset(uncounted) if skip_nonfinite else frozenset()
+        self.stream = Stream() if stream is None else stream
+        self._compensated = any(track.residuals for track in self._tracks)
+        self._refused: dict[torch.device, torch.Tensor] = {}
+        self._prepared: Prepared | None = None
+        self._watch = Watch(self._shards, self._tracks, is_free=skip_nonfinite)
+        self._begun: Job | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which prepares its own lists; the events of these could not be copied."""
+        self.complete()
+        return self.__dict__ | {"_prepared": None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all averages on this rank."""
+        return sum(track.nbytes for track in self._tracks)
+
+    @property
+    def num_refused(self) -> int:
+        """Live values that were left out on this rank; waits for the device."""
+        self.stream.join()
+        return sum(int(count.item()) for count in self._refused.values())
+
+    def complete(self) -> None:
+        """Do what an exception, and a second one, have left undone of the latest job. No communication."""
+        job = self._begun
+        if job is not None:
+            if job.is_left:
+                job.finish(again=True)
+            self._begun = None
+
+    def run(self, job: Job) -> None:
+        """Have a job done in line, after what `stream` has been given: whole, whatever is raised meanwhile."""
+        self.stream.join()
+        self._run(Stream(), job)
+
+    def set(self, job: Job, *, look_later: bool = False) -> None:
+        """As `run`, for a job that sets averages otherwise than by an update.
+
+        Args:
+            job: sets them.
+            look_later: leave it to the next update to look for infinities, where it need not wait for a device.
+        """
+        self._watch.forget()
+        self.run(job)
+        if look_later and all(value.device.type == "cpu" for track in self._tracks for value in track.values):
+            return
+        with suppress(Exception):  # no memory, say: what is not looked at now is looked at before the next update
+            self._watch.look()
+
+    def mend(self) -> None:
+        """Before averages are used: see `dist_ema.averaging.infinities`."""
+        self._watch.mend()
+
+    def _run(self, stream: Stream, job: Job) -> None:
+        self._begun = job
+        try:
+            try:
+                stream.run(lambda: self._move_all(job))
+                job.count()
+            except BaseException:
+                job.settle()
+                raise
+        except BaseException:  # a second one, before the first was dealt with
+            job.settle()
+            raise
+        self._begun = None
+
+    def _move_all(self, job: Job) -> None:
+        """The part of an update that touches tensors only."""
+        job()
+
+    @torch.no_grad()
+    def copy_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> None:
+        """Set all averages, or those of these names, to the live values; 0 for those left out. No communication.
+
+        Args:
+            fqns: names of tensors; None for all.
+            counted: count what is left out; not where an average is only shown, and the next update copies again.
+        """
+        self.set(Job([self.copying_live(fqns, counted=counted)]))
+
+    def copying_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> Lane:
+        """What `copy_live` does, as a part of a job for `set`."""
+        return Lane(lambda worker: self._steps_of_copy(fqns, counted=counted))
+
+    def _steps_of_copy(self, fqns: Collection[str] | None, *, counted: bool) -> Steps:
+        steps = Steps()
+        refused: dict[torch.device, list[torch.Tensor]] = {}
+
+        def copy() -> None:
+            refused.clear()
+            for track in self._tracks:
+                track.copy_live(fqns)
+            for shard, *values in zip(self._shards, *(track.values for track in self._tracks), strict=True):
+                if self._skip_nonfinite and (fqns is None or shard.fqn in fqns):
+                    # A mask that never moved is no overflow.
+                    taken = ~values[0].isnan() if masks_of(shard) else values[0].isfinite()
+                    if shard.fqn not in self._uncounted:
+                        refused.setdefault(taken.device, []).append((~taken).sum())
+                    for value in values:
+                        value.masked_fill_(~taken, 0.0)
+
+        steps.again(copy)
+        if self._skip_nonfinite and counted:
+            for device in {value.device for track in self._tracks[:1] for value in track.values}:
+                counter = self._counter(device)
+                told = torch.zeros_like(counter)
+                steps.again(partial(_add_up, told, refused))
+                steps.once(partial(counter.add_, told), counter)
+        return steps
+
+    def _counter(self, device: torch.device) -> torch.Tensor:
+        if device not in self._refused:
+            with torch.inference_mode(False):
+                counter = torch.zeros((), dtype=torch.int64, device=device)
+            self.stream.keep([counter])
+            self._refused[device] = counter
+        return self._refused[device]
+
+    @torch.no_grad()
+    def lerp(
+        self,
+        momenta: Sequence[float],
+        count: Once | None = None,
+        *,
+        unless: torch.Tensor | None = None,
+        first: Sequence[Lane] = (),
+    ) -> None:
+        """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
+
+        Done when `stream` is joined; until then nobody may write to the live values.
+
+        Args:
+            momenta: of each track, the weight of the live values, from 0 to 1.
+            count: tells that it is done, or will be.
+            unless: flag of one element; where it is not 0 nothing moves. Read on the device only.
+            first: what is done with it.
+        """
+        # 0 * (live - averaged) is not 0 where live is not finite, so a momentum of 0 does nothing.
+        active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
+        if not active:
+            self._run(Stream(), Job(first, count))
+            return
+        prepared = self._ready()
+        flag = None if unless is None else self.stream.hold(unless)
+        lanes = [*first, *prepared.lanes(partial(self._moves, prepared, active, flag))]
+        if self._watch.due:
+            lanes.append(Lane(partial(self._steps_of_look, self._watch.due)))
+        self._run(self.stream, Job(lanes, count, prepared.share))
+
+    def _ready(self) -> Prepared:
+        prepared = self._prepared
+        if prepared is None or not prepared.holds():
+            prepared = None
+            self._watch.follow()
+        watched = self._watch.watched()
+        if prepared is None or prepared.watched != watched:
+            self._prepared = prepared = None  # its memory goes before the new one comes
+            prepared = Prepared(
+                self._shards,
+                self._tracks,
+                skip_nonfinite=self._skip_nonfinite,
+                uncounted=self._uncounted,
+                watched=watched,
+            )
+            self.stream.keep(prepared.used())
+            self._prepared = prepared
+        return prepared
+
+    def _steps_of_look(self, due: Mapping[int, Any], worker: int) -> Steps:
+        steps = Steps()
+        steps.again(partial(self._watch.look_again, due))
+        return steps
+
+    def _moves(
+        self,
+        prepared: Prepared,
+        active: Sequence[tuple[int, float]],
+        unless: torch.Tensor | None,
+        blocks: Sequence[Block],
+        worker: int,
+    ) -> Steps:
+        """The steps that move these blocks."""
+        steps = Steps()
+        if prepared.is_fetched and unless is not None:
+            # Told once, before copies are under way that the flag would come after.
+            if unless.item() != 0.0:
+                return steps
+            unless = None
+        taken: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        results: list[torch.Tensor] = []
+        refused: dict[torch.device, list[torch.Tensor]] = {}
+        for block, live in prepared.brought(blocks, worker, steps):
+            if self._skip_nonfinite:
+                known = block.tracks[0] if block.watched else None
+                steps.again(partial(_take, taken, live, block.masks, known))
+                if block.counted:
+                    counter = self._counter(live[0].device)
+                    told = torch.zeros_like(counter)
+                    steps.again(partial(_refuse, refused, taken))
+                    steps.again(partial(_add_up, told, refused))
+                    steps.once(partial(counter.add_, told), counter)
+            for index, momentum in active:
+                averaged = block.tracks[index]
+                residuals = block.tracks[len(self._tracks) + index] if self._compensated else []
+                new = live
+                if self._skip_nonfinite:
+                    steps.again(partial(_keep, kept, taken, live, averaged))
+                    new = kept
+                weights = _Weights(averaged, momentum, unless)
+                if block.watched:
+                    steps.again(partial(_with_care, results, averaged, residuals, new, weights))
+                    steps.once(copying([*averaged, *residuals], results), averaged[0])
+                elif residuals and momentum != 1.0:
+                    for at, (value, residual) in enumerate(zip(averaged, residuals, strict=True)):
+                        steps.again(partial(_compensated, results, value, residual, new, at, weights))
+                        steps.once(copying([value, residual], results), value)
+                else:
+                    weight = momentum if unless is None else weights.of_each()
+                    steps.once(partial(torch._foreach_lerp_, averaged, new, weight), averaged[0])
+                    for residual in residuals:  # the average is the live values themselves
+                        steps.again(partial(residual.mul_, weights.left(residual)))
+        return steps
+
+
+class _Weights:
+    """The weight of the live values: the momentum, or 0 where the flag is set, which is read on the device only."""
+
+    def __init__(self, averaged: Sequence[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:
+        self.momentum = momentum
+        self._averaged = averaged
+        self._unless = unless
+        self._weights: dict[torch.device, torch.Tensor] = {}
+        self._skips: dict[torch.device, torch.Tensor] = {}
+        if unless is not None:
+            for device, value in {value.device: value for value in averaged}.items():
+                self._weights[device] = weight_unless(unless, momentum, value)
+                self._skips[device] = (unless.reshape(()) != 0).to(device)
+
+    def of(self, value: torch.Tensor) -> torch.Tensor | float:
+        """For one averaged tensor."""
+        return self.momentum if self._unless is None else self._weights[value.device]
+
+    def of_each(self) -> list[torch.Tensor]:
+        """For each of them, where there is a flag."""
+        return [self._weights[value.device] for value in self._averaged]
+
+    def left(self, residual: torch.Tensor) -> torch.Tensor | float:
+        """What a residual keeps when the average becomes the live values: nothing, or all where the flag is set."""
+        return 0.0 if self._unless is None else 1.0 - weight_unless(self._unless, self.momentum, residual)
+
+    def unless_skipped(self, new: torch.Tensor, former: torch.Tensor) -> torch.Tensor:
+        """The new values, or the former ones where the flag is set."""
+        if self._unless is None:
+            return new
+        return torch.where(self._skips[new.device], former.to(new.dtype), new)
+
+
+def _take(
+    taken: list[torch.Tensor],
+    live: Sequence[torch.Tensor],
+    masks: Sequence[float],
+    averaged: Sequence[torch.Tensor] | None,
+) -> None:
+    """Where live values may enter an average that leaves out what is not finite: also what it has already."""
+    taken[:] = [torch.isfinite(value) for value in live]
+    for where, value, known in zip(taken, live, averaged or (), strict=averaged is not None):
+        where |= is_mask(value, masks) | (value == known)
+
+
+def _refuse(refused: dict[torch.device, list[torch.Tensor]], taken: Sequence[torch.Tensor]) -> None:
+    refused.clear()
+    refused[taken[0].device] = [(~each).sum() for each in taken]
+
+
+def _add_up(told: torch.Tensor, refused: dict[torch.device, list[torch.Tensor]]) -> None:
+    if told.device in refused:
+        torch.sum(torch.stack(refused[told.device]), dim=0, out=told)
+
+
+def _keep(
+    kept: list[torch.Tensor],
+    taken: Sequence[torch.Tensor],
+    live: Sequence[torch.Tensor],
+    averaged: Sequence[torch.Tensor],
+) -> None:
+    # The averaged value stands for one that is left out: lerp(a, a, m) is a.
+    kept[:] = [torch.where(*three) for three in zip(taken, live, averaged, strict=True)]
+
+
+def _with_care(
+    results: list[torch.Tensor],
+    averaged: Sequence[torch.Tensor],
+    residuals: Sequence[torch.Tensor],
+    live: Sequence[torch.Tensor],
+    weights: _Weights,
+) -> None:
+    """The averages of tensors that may hold infinities: where either side is infinite, the live value."""
+    moved, lost = [], []
+    for at, (value, new) in enumerate(zip(averaged, live, strict=True)):
+        plain = ~(torch.isinf(value) | torch.isinf(new))
+        if residuals and weights.momentum != 1.0:
+            pair: list[torch.Tensor] = []
+            _compensated(pair, value, residuals[at], live, at, weights)
+            average, rest = pair
+        else:
+            average = torch.lerp(value, new, weights.of(value))
+            rest = residuals[at] * weights.left(residuals[at]) if residuals else value
+        moved.append(torch.where(plain, average, weights.unless_skipped(new, value)))
+        if residuals:
+            lost.append(torch.where(plain, rest, 0.0))
+    results[:] = [*moved, *lost]
+
+
+def _compensated(
+    results: list[torch.Tensor],
+    value: torch.Tensor,
+    residual: torch.Tensor,
+    live: Sequence[torch.Tensor],
+    at: int,
+    weights: _Weights,
+) -> None:
+    """See [Note: compensation]: averaged + residual is what is averaged."""
+    step = (live[at] - value).mul_(weights.momentum)
+    moved = residual.to(value.dtype).mul_(1.0 - weights.momentum)
+    step.add_(moved)
+    torch.add(value, step, out=moved)
+    lost = step.add_(value - moved)
+    results[:] = [weights.unless_skipped(moved, value), weights.unless_skipped(lost, residual)]

@@ -1,0 +1,100 @@
+"""A save behind training: the values of the call are copied to the host, and a thread writes them.
+
+The thread communicates on a process group of its own, so that it never meets the collectives of training or of our
+other calls. One save at a time: whoever comes next joins it first, and gets its error.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+
+import torch
+
+from dist_ema.averaging.averages import aligned
+from dist_ema.boxes.shards import Box
+from dist_ema.checkpoint.writing import Pieces
+
+__all__ = ["Background"]
+
+_ALIGNMENT_BYTES = 64
+
+
+class Background:
+    """The save that is under way, if there is one, and the host memory for the next; both are kept between saves."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._host: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def copied(self, tracks: Mapping[str, Pieces]) -> dict[str, Pieces]:
+        """The pieces with their values of this moment, in host memory. No communication; waits for the device."""
+        pieces = [piece for of_track in tracks.values() for piece in of_track]
+        starts, total = [], 0
+        for _, values in pieces:
+            starts.append(total)
+            total += aligned(values.nbytes, _ALIGNMENT_BYTES)
+        devices = {values.device for _, values in pieces if values.device.type != "cpu"}
+        if self._host is None or self._host.numel() != total:
+            self._host = None  # the former one goes before the new one comes
+            pinned = any(each.type == "cuda" for each in devices)
+            self._host = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        copies: list[tuple[Box, torch.Tensor]] = []
+        for (box, values), start in zip(pieces, starts, strict=True):
+            copy = self._host[start : start + values.nbytes].view(values.dtype).view(values.shape)
+            copies.append((box, copy.copy_(values, non_blocking=True)))
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        rest = iter(copies)
+        return {track: [next(rest) for _ in of_track] for track, of_track in tracks.items()}
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Have the thread do `work`. No communication here; `wait` must have been called."""
+        before = _under_way[-1]._thread if _under_way else None
+
+        def run() -> None:
+            # All saves share one process group: one after the other, on every rank in the order of the calls.
+            if before is not None and before.ident is not None:
+                before.join()
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
+
+        # Not a daemon: the interpreter waits for it at exit.
+        self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
+        _under_way.append(self)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if there is one. No communication here.
+
+        Raises:
+            CheckpointError: it failed; the same on all ranks.
+        """
+        if self._thread is not None:
+            if self._thread.ident is not None:  # else an interrupt came before it was started
+                self._thread.join()
+            self._thread = None
+            if self in _under_way:
+                _under_way.remove(self)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+# Those whose error nobody has seen yet, in the order of the calls. Kept alive until then.
+_under_way: list[Background] = []
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    while _under_way:
+        try:
+            _under_way[0].wait()
+        except Exception:
+            traceback.print_exc()

@@ -1,0 +1,197 @@
+"""Each rank reads the bytes of its own boxes, and of nothing else.
+
+A rank that cannot see the folder (each node has its own disk) is served by rank 0, in bounded pieces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_ema.boxes.shards import Box
+from dist_ema.disk.formats.byte_ranges import strips_of_box
+from dist_ema.disk.formats.checksums import PartialChecksums
+from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredTensor, open_regular, read_exactly
+from dist_ema.ranks.exchange import Exchange
+
+__all__ = ["Wanted", "read_boxes"]
+
+# Stored name of a tensor, the box of it to read, and a contiguous tensor of the box's sizes that is to be filled.
+Wanted = Sequence[tuple[str, Box, torch.Tensor]]
+
+# Read, checked and (for a rank without the folder) sent at a time.
+_CHUNK_BYTES = 8 * 2**20
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def read_boxes(
+    exchange: Exchange,
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    wanted: Wanted,
+    blind: Sequence[int],
+    checksums: PartialChecksums,
+) -> Exception | None:
+    """Collective: every rank must call it; it communicates only with ranks that are `blind`.
+
+    Extra memory: one chunk.
+
+    Args:
+        exchange: the traffic of all ranks.
+        folder: where the files lie.
+        tensors: stored name -> place; the same on every rank.
+        wanted: what this rank needs; converted where the dtype is another.
+        blind: the ranks that cannot see the folder; the same on every rank, rank 0 not among them.
+        checksums: counts in what this rank reads.
+
+    Returns:
+        What went wrong here; the caller must have the ranks agree on it.
+
+    Raises:
+        CommunicationError: other ranks are gone.
+    """
+    files = sorted({stored.file for stored in tensors.values()})
+    source: _Disk | _RankZero
+    failure: Exception | None = None
+    for rank in blind:
+        if exchange.rank == 0:
+            failure = _serve(exchange, rank, _Disk(folder, files)) or failure
+        elif exchange.rank == rank:
+            source = _RankZero(exchange)
+            failure = _read(source, files, tensors, wanted, checksums)
+            source.finish()
+    if exchange.rank not in blind:
+        failure = _read(_Disk(folder, files), files, tensors, wanted, checksums) or failure
+    return failure
+
+
+@torch.no_grad()
+def _read(
+    source: _Disk | _RankZero,
+    files: Sequence[str],
+    tensors: Mapping[str, StoredTensor],
+    wanted: Wanted,
+    checksums: PartialChecksums,
+) -> Exception | None:
+    try:
+        staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu")
+        for name, box, values in wanted:
+            stored = tensors[name]
+            dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+            direct = values.device.type == "cpu" and values.dtype == dtype
+            for index, strip in strips_of_box(stored.start, stored.shape, dtype.itemsize, box):
+                for skipped_bytes, part in _blocks(values[index].reshape(strip.count, -1), dtype.itemsize):
+                    host = part if direct else staging[: part.numel() * dtype.itemsize].view(dtype).view(part.shape)
+                    rows: Bytes = host.reshape(-1).view(torch.uint8).numpy().reshape(len(part), -1)
+                    row, within = divmod(skipped_bytes, strip.run_bytes)
+                    start = strip.start + row * strip.stride_bytes + within
+                    source.fill(files.index(stored.file), start, strip.stride_bytes, rows)
+                    checksums.add_rows(name, start - stored.start, strip.stride_bytes, rows)
+                    if not direct:
+                        part.copy_(host)
+        source.close()
+    except Exception as error:
+        with suppress(Exception):  # the first failure is told
+            source.close()
+        return error
+    return None
+
+
+def _blocks(values: torch.Tensor, itemsize: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of a 2-D tensor in blocks of bounded size, and the bytes of the file's dtype before each.
+
+    Whole rows; long rows one by one, in pieces.
+    """
+    count, numel = values.shape
+    if count == 1 or numel * itemsize > _CHUNK_BYTES:
+        step = max(1, _CHUNK_BYTES // itemsize)
+        for row in range(count):
+            for first in range(0, numel, step):
+                yield (row * numel + first) * itemsize, values[row : row + 1, first : first + step]
+        return
+    step = _CHUNK_BYTES // (numel * itemsize)
+    for row in range(0, count, step):
+        yield row * numel * itemsize, values[row : row + step]
+
+
+class _Disk:
+    """The files, as this rank sees them."""
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self._folder = folder
+        self._files = files
+        self._descriptors: dict[int, int] = {}  # at most one: tensors come file by file, nearly
+
+    def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
+        """Read the rows, each `stride_bytes` after the one before."""
+        if file not in self._descriptors:
+            self.close()
+            self._descriptors[file] = open_regular(self._folder / self._files[file])
+        for number, row in enumerate(rows):
+            read_exactly(self._descriptors[file], row, start + number * stride_bytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+# A request: file, start, stride_bytes, rows, bytes of a row; no rows end the service. The answer is the bytes.
+_REQUEST_NUMEL = 5
+
+
+class _RankZero:
+    """The files, as rank 0 reads them for us."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        # Now, since an answer that was asked for must be taken.
+        self._request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
+        self._answer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+
+    def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
+        """Have rank 0 read the rows."""
+        answer = self._answer[: rows.size]
+        self._request[:] = (file, start, stride_bytes, *rows.shape)
+        self._ask()
+        self._exchange.receive_bytes(torch.from_numpy(answer), 0)
+        rows[...] = answer.reshape(rows.shape)
+
+    def close(self) -> None:
+        """Nothing is open here."""
+
+    def finish(self) -> None:
+        """Tell rank 0 that we have all."""
+        self._request[:] = 0
+        self._ask()
+
+    def _ask(self) -> None:
+        self._exchange.send_bytes(torch.from_numpy(self._request).view(torch.uint8), 0)
+
+
+def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
+    """Read for a rank that cannot; it gets answers of the right size even after a failure here."""
+    failure: Exception | None = None
+    request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
+    answer = np.zeros(_CHUNK_BYTES, dtype=np.uint8)
+    while True:
+        exchange.receive_bytes(torch.from_numpy(request).view(torch.uint8), rank)
+        file, start, stride_bytes, count, run_bytes = request.tolist()
+        rows = answer[: count * run_bytes]
+        try:
+            if count == 0:
+                disk.close()
+                return failure
+            disk.fill(file, start, stride_bytes, rows.reshape(count, run_bytes))
+        except Exception as error:
+            failure = failure or error
+            if count == 0:
+                return failure
+        exchange.send_bytes(torch.from_numpy(rows), rank)

@@ -1,0 +1,5 @@
+"""The command line, `dist-ema`."""
+
+from dist_ema.cli.arguments import main
+
+__all__ = ["main"]

@@ -1,0 +1,290 @@
+"""What the commands of `dist-ema` do: each takes the parsed arguments and returns what to print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dist_ema.checks import absolute, local, target_folder
+from dist_ema.disk.folders.steady_reading import steadily
+from dist_ema.disk.manifest import Manifest, find_saved, read_manifest
+from dist_ema.disk.saved_average import check_files, damage_told, damaged_tensors, read_saved
+from dist_ema.disk.sources import Weights, find_weights
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
+from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.profiles import PowerSchedule
+from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
+
+__all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
+
+
+def verify(chosen: argparse.Namespace) -> str:
+    """Read all of an average and compare its checksums."""
+    source = local(chosen.src)
+    return steadily([source], lambda check: _verify(source))
+
+
+def _verify(source: Path) -> str:
+    saved = read_saved(source)
+    if not saved.manifest.checksums:
+        raise CheckpointMismatchError(
+            f"{saved.folder} was written without checksums (format version 1): its files fit its manifest, more cannot "
+            "be told. Load it and save it again to add them"
+        )
+    damaged, num_bytes = [], 0
+    with _progress(sum(t.nbytes for model in saved.models.values() for t in model.tensors.values())) as bar:
+        for name, size, is_damaged in damaged_tensors(saved):
+            num_bytes += size
+            bar.update(size)
+            damaged += [name] if is_damaged else []
+    if damaged:
+        raise CheckpointCorruptError(damage_told(saved.folder, damaged))
+    return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
+
+
+def consolidate(chosen: argparse.Namespace) -> str:
+    """Write one average as a plain model folder."""
+    import torch  # not needed by the other commands
+
+    from dist_ema.offline.consolidation import consolidate_checkpoint
+
+    saved = read_saved(local(chosen.src))
+    track = saved.track(chosen.track)
+    total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
+    with _progress(total) as bar:
+        consolidate_checkpoint(
+            chosen.src,
+            chosen.dst,
+            track=track,
+            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+            max_shard_size=chosen.max_shard_size,
+            link=chosen.link,
+            progress=bar.update,
+        )
+    return f"{chosen.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
+
+
+def diff(chosen: argparse.Namespace) -> str:
+    """Tell how far two sets of weights lie apart."""
+    from dist_ema.live.distance import relative_distance  # loads torch
+    from dist_ema.offline.comparison import Difference, differences
+
+    sources = [local(chosen.a), local(chosen.b)]
+    tracks = [chosen.track, chosen.track if chosen.track_b is None else chosen.track_b]
+
+    def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
+        a, b = map(find_weights, sources, tracks)
+        return a, b, sorted(differences(a, b), key=lambda each: -each.relative)
+
+    a, b, found = steadily(sources, read)
+    total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
+    ours, theirs = a.model.tensors, b.model.tensors
+    apart = [
+        *(f"only in {a.place}: {name}" for name in ours if name not in theirs),
+        *(f"only in {b.place}: {name}" for name in theirs if name not in ours),
+        *(
+            f"{name}: {list(ours[name].shape)} against {list(theirs[name].shape)}"
+            for name in ours
+            if name in theirs and ours[name].shape != theirs[name].shape
+        ),
+    ]
+    if chosen.json:
+        facts = {
+            "a": str(a.place),
+            "b": str(b.place),
+            "relative": total,
+            "tensors": {each.name: each.relative for each in found},
+            "apart": apart,
+        }
+        told = json.dumps(facts, indent=1)
+    else:
+        lines = [f"{each.relative:10.3e}  {each.name}" for each in found[: max(chosen.top, 0)]]
+        places = [f"a: {a.place}", f"b: {b.place}"]
+        told = "\n".join([*places, f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
+    if apart:
+        raise BadAnswer(told, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
+    return told
+
+
+def synthesize(chosen: argparse.Namespace) -> str:
+    """Make an average that nobody tracked."""
+    import torch  # not needed by most commands
+
+    from dist_ema.offline.synthesis import Synthesis, weigh, write
+
+    target = target_folder(chosen.out)
+    wanted = (
+        schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
+    )
+
+    def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
+        weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
+        with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
+            warnings.simplefilter("always")
+            made = write(
+                weighed,
+                target,
+                dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
+                max_shard_size=chosen.max_shard_size,
+                progress=bar.update,
+                check=check,
+            )
+        return made, warned
+
+    made, warned = steadily([absolute(chosen.snapshots)], work)
+    facts = {
+        "folder": str(made.folder),
+        "schedule": repr(made.schedule),
+        "num_updates": made.num_updates,
+        "num_snapshots": len({each.folder for each in made.weights if each.weight}),
+        "profile_error": made.profile_error,
+        "amplification": made.amplification,
+        "weights": [
+            {"folder": str(each.folder), "track": each.track, "num_updates": each.num_updates, "weight": each.weight}
+            for each in made.weights
+        ],
+        "warnings": [str(each.message) for each in warned],
+    }
+    if chosen.json:
+        return json.dumps(facts, indent=1)
+    lines = [
+        f"{made.folder}: {made.schedule!r} after {made.num_updates:,} updates",
+        f"  from {facts['num_snapshots']} snapshots, profile error {made.profile_error:.2e}, sum of absolute weights "
+        f"{made.amplification:.2f}",
+        *(f"  warning: {each.message}" for each in warned),
+    ]
+    return "\n".join(lines)
+
+
+def plot(chosen: argparse.Namespace) -> str:
+    """Draw schedules, or the profile that snapshots can express."""
+    local(chosen.out)
+    if chosen.sigma_rel is not None:
+        if chosen.src is None or chosen.schedule or chosen.steps is not None:
+            chosen.refuse("--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps")
+        return _plot_profiles(chosen)
+    if chosen.src is None and not chosen.schedule:
+        chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
+    from dist_ema.offline.plots import draw_schedules
+
+    manifest = None
+    if chosen.src is not None:
+        source = local(chosen.src)
+        manifest = steadily([source], lambda check: read_manifest(find_saved(source)))
+    tracks = {} if manifest is None else manifest.tracks
+    try:
+        schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
+    except ConfigError as error:
+        raise CheckpointMismatchError(f"{chosen.src} has a schedule that only its author can draw: {error}") from None
+    schedules |= {text: schedule_from_text(text) for text in chosen.schedule}
+    now = None if manifest is None else manifest.num_updates
+    steps = chosen.steps
+    if steps is None:
+        steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)
+    draw_schedules(schedules, steps, chosen.out, now=now)
+    told = f"{chosen.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
+    return told if now is None else f"{told}, now at {now:,}"
+
+
+def _total_steps(schedule: Schedule) -> int:
+    """The end of a schedule that has one, also within another; else 0."""
+    inner = getattr(schedule, "schedule", None)
+    return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
+
+
+def _plot_profiles(chosen: argparse.Namespace) -> str:
+    from dist_ema.offline.plots import MOST_POINTS, draw_profiles
+    from dist_ema.offline.posthoc import masses  # loads torch
+    from dist_ema.offline.synthesis import weigh
+
+    wanted = PowerSchedule(sigma_rel=chosen.sigma_rel)
+    weighed = steadily([absolute(chosen.src)], lambda check: weigh(chosen.src, wanted))
+    snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
+    edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
+    *each, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
+    achieved = sum(weight * profile for weight, profile in zip(weighed.fit.weights, each, strict=True))
+    draw_profiles(
+        edges,
+        (f"wanted: sigma_rel {chosen.sigma_rel:g}", target.tolist()),
+        (f"sum of snapshots, profile error {weighed.fit.error:.2e}", achieved.tolist()),
+        [profile.tolist() for profile in each],
+        chosen.out,
+    )
+    return (
+        f"{chosen.out}: sigma_rel {chosen.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved averages, "
+        f"profile error {weighed.fit.error:.2e}"
+    )
+
+
+class BadAnswer(DistEMAError):
+    """An answer to print all the same, and what is bad about it."""
+
+    def __init__(self, told: str, bad: str) -> None:
+        super().__init__(bad)
+        self.told = told
+
+
+def _progress(total_bytes: int) -> tqdm[Any]:
+    """A bar on stderr, where that is a terminal."""
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def inspect(chosen: argparse.Namespace) -> str:
+    """Tell what a saved average is."""
+    source = local(chosen.src)
+
+    def read(check: Callable[[], None]) -> dict[str, Any]:
+        folder = find_saved(source)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        return _facts(folder, manifest)
+
+    facts = steadily([source], read)
+    return json.dumps(facts, indent=1) if chosen.json else _told(facts)
+
+
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    averaged = [saved for saved in manifest.tensors.values() if saved.averaged]
+    return {
+        "folder": str(folder),
+        "num_updates": manifest.num_updates,
+        "tracks": {
+            name: {"schedule": schedule, "momentum": _momentum(schedule, manifest.num_updates)}
+            for name, schedule in manifest.tracks.items()
+        },
+        "num_tensors": len(manifest.tensors),
+        "num_averaged_tensors": len(averaged),
+        "num_averaged_elements": sum(math.prod(saved.shape) for saved in averaged),
+        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "options": dict(manifest.options),
+        "written_by": dict(manifest.written_by),
+    }
+
+
+def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
+    """Momentum of the next update; None for a schedule that only its author can rebuild."""
+    try:
+        return schedule_from_json(schedule).momentum(num_updates)
+    except (ConfigError, ArithmeticError):
+        return None
+
+
+def _told(facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['folder']}: {facts['num_updates']:,} updates",
+        f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "
+        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
+    ]
+    for name, track in facts["tracks"].items():
+        momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
+        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}")
+    lines.append("  options: " + ", ".join(f"{key}={value}" for key, value in facts["options"].items()))
+    lines.append("  written by: " + ", ".join(f"{key} {value}" for key, value in facts["written_by"].items()))
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""Building the averages of all ranks: each plans alone, then they see that they planned the same."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from dist_ema.averaging.state import AveragedState, dtype_name
+from dist_ema.boxes.coverage import Coverage
+from dist_ema.boxes.plan import Plan
+from dist_ema.checkpoint.saving import model_files
+from dist_ema.disk.formats.model_config import config_files
+from dist_ema.errors import ConfigError, RankMismatchError
+from dist_ema.live.teacher import Teacher
+from dist_ema.options import Options, checked_schedules
+from dist_ema.ranks.exchange import Exchange
+from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
+from dist_ema.topology.names import class_of, unwrapped
+from dist_ema.topology.planning import plan_model
+
+__all__ = ["build_state"]
+
+
+def build_state(
+    exchange: Exchange,
+    model: nn.Module,
+    schedule: Schedule | Mapping[str, Schedule],
+    options: Callable[[], Options],
+    into: nn.Module | None,
+) -> AveragedState:
+    """Collective: every rank must call it. The averages of `model`, allocated.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        model: the prepared model.
+        schedule: a schedule, or one for each track.
+        options: makes the options, or raises.
+        into: the teacher that is to hold the averages, or None.
+
+    Raises:
+        ConfigError: an option is out of range, or a pattern matches no name.
+        UnsupportedModelError: the model cannot be averaged exactly as it is.
+        RankMismatchError: the ranks do not agree about the model or the options.
+    """
+
+    def prepare() -> AveragedState:
+        chosen, schedules = options(), checked_schedules(schedule)
+        plan_one = functools.partial(
+            plan_model,
+            averages=chosen.averages,
+            excludes=chosen.excludes,
+            update_buffers=chosen.update_buffers,
+            rank=exchange.rank,
+            world_size=exchange.world_size,
+        )
+        plan = plan_one(model)
+        chosen.check_patterns(plan.names)
+        plan.check_not_empty()
+        if chosen.overlap:
+            _check_overlap(plan, into)
+        model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
+        teacher, inner = None, unwrapped(model)
+        if into is not None:
+            _check_teacher(into, chosen, schedules)
+            teacher = Teacher(plan, plan_one(into), chosen.dtype)
+        configuration = functools.partial(config_files, inner, class_of(inner).__name__)
+        state = AveragedState(plan, chosen, schedules, configuration, teacher)
+        state.manifest(exchange.world_size).check_size()
+        return state
+
+    action = "building the average"
+    state = exchange.agree(action, prepare)
+    # The boxes of the ranks fit together only if all planned the same model with the same options.
+    told = state.manifest(exchange.world_size).to_json()
+    live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
+    _compare_models(exchange, {**{name: told.pop(name) for name in ("tensors", "aliases")}, "live_dtypes": live_dtypes})
+    exchange.compare({**told, "into": into is not None})
+    _check_covered(exchange, state.plan)
+    exchange.agree(action, state.allocate)
+    own = [schedule_text(schedule_to_json(each)) for each in state.schedules.values() if not is_known(each)]
+    if own:
+        exchange.warn(
+            f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
+            "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
+        )
+    return state
+
+
+def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:
+    """Collective: every rank must call it. Refuses ranks whose models have other names, shapes or dtypes."""
+    try:
+        exchange.compare(told)
+    except RankMismatchError as error:
+        raise RankMismatchError(
+            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does "
+            "not serve such a model; a later one will. Until then shard the whole model over all ranks, with "
+            "fully_shard or tensor parallelism"
+        ) from None
+
+
+def _check_covered(exchange: Exchange, plan: Plan) -> None:
+    """Collective: every rank must call it. Refuses boxes of all ranks that overlap or leave holes."""
+    coverage = Coverage(plan.specs, exchange.broadcast_object(secrets.randbits(64)))
+    owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
+    coverage.check(exchange.sum_integers(coverage.contribution(owned)))
+
+
+def _check_overlap(plan: Plan, into: nn.Module | None) -> None:
+    if into is not None:
+        raise ConfigError("overlap=True and into are given, expected one: a teacher runs forward beside training too")
+    buffers = [spec.fqn for spec in plan.specs if spec.averaged and spec.is_buffer]
+    if buffers:
+        raise ConfigError(
+            f"overlap=True, but {len(buffers)} buffers are averaged ({buffers[0]}, ...), which a forward may write to "
+            "while an update reads them: exclude them, or leave update_buffers or overlap out"
+        )
+
+
+def _check_teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) -> None:
+    if not isinstance(into, nn.Module):
+        raise ConfigError(f"into is a {type(into).__name__}, expected a torch.nn.Module to hold the average")
+    if len(schedules) > 1:
+        raise ConfigError(f"into holds one average, but there are {len(schedules)} tracks: {list(schedules)}")
+    if options.compensated:
+        raise ConfigError("compensated=True with into, expected one: a teacher has no room for what rounding takes")
+    if options.device is not None:
+        raise ConfigError(f"device is {options.device} and into is given, expected one: a teacher lies where it lies")
+    trained = [name for name, parameter in into.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ConfigError(
+            f"{len(trained)} parameters of into require a gradient ({trained[0]}, ...): only the average moves a "
+            "teacher. Call teacher.requires_grad_(False) before it is wrapped"
+        )

@@ -1,0 +1,1 @@
+"""Saved averages as they lie on disk. Local files only; no communication."""

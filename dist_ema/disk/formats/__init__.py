@@ -1,0 +1,1 @@
+"""The bytes within files: safetensors, checksums, configuration files. Local files only."""

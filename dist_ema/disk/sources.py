@@ -1,0 +1,116 @@
+"""Which weights a path means, where several are in reach: the averaged ones. No communication.
+
+A checkpoint of accelerate under DDP has the live weights at its top (`model.safetensors`) and the average in a folder
+in it. Whoever gives the checkpoint to this package means the average; whoever means the live weights gives their file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_ema.disk.folders import contents
+from dist_ema.disk.formats.headers import INDEX_NAME, ONE_FILE_NAME, StoredModel, read_header, read_model_folder
+from dist_ema.disk.manifest import read_manifest
+from dist_ema.disk.saved_average import read_saved
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+
+__all__ = ["Weights", "find_start", "find_weights"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What was found.
+
+    Attributes:
+        place: the file or folder to name to a reader.
+        folder: of the files of `model`.
+        model: names, and where each tensor lies.
+        checksums: name -> CRC-32 of the whole tensor, where one was saved.
+    """
+
+    place: Path
+    folder: Path
+    model: StoredModel
+    checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def find_weights(source: Path, track: str | None) -> Weights:
+    """The weights of an average, checked against its manifest, of a model folder, or of a file.
+
+    Args:
+        source: the folder of an average, a checkpoint that holds one, a model folder, a safetensors file or an index.
+        track: which average, where there are several.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing, or several averages to choose from.
+        CheckpointMismatchError: there is no such track.
+        CheckpointCorruptError: files are missing, damaged, or contradict each other.
+    """
+    if source.is_file():
+        return _of_file(source)
+    folder = _averaged_side(contents.resolve(source))
+    if not contents.has_manifest(folder) and _has_weights(folder):
+        return Weights(folder, folder, read_model_folder(folder))
+    try:
+        saved = read_saved(folder)
+    except CheckpointNotFoundError as error:
+        if contents.has_manifest(folder) or contents.averages_in(folder):
+            raise
+        raise CheckpointNotFoundError(
+            f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
+        ) from error
+    chosen = saved.track(track)
+    place, checksums = saved.folder_of(chosen), saved.manifest.checksums.get(chosen, {})
+    return Weights(place, place, saved.models[chosen], checksums)
+
+
+def find_start(source: Path) -> Weights:
+    """The weights at which an average can begin: as `find_weights`, but nothing of a manifest has to fit.
+
+    Raises:
+        CheckpointNotFoundError: there are several averages to choose from.
+        CheckpointMismatchError: the average has several tracks to choose from.
+        CheckpointCorruptError: files are missing or damaged.
+    """
+    if not os.path.lexists(source):
+        raise CheckpointCorruptError(
+            f"{source} is missing, expected a model folder or a safetensors file: check the path"
+        )
+    if source.is_file():
+        return _of_file(source)
+    folder = _averaged_side(source)
+    if contents.has_manifest(folder) and not _has_weights(folder):
+        tracks = list(read_manifest(folder).tracks)
+        if len(tracks) > 1:
+            raise CheckpointMismatchError(
+                f"{folder} holds {len(tracks)} tracks, expected the weights of one: give the folder of one of them, "
+                f"{', '.join(str(folder / track) for track in tracks)}"
+            )
+    return Weights(folder, folder, read_model_folder(folder))
+
+
+def _of_file(source: Path) -> Weights:
+    if source.name == INDEX_NAME:
+        return Weights(source, source.parent, read_model_folder(source.parent))
+    file = read_header(source)
+    return Weights(source, source.parent, StoredModel({source.name: file}, file.tensors, None))
+
+
+def _averaged_side(folder: Path) -> Path:
+    """The average in a folder that holds one; else the folder."""
+    if not folder.is_dir() or contents.has_manifest(folder):
+        return folder
+    inside = [path for path in contents.averages_in(folder) if contents.is_average(path)]
+    if len(inside) > 1:
+        names = ", ".join(contents.name_of(path) for path in inside)
+        raise CheckpointNotFoundError(
+            f"{folder} holds several averages ({names}): give the folder of one of them, or the file of other weights"
+        )
+    return inside[0] if inside else folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (INDEX_NAME, ONE_FILE_NAME))

@@ -1,0 +1,1 @@
+"""The averages and the live model: in, out, beside it, and how far apart."""

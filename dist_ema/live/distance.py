@@ -1,0 +1,110 @@
+"""How far the live weights lie from an average, measured where the shards are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.tensor_blocks import cut_alike
+from dist_ema.boxes.plan import Plan
+from dist_ema.errors import ConfigError
+from dist_ema.options import matches_any, name_patterns
+from dist_ema.ranks.exchange import Exchange
+
+__all__ = ["Groups", "checked_groups", "distances", "metrics_of", "relative_distance"]
+
+# Name of a group -> glob pattern or patterns of the names in it.
+Groups = Mapping[str, str | Iterable[str]]
+
+WHOLE = "all"
+
+# Elements of both sides that are converted at a time.
+_CHUNK_NUMEL = 2**20
+
+
+def checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
+    """Group -> fqns of its averaged tensors; by default the model's children, then all of them together.
+
+    Raises:
+        ConfigError: a group is called "all", or none of its patterns matches an averaged name.
+    """
+    known_as = plan.names_of_tensors
+    names = {spec.fqn: known_as[spec.fqn] for spec in plan.specs if spec.averaged}
+    members: dict[str, set[str]] = {WHOLE: set(names)}
+    if groups is None:
+        for fqn in names:
+            members.setdefault(fqn.split(".")[0], set()).add(fqn)
+        members[WHOLE] = set(names)  # a child of that name does not hide the whole
+        return members
+    if not isinstance(groups, Mapping):
+        raise ConfigError(
+            f"groups is {groups!r}, expected group names and their patterns, such as {{'norms': '*norm*'}}"
+        )
+    for group, patterns in groups.items():
+        chosen = name_patterns(f"groups[{group!r}]", patterns)
+        members[group] = {fqn for fqn, known in names.items() if matches_any(known, chosen)}
+        if group == WHOLE or not members[group]:
+            raise ConfigError(
+                f"groups has {group!r}: {patterns!r}, expected another name than {WHOLE!r} and patterns that match "
+                f"some of the {len(names)} averaged names ({', '.join(list(names)[:3])}, ...)"
+            )
+    return members
+
+
+@torch.no_grad()
+def distances(
+    exchange: Exchange, state: AveragedState, track: str, members: Mapping[str, set[str]]
+) -> dict[str, float]:
+    """Collective: every rank must call it. Group -> `||live - averaged|| / ||live||`, the same on every rank.
+
+    Sums of squares in float64. Reads both sides once, in pieces; waits for the device once; sends two numbers a group.
+
+    Args:
+        exchange: the control traffic of all ranks.
+        state: the averages of this rank.
+        track: which average.
+        members: group -> fqns.
+    """
+    squares: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for shard, averaged in zip(state.shards, state.values(track), strict=True):
+        wide = torch.promote_types(averaged.dtype, torch.float32)
+        for ours, live in cut_alike(averaged, shard.live(), _CHUNK_NUMEL):
+            there = live.to(averaged.device, wide)
+            both = torch.stack([_square(there - ours), _square(there)])
+            squares.setdefault(averaged.device, []).append((shard.fqn, both))
+    by_name: dict[str, list[float]] = {}
+    for told in squares.values():
+        for (fqn, _), row in zip(told, torch.stack([both for _, both in told]).tolist(), strict=True):
+            by_name[fqn] = [a + b for a, b in zip(by_name.get(fqn, [0.0, 0.0]), row, strict=True)]
+    own = [
+        math.fsum(by_name[fqn][side] for fqn in sorted(fqns & by_name.keys()))
+        for fqns in members.values()
+        for side in (0, 1)
+    ]
+    total = exchange.sum_floats(own)
+    return {
+        group: relative_distance(difference, reference)
+        for group, difference, reference in zip(members, total[::2], total[1::2], strict=True)
+    }
+
+
+def relative_distance(difference: float, reference: float) -> float:
+    """`||a - b|| / ||b||` from the two sums of squares."""
+    if reference == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return math.sqrt(difference / reference)
+
+
+def metrics_of(state: AveragedState, track: str, prefix: str, found: Mapping[str, float]) -> dict[str, float]:
+    """What a tracker is told of one average. No communication."""
+    place = f"{prefix}/" if len(state.schedules) == 1 else f"{prefix}/{track}/"
+    parts = {f"{place}distance/{group}": value for group, value in found.items() if group != WHOLE}
+    return {f"{place}momentum": state.momentum(track), f"{place}distance": found[WHOLE], **parts}
+
+
+def _square(values: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()

@@ -1,0 +1,91 @@
+"""The averages laid out like the model's own state dict, for somebody else's checkpoints (`dcp.save`), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.shards import Form, Held
+from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
+from dist_ema.live.spreading import spread_all
+
+__all__ = ["check_forms", "sharded_tensors", "take_sharded"]
+
+
+def check_forms(plan: Plan) -> None:
+    """Refuse a model whose pieces have no form in a state dict. No communication.
+
+    Raises:
+        UnsupportedModelError: it is under FSDP1.
+    """
+    for held in _all_held(plan):
+        _form(held)
+
+
+@torch.no_grad()
+def sharded_tensors(
+    plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dtype, meeting: Sequence[Callable[[], None]] = ()
+) -> dict[str, torch.Tensor]:
+    """Collective along replicas only: every rank that holds the same tensors must call it.
+
+    Args:
+        plan: the model as boxes; `check_forms` has passed.
+        values: averaged values of `plan.owned(averaged=True)`.
+        dtype: of the averaged entries.
+        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
+
+    Returns:
+        Every tensor under each of its names, in new memory: plain or a DTensor, as the model has it.
+    """
+    plan.settle()
+    pieces: dict[str, torch.Tensor] = {}
+    for held in _all_held(plan):
+        live = held.values()
+        fresh = torch.empty(live.shape, dtype=dtype, device=live.device) if held.spec.averaged else live.clone()
+        pieces[held.spec.fqn] = fresh
+    # Buffers as within a swap.
+    spread_all(plan, values, lambda shard: shard.within(pieces[shard.fqn]), meeting, extra_state=True)
+    held_by_name = {held.spec.fqn: held for held in _all_held(plan)}
+    state = {spec.fqn: _form(held_by_name[spec.fqn]).wrap(pieces[spec.fqn]) for spec in plan.specs}
+    return state | {alias: state[fqn] for alias, fqn in plan.aliases.items()}
+
+
+def take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The values of `plan.owned(averaged=True)` in what `sharded_tensors` gave, sharing memory. No communication.
+
+    Raises:
+        CheckpointMismatchError: names, shapes or layouts are not the model's.
+    """
+    expected = {spec.fqn for spec in plan.specs if spec.averaged}
+    known = {*(spec.fqn for spec in plan.specs), *plan.aliases}
+    missing, extra = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - known)
+    if missing or extra:
+        raise CheckpointMismatchError(
+            f"the state dict lacks {len(missing)} averaged tensors {missing[:3]} and has {len(extra)} unknown ones "
+            f"{extra[:3]}, expected what sharded_state_dict of this model gives"
+        )
+    values = []
+    for shard in plan.owned(averaged=True):
+        piece = _form(shard.held).unwrap(shard.fqn, state_dict[shard.fqn])
+        if piece.shape != shard.held.box.sizes:
+            raise CheckpointMismatchError(
+                f"the entry of {shard.fqn} has {list(piece.shape)} on this rank, expected {list(shard.held.box.sizes)}"
+            )
+        values.append(shard.within(piece))
+    return values
+
+
+def _all_held(plan: Plan) -> list[Held]:
+    return [held for division in plan.divisions for held in division.held]
+
+
+def _form(held: Held) -> Form:
+    if held.form is None:
+        raise UnsupportedModelError(
+            f"{held.spec.fqn} lies in a flat parameter of FSDP1, whose shards have no form in a state dict: use save, "
+            "or shard the model with FSDP2 (fully_shard)"
+        )
+    return held.form

@@ -1,0 +1,225 @@
+"""Putting the averaged weights into the live model, and the live ones back.
+
+Owners write their boxes into the live tensors; where several ranks hold the same tensor (DDP, Replicate axes)
+each owner then broadcasts its run to the others, in buckets of bounded size. There every rank is also shown the
+buffers that the files hold, rank 0's. Under plain FSDP nothing is communicated, and each rank keeps its own buffers.
+The live values are kept aside first: one copy of what this rank holds of the averaged tensors, and of all persistent
+buffers, which a forward within the swap may change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from dist_ema.boxes.owners import Division
+from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.shards import Shard
+from dist_ema.ranks.broadcasts import broadcast_steps
+from dist_ema.uninterrupted import Job, Lane, Steps
+
+__all__ = ["LiveBackup", "put_average", "spread", "spread_all"]
+
+# Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
+_BUCKET_BYTES = 8 * 2**20
+
+
+class LiveBackup:
+    """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
+
+    No communication.
+
+    Attributes:
+        is_restored: whether they were put back.
+    """
+
+    @torch.no_grad()
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        plan.verify()
+        self._held = [held for division in plan.divisions if division.averaged for held in division.held]
+        self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
+        # Of these a swap changes those of other ranks, and a forward within it maybe all.
+        for division in plan.live_buffers(extra_state=False).divisions:
+            self._held += division.held
+            self._values += [torch.empty_like(live).copy_(live) for live in (held.values() for held in division.held)]
+        self.is_restored = False
+
+    @torch.no_grad()
+    def restore(self, *, anyway: bool = False) -> None:
+        """Put the kept values back, bit for bit; where that was cut off, again from the beginning. No communication.
+
+        Args:
+            anyway: also if gathered copies cannot be dropped, which then raises: what is saved and stepped from now on
+                must be live.
+        """
+        try:
+            self._plan.settle()
+        except BaseException:
+            if anyway:
+                self._put_back()
+            raise
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if not self.is_restored:
+            for held, value in zip(self._held, self._values, strict=True):
+                held.restore(value)
+            self.is_restored = True
+
+
+def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Callable[[], None]] = ()) -> None:
+    """Collective along replicas only: every rank that holds the same tensors must call it.
+
+    An interrupt does not cut off what the ranks have begun together: it goes on afterwards.
+
+    Args:
+        plan: the model as boxes.
+        values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
+        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
+    """
+    plan.settle()
+    spread_all(plan, values, lambda shard: shard.live(), meeting)
+
+
+def spread_all(
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    place: Callable[[Shard], torch.Tensor],
+    meeting: Sequence[Callable[[], None]] = (),
+    *,
+    extra_state: bool = False,
+) -> None:
+    """As `spread`, and where that communicates all ranks are also given the live buffers that their owner has.
+
+    Args:
+        plan: the model as boxes.
+        values: averaged values of `plan.owned(averaged=True)`, converted on the way.
+        place: as for `spread`.
+        meeting: as for `put_average`.
+        extra_state: whether what `get_extra_state` returns is among the buffers.
+    """
+    given: list[_Given] = [(plan, values, True)]
+    if plan.has_replicas:
+        buffers = plan.live_buffers(extra_state=extra_state)
+        given.append((buffers, [shard.live() for shard in buffers.owned(averaged=False)], False))
+    _spread(given, place, meeting)
+
+
+def spread(
+    plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+) -> None:
+    """Collective along replicas only: every rank that holds the same tensors must call it.
+
+    Args:
+        plan: the model as boxes.
+        values: values of `plan.owned(averaged=averaged)`, converted on the way.
+        place: where the values of a shard are to be, on its owner and on all other ranks that hold it.
+        averaged: the averaged tensors, or those that are always shown live.
+    """
+    _spread([(plan, values, averaged)], place, ())
+
+
+# A plan, values of what this rank owns of it, and whether these are the averaged ones.
+_Given = tuple[Plan, Sequence[torch.Tensor], bool]
+
+
+def _spread(
+    given: Sequence[_Given], place: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
+) -> None:
+    def make(worker: int) -> Steps:
+        steps = Steps()
+        for step in meeting:
+            steps.again(step)
+        room = _Room()
+        for plan, values, averaged in given:
+            _add_spreading(steps, plan, values, place, averaged, room)
+        return steps
+
+    with torch.no_grad():
+        Job([Lane(make)])()
+
+
+def _add_spreading(
+    steps: Steps,
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    place: Callable[[Shard], torch.Tensor],
+    averaged: bool,
+    room: _Room,
+) -> None:
+    for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
+        steps.again(functools.partial(place(shard).copy_, value))
+    for division in plan.divisions:
+        if division.averaged != averaged or len(division.ranks) == 1:
+            continue
+        for position, owner in enumerate(division.ranks):
+            for bucket in _buckets([place(shard) for shard in division.run(position)]):
+                _add_refreshing(steps, bucket, owner, division, room)
+
+
+class _Room:
+    """Scratch on each device, used by one broadcast after the other."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def __call__(self, nbytes: int, device: torch.device, use: str = "sent") -> torch.Tensor:
+        memory = self._memory.get((use, device))
+        if memory is None or memory.numel() < nbytes:
+            memory = torch.empty(max(nbytes, _BUCKET_BYTES), dtype=torch.uint8, device=device)
+            self._memory[use, device] = memory
+        return memory[:nbytes]
+
+
+def _buckets(run: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
+    bucket: list[torch.Tensor] = []
+    bucket_bytes = 0
+    for piece in (part for whole in run for part in _parts(whole)):
+        piece_bytes = piece.numel() * piece.element_size()
+        other_kind = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
+        if bucket and (other_kind or bucket_bytes + piece_bytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, bucket_bytes = [], 0
+        bucket.append(piece)
+        bucket_bytes += piece_bytes
+    if bucket:
+        yield bucket
+
+
+def _parts(piece: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The piece, or rows of it where it would have to be packed and is large."""
+    piece_bytes = piece.numel() * piece.element_size()
+    if piece.is_contiguous() or piece_bytes <= _BUCKET_BYTES:
+        return [piece]
+    parts: Sequence[torch.Tensor] = piece.split(max(1, piece.shape[0] * _BUCKET_BYTES // piece_bytes))
+    return parts
+
+
+def _add_refreshing(steps: Steps, pieces: Sequence[torch.Tensor], owner: int, division: Division, room: _Room) -> None:
+    if len(pieces) == 1 and pieces[0].is_contiguous():
+        broadcast_steps(steps, owner, _bytes(pieces[0]), division.ranks, division.groups, room)
+        return
+    numel = sum(piece.numel() for piece in pieces)
+    packed = room(numel * pieces[0].element_size(), pieces[0].device, "packed").view(pieces[0].dtype)
+    runs = packed.split([piece.numel() for piece in pieces])
+    parts = [run.view(piece.shape) for run, piece in zip(runs, pieces, strict=True)]
+    if division.ranks[division.position] == owner:
+        steps.again(functools.partial(_copy_all, parts, pieces))
+    broadcast_steps(steps, owner, _bytes(packed), division.ranks, division.groups, room)
+    if division.ranks[division.position] != owner:
+        steps.again(functools.partial(_copy_all, pieces, parts))
+
+
+def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as bytes, which every backend sends: gloo knows few dtypes."""
+    flat = values.detach().view(-1)
+    return (torch.view_as_real(flat).view(-1) if flat.is_complex() else flat).view(torch.uint8)

@@ -1,0 +1,100 @@
+"""Consolidating a checkpoint without the run: one process, no process group, no model.
+
+Tensors pass in bounded pieces, their checksums compared on the way. The same bytes as `ShardedEMA.consolidate` writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from dist_ema.checks import absolute, target_folder
+from dist_ema.disk.folders.steady_reading import steadily
+from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.formats.model_files import FileLayout
+from dist_ema.disk.saved_average import SavedAverage, damage_told, read_saved, stored_bytes
+from dist_ema.errors import CheckpointCorruptError, ConfigError
+from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
+from dist_ema.options import floating_dtype
+
+__all__ = ["consolidate_checkpoint"]
+
+
+def consolidate_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    track: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    link: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write one track of a saved average as a plain model folder to ship. Any one process; no communication.
+
+    Args:
+        src: what `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it. If a save replaces it meanwhile,
+            it is read again.
+        dst: the folder to write; a former export is replaced, atomically.
+        track: which average; may be left out if there is one.
+        dtype: floating-point tensors are converted to it; None keeps the averaged dtype.
+        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        link: give files that need no change a second name in the export (a hard link), where the file system can.
+            That takes no time and no space, but then there is one file: whoever writes into the export (`open(...,
+            "r+b")`, `safetensors.torch.save_file`, `numpy.memmap`) writes into the checkpoint. By default every file
+            is a copy, which shares blocks with the checkpoint only where the file system copies them on write.
+        progress: called with the number of bytes of each piece that was read.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        CheckpointNotFoundError: there is nothing at `src`.
+        CheckpointMismatchError: there is no such track, or a newer version of the format wrote it.
+        CheckpointCorruptError: it is damaged; nothing was written.
+        CheckpointError: `dst` cannot be written.
+    """
+    source, target, converted = absolute(src), target_folder(dst), floating_dtype("dtype", dtype)
+    if not isinstance(link, bool):  # "no" must not link
+        raise ConfigError(f"link is {link!r}, expected True or False")
+
+    def write(check: Callable[[], None]) -> None:
+        saved = read_saved(source)
+        name = saved.track(track)
+        own = stored_dtypes(saved)
+        dtypes = {fqn: converted if converted and each.is_floating_point else each for fqn, each in own.items()}
+        files = plan_export(saved, name, dtypes, max_shard_size, converted)
+        work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
+        write_model_folder(target, files, work.values, work.unchanged, check, link=link)
+
+    steadily([source], write)
+
+
+class _Consolidation:
+    """Reads the tensors of one track."""
+
+    def __init__(self, saved: SavedAverage, track: str, progress: Callable[[int], object]) -> None:
+        self._model = saved.models[track]
+        self._folder = saved.folder_of(track)
+        self._checksums = saved.manifest.checksums.get(track, {})
+        self._progress = progress
+
+    def unchanged(self, file: FileLayout) -> Path | None:
+        """The file of the track that is the same as `file`."""
+        stored = self._model.files.get(file.name)
+        if stored is None or stored.header_checksum != checksum(file.header):
+            return None
+        return Path(os.path.realpath(self._folder / file.name))
+
+    def values(self, fqn: str) -> Iterator[torch.Tensor]:
+        """A tensor in pieces; its checksum is compared at the end."""
+        stored = self._model.tensors[fqn]
+        found = 0
+        for piece in stored_bytes(self._folder, stored):
+            found = checksum(piece, found)
+            yield torch.frombuffer(piece, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
+            self._progress(piece.nbytes)
+        if self._checksums.get(fqn, found) != found:
+            raise CheckpointCorruptError(damage_told(self._folder / stored.file, [fqn]))

@@ -1,0 +1,149 @@
+"""Writing a plain model folder from saved averages: one process, no process group, no model.
+
+The same files as `ShardedEMA.consolidate` writes, committed the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from dist_ema.disk.folders import commit, contents
+from dist_ema.disk.folders.file_copies import clone, give_second_name
+from dist_ema.disk.formats.headers import INDEX_NAME, read_small
+from dist_ema.disk.formats.model_config import CONFIG_NAME, CONFIG_NAMES, are_described, config_with_dtype
+from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, plan_files, write_all, write_whole
+from dist_ema.disk.saved_average import SavedAverage
+from dist_ema.errors import CheckpointCorruptError, CheckpointError
+
+__all__ = ["plan_export", "stored_dtypes", "write_model_folder"]
+
+# Gives the values of a tensor, by its name: consecutive pieces of any dtype. Raises if the tensor proves damaged.
+Values = Callable[[str], Iterable[torch.Tensor]]
+
+
+def stored_dtypes(saved: SavedAverage) -> dict[str, torch.dtype]:
+    """Fqn -> dtype in the files of a saved average."""
+    return {fqn: getattr(torch, tensor.dtype) for fqn, tensor in saved.manifest.tensors.items()}
+
+
+def plan_export(
+    saved: SavedAverage,
+    track: str,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_size: int | str,
+    config_dtype: torch.dtype | None,
+) -> ModelFiles:
+    """The files of an export that looks like one track of a saved average.
+
+    Args:
+        saved: the average.
+        track: the track beside whose weights the configuration of the model lies.
+        dtypes: fqn -> dtype in the export.
+        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        config_dtype: what the configuration of the model is to name; None to leave it as it is.
+
+    Raises:
+        ConfigError: `max_shard_size` cannot be read.
+        CheckpointCorruptError: the configuration of the model cannot be read.
+    """
+    tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
+    metadata = {**saved.manifest.aliases, contents.MARK: contents.MARK_VALUE}
+    files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    # A folder that an older version wrote may have one beside the names of an adapter.
+    described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
+    texts = _texts(saved.folder_of(track), config_dtype) if described else {}
+    return dataclasses.replace(files, texts=texts, unfit=() if described else CONFIG_NAMES)
+
+
+def write_model_folder(
+    target: Path,
+    files: ModelFiles,
+    values: Values,
+    unchanged: Callable[[FileLayout], Path | None],
+    check: Callable[[], None],
+    *,
+    link: bool = False,
+) -> None:
+    """Write the folder, whole or not at all; a former export is replaced.
+
+    Args:
+        target: the folder.
+        files: its layout.
+        values: of each tensor, converted on the way.
+        unchanged: an existing file that is the same as one to write, or None.
+        link: give such a file a second name, where the file system can. Else it is copied: one pass over its bytes
+            both compares the checksums and writes, or only compares, where the file system shares blocks.
+        check: called before the folder is committed; raises if what was read was replaced meanwhile.
+
+    Raises:
+        CheckpointError: there is something else at `target`, or it cannot be written.
+    """
+    staged = None
+    try:
+        staged = commit.stage(target, contents.is_export, sum(file.size_bytes for file in files.files))
+        _fill(staged.folder, files, values, unchanged, link=link)
+        check()
+        commit.publish(staged, files.unfit)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        if staged is not None:
+            commit.discard(staged)
+
+
+def _fill(
+    staging: Path,
+    files: ModelFiles,
+    values: Values,
+    unchanged: Callable[[FileLayout], Path | None],
+    *,
+    link: bool,
+) -> None:
+    share = give_second_name if link else clone
+    for file in files.files:
+        source = unchanged(file)
+        # Shared before it is read: a save that replaces the source in between is found by the checksums.
+        if source is None or not share(source, staging / file.name):
+            _write(file, staging / file.name, values)
+            continue
+        for fqn in file.entries:
+            for _ in values(fqn):
+                pass
+    if files.index is not None:
+        write_whole(staging / INDEX_NAME, files.index)
+    for name, content in files.texts.items():
+        write_whole(staging / name, content)
+
+
+def _write(file: FileLayout, path: Path, values: Values) -> None:
+    write_whole(path, file.header, size_bytes=file.size_bytes)
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for fqn, entry in file.entries.items():
+            offset = entry.start
+            for piece in values(fqn):
+                content = host_bytes(piece, entry.dtype).numpy()
+                write_all(descriptor, content, offset)
+                offset += content.nbytes
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _texts(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The model's configuration files, if they are beside its weights; config.json names the dtype."""
+    found = {}
+    for name in CONFIG_NAMES:
+        path = folder / name
+        if path.is_file() and not path.is_symlink():  # not somebody's link to another file of ours
+            content = read_small(path)
+            try:
+                found[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content
+            except (ValueError, RecursionError) as error:
+                raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
+    return found

@@ -1,0 +1,252 @@
+"""Making an average that nobody tracked out of saved ones: one process, no process group, no model.
+
+Tensors pass in bounded pieces through one float64 sum. Each saved average's piece is read into one buffer, and its file
+is open only for that, so neither memory nor open files grow with their number. The checksum of every tensor that is
+read is compared on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dist_ema.checks import absolute, target_folder
+from dist_ema.disk.folders.steady_reading import steadily
+from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.saved_average import damage_told, read_piece
+from dist_ema.errors import CheckpointCorruptError
+from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
+from dist_ema.offline.posthoc import Fit, fit
+from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
+from dist_ema.options import checked_schedules, floating_dtype
+from dist_ema.schedules.base import Schedule
+
+__all__ = ["Synthesis", "WeighedSnapshots", "WeightedAverage", "synthesize", "weigh", "write"]
+
+# Elements of a tensor that are in memory at a time: 4 MiB of float64 for the sum, and as much again for what is added.
+_PIECE_NUMEL = 2**19
+
+_LARGE_ERROR = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedAverage:
+    """A saved average in the sum: its folder, its track, how many updates it had, and its weight."""
+
+    folder: Path
+    track: str
+    num_updates: int
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """What `synthesize` has made.
+
+    Attributes:
+        folder: the model folder.
+        schedule: whose average it is.
+        num_updates: after how many updates.
+        weights: of the saved averages; they sum to 1. Those of weight 0 were not read.
+        profile_error: relative L2 distance of the achieved weights of all observations from the wanted ones.
+        amplification: sum of the absolute weights: the rounding of what was saved shows so much more, at most.
+    """
+
+    folder: Path
+    schedule: Schedule
+    num_updates: int
+    weights: tuple[WeightedAverage, ...]
+    profile_error: float
+    amplification: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WeighedSnapshots:
+    """Saved averages, and the weights that make of them the average of `schedule`."""
+
+    snapshots: Snapshots
+    schedule: Schedule
+    fit: Fit
+
+    @property
+    def parts(self) -> list[tuple[Source, float]]:
+        """What is read, and its weight."""
+        weighted = zip(self.snapshots.sources, self.fit.weights, strict=True)
+        return [(source, weight) for source, weight in weighted if weight]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `write` will read."""
+        averaged = {fqn for fqn, tensor in self.snapshots.latest.manifest.tensors.items() if tensor.averaged}
+        total = sum(t.nbytes for source, _ in self.parts for fqn, t in source.tensors.items() if fqn in averaged)
+        return total + sum(t.nbytes for fqn, t in self.snapshots.sources[-1].tensors.items() if fqn not in averaged)
+
+
+def synthesize(
+    snapshots: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    schedule: Schedule,
+    *,
+    num_updates: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], object] | None = None,
+) -> Synthesis:
+    """Write the average that `schedule` would have made, as a plain model folder. Any one process; no communication.
+
+    It is the weighted sum of the saved averages whose weights of all observations come nearest (EDM2: arXiv 2312.02696,
+    section 3.2), exact but for `profile_error`. Snapshots do not tell which live values `skip_nonfinite` left out, nor
+    that averages began anew or at somebody's weights (`restart`, `start_from`, `load(new=...)`): those count as
+    observed all along. Give each such stretch of a run a folder of its own.
+
+    Args:
+        snapshots: the folder of the saved averages of a run (`ShardedEMA.snapshot`), or of checkpoints that hold them.
+        out: the folder to write; a former export is replaced, atomically.
+        schedule: of the wanted average, such as `PowerSchedule(sigma_rel=0.15)`.
+        num_updates: after how many updates; None for those of the latest snapshot. Later snapshots are not used. What
+            is not averaged (buffers) comes from the latest that is used.
+        dtype: floating-point tensors are converted to it; None for averages in float32 (float64 if they were saved
+            so), all else as it is.
+        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        progress: called with the number of bytes of each piece that was read.
+
+    Raises:
+        ConfigError: an argument is out of range, or no snapshot can be used.
+        CheckpointNotFoundError: there is no folder `snapshots`.
+        CheckpointMismatchError: the snapshots are not of one model and one set of options (two runs that agree in these
+            are not told apart), or one of their schedules only its author can rebuild.
+        CheckpointCorruptError: one is damaged; nothing was written.
+        CheckpointError: `out` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from dist_ema import PowerSchedule, ShardedEMA, synthesize
+        >>> model, folder = torch.nn.Linear(2, 1), tempfile.mkdtemp()
+        >>> ema = ShardedEMA(model, {"short": PowerSchedule(sigma_rel=0.05), "long": PowerSchedule(sigma_rel=0.10)})
+        >>> for step in range(1, 101):
+        ...     ema.update()
+        ...     if step % 10 == 0:
+        ...         ema.snapshot(f"{folder}/snapshots", dtype=torch.bfloat16)
+        >>> synthesize(f"{folder}/snapshots", f"{folder}/model", PowerSchedule(sigma_rel=0.075)).profile_error < 0.02
+        True
+    """
+    target, converted = target_folder(out), floating_dtype("dtype", dtype)
+
+    def work(check: Callable[[], None]) -> Synthesis:
+        weighed = weigh(snapshots, schedule, num_updates)
+        return write(weighed, target, dtype=converted, max_shard_size=max_shard_size, progress=progress, check=check)
+
+    return steadily([absolute(snapshots)], work)
+
+
+def weigh(snapshots: str | os.PathLike[str], schedule: Schedule, num_updates: int | None = None) -> WeighedSnapshots:
+    """The weights of the saved averages, without reading their tensors; see `synthesize`.
+
+    Raises:
+        ConfigError: an argument is out of range, or no snapshot can be used.
+        CheckpointError: as `synthesize`.
+    """
+    (checked,) = checked_schedules({"wanted": schedule}).values()
+    found = read_snapshots(absolute(snapshots), num_updates)
+    averaged = [fqn for fqn, tensor in found.latest.manifest.tensors.items() if tensor.averaged]
+    rounding = [_rounding(source, averaged) for source in found.sources]
+    profiles = [source.profile for source in found.sources]
+    return WeighedSnapshots(found, checked, fit(profiles, found.profile(checked), rounding))
+
+
+def _rounding(source: Source, averaged: Sequence[str]) -> float:
+    """Relative rounding error of the stored averages, the largest."""
+    return max((torch.finfo(dtype).eps / 2.0 for dtype in {_dtype(source, fqn) for fqn in averaged}), default=0.0)
+
+
+def _dtype(source: Source, fqn: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[source.tensors[fqn].dtype])
+    return dtype
+
+
+def write(
+    weighed: WeighedSnapshots,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    progress: Callable[[int], object] | None,
+    check: Callable[[], None],
+) -> Synthesis:
+    """Sum up what was weighed; see `synthesize`, which checks the arguments."""
+    snapshots, found = weighed.snapshots, weighed.fit
+    latest, last = snapshots.latest, snapshots.sources[-1]
+    dtypes = stored_dtypes(latest)
+    averaged = [fqn for fqn, tensor in latest.manifest.tensors.items() if tensor.averaged]
+    wide = dtype or (torch.float64 if torch.float64 in {dtypes[fqn] for fqn in averaged} else torch.float32)
+    dtypes |= dict.fromkeys(averaged, wide)
+    dtypes = {fqn: dtype if dtype and own.is_floating_point else own for fqn, own in dtypes.items()}
+    files = plan_export(latest, last.track, dtypes, max_shard_size, wide)
+    if found.error > _LARGE_ERROR:
+        warnings.warn(
+            f"the snapshots cannot express {weighed.schedule!r} after {snapshots.num_updates} updates: the profile of "
+            f"their best sum is off by {found.error:.0%}. More snapshots help, tracks that average longer and shorter "
+            "than the wanted one, and a number of updates at which there is a snapshot",
+            UserWarning,
+            stacklevel=5,
+        )
+    values = _Sum(weighed, progress or (lambda num_bytes: None)).values
+    write_model_folder(target, files, values, lambda file: None, check)
+    return Synthesis(
+        folder=target,
+        schedule=weighed.schedule,
+        num_updates=snapshots.num_updates,
+        weights=tuple(
+            WeightedAverage(source.snapshot, source.track, source.profile.num_updates, weight)
+            for source, weight in zip(snapshots.sources, found.weights, strict=True)
+        ),
+        profile_error=found.error,
+        amplification=found.amplification,
+    )
+
+
+class _Sum:
+    """Reads the saved averages side by side."""
+
+    def __init__(self, weighed: WeighedSnapshots, progress: Callable[[int], object]) -> None:
+        self._tensors = weighed.snapshots.latest.manifest.tensors
+        self._place = {fqn: place for place, fqn in enumerate(self._tensors)}
+        self._parts = weighed.parts
+        self._live = [(weighed.snapshots.sources[-1], 1.0)]
+        self._progress = progress
+        self._sum = torch.empty(_PIECE_NUMEL, dtype=torch.float64, device="cpu")
+        self._buffer = memoryview(bytearray(_PIECE_NUMEL * 8))
+
+    def values(self, fqn: str) -> Iterator[torch.Tensor]:
+        """A tensor in pieces: the sum where it is averaged, else that of the latest snapshot."""
+        tensor = self._tensors[fqn]
+        parts = self._parts if tensor.averaged else self._live
+        found = [0] * len(parts)
+        numel = math.prod(tensor.shape)
+        for start in range(0, numel, _PIECE_NUMEL):
+            total = self._sum[: min(_PIECE_NUMEL, numel - start)].zero_()
+            values = total
+            for index, (source, weight) in enumerate(parts):
+                piece = self._read(source, fqn, start, len(total))
+                found[index] = checksum(piece, found[index])
+                values = torch.frombuffer(piece, dtype=_dtype(source, fqn))
+                if tensor.averaged:
+                    total.add_(values.double(), alpha=weight)
+            yield total if tensor.averaged else values
+        for (source, _), each in zip(parts, found, strict=True):
+            if source.checksums and source.checksums[self._place[fqn]] != each:
+                raise CheckpointCorruptError(damage_told(source.folder / source.tensors[fqn].file, [fqn]))
+
+    def _read(self, source: Source, fqn: str, start: int, count: int) -> memoryview:
+        item_bytes = _dtype(source, fqn).itemsize
+        piece = self._buffer[: count * item_bytes]
+        read_piece(source.folder, source.tensors[fqn], start * item_bytes, piece)
+        self._progress(piece.nbytes)
+        return piece

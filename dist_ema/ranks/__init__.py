@@ -1,0 +1,1 @@
+"""Every collective of the package, and the waiting of ranks for one another."""

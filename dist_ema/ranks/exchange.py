@@ -1,0 +1,387 @@
+"""Every collective of the package.
+
+[Note: agreement]
+A rank that fails before a collective leaves the others waiting for the process group's timeout (30 minutes
+by default). So work that can fail is done locally first, inside `Exchange.agree`: the ranks then compare one
+integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
+It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
+
+What ends a call in any other way (an interrupt, a defect) makes its rank leave the group of the calls, which tells
+the others at once: see [Note: leaving] in groups.py, and calls.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_ema.errors import (
+    CheckpointError,
+    CommunicationError,
+    DistEMAError,
+    RankMismatchError,
+    agreed,
+    described,
+    error_class,
+    is_agreed,
+)
+from dist_ema.messages import level_of_caller, told_difference
+from dist_ema.ranks.arrival import arrival_seconds, present_world, wait_for_all
+from dist_ema.ranks.groups import Farewell, Link, this_world
+
+__all__ = ["Exchange"]
+
+T = TypeVar("T")
+
+# The making of a group for a thread, at a place where all ranks are already.
+_BESIDE_SECONDS = 30.0
+# Modules whose exceptions are reasons of a failure; a class of the program's own (of a signal handler, say) goes on.
+_COMMON_ERRORS = ("builtins", "torch", "numpy", "json", "struct", "zlib", "pickle", "_pickle")
+
+
+class Exchange:
+    """Control traffic among all ranks of the default process group; trivial when there is none. No communication.
+
+    Args:
+        link: of a thread that communicates beside the calls of the main one; None for the link of the calls.
+
+    Attributes:
+        world_size: how many ranks there are.
+        rank: of this process.
+        is_beside: whether it is that of a thread.
+    """
+
+    def __init__(self, link: Link | None = None) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank() if distributed else 0
+        self.is_beside = link is not None
+        self._link = link
+        self._world = this_world()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which comes to its calls by itself."""
+        return self.__dict__ | {"_link": None, "_world": None}
+
+    def arrive(self, call: str, *, hurried: bool = True) -> None:
+        """Collective: every rank must call it. Waits until all ranks have come to the same place.
+
+        Rank 0 logs for whom it waits, after `DIST_EMA_NOTICE_SECONDS`.
+
+        Args:
+            call: what it is the beginning of.
+            hurried: end it after `DIST_EMA_ARRIVAL_SECONDS`, if that is set; otherwise, as without it, after the
+                default group's timeout.
+
+        Raises:
+            CommunicationError: some rank did not come in time, or has left the call; the same on all ranks, also on
+                those that come later. The next call works.
+            ConfigError: one of the variables has a value that is none.
+        """
+        limits: tuple[float, float] | DistEMAError
+        try:
+            limits = arrival_seconds()
+        except DistEMAError as error:
+            limits = error
+        if self.world_size == 1:
+            if isinstance(limits, DistEMAError):
+                raise limits
+            return
+        world = self._world = present_world(call, self.rank, self.world_size)
+        world.num_calls += 1
+        self._link = world.link
+        if isinstance(limits, DistEMAError):
+            raise self._left(call, limits)
+        notice_seconds, seconds = limits
+        wait_for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
+        self._link = world.link
+
+    def _leave(self, link: Link, kind: str, message: str, *, lives: bool) -> DistEMAError:
+        """Leave a link. Returns what all ranks raise."""
+        num_calls = 0 if self._world is None else self._world.num_calls
+        said = link.leave(Farewell(num_calls, kind, message, lives))
+        if self._world is not None and link is self._world.link:
+            self._world.renew()
+        return agreed(error_class(said.kind)(said.message))
+
+    def _left(self, call: str, error: BaseException) -> DistEMAError:
+        """Leave the call because of an error that only this rank may have. Returns what all ranks raise."""
+        if isinstance(error, DistEMAError):
+            kind, message = described(error)
+        else:
+            kind = (CheckpointError if isinstance(error, OSError) else CommunicationError).__name__
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            message = (
+                f"rank {self.rank} left {call} before its end ({reason}). The call has ended on all ranks, and may be "
+                "made again on all of them"
+            )
+        if self._link is None:
+            return error_class(kind)(message)
+        return self._leave(self._link, kind, message, lives=True)
+
+    def abandon(self, call: str, error: BaseException) -> None:
+        """Tell the other ranks that this one ends a call by an error that they may not have; they end it too.
+
+        Raises:
+            DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+        """
+        if self.world_size == 1 or is_agreed(error):
+            return
+        told = self._left(call, error)
+        if isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _COMMON_ERRORS:
+            raise told from error
+        if isinstance(error, DistEMAError):
+            raise told from error
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls this process has come to."""
+        return 0 if self._world is None else self._world.num_calls
+
+    @property
+    def epoch(self) -> int:
+        """A number that is the same on all ranks within a call, and another one after a call that was cut off.
+
+        What decides whether a call communicates further, and was set by an earlier call, counts in its epoch only: a
+        call that was cut off may have set it on some ranks and not on others.
+        """
+        return 0 if self._world is None else self._world.num_links
+
+    def beside(self) -> Exchange:
+        """Collective: every rank must call it, within a call. An exchange for a thread beside the calls.
+
+        Raises:
+            CommunicationError: its group could not be made; other ranks are gone.
+        """
+        if self.world_size == 1 or self._world is None:
+            return self
+        action = "preparing to save in the background"
+        link = self._world.beside(lambda number: self._combine(action, [number], dist.ReduceOp.MAX)[0])
+
+        def make() -> None:
+            try:
+                link.make(min(arrival_seconds()[1] or _BESIDE_SECONDS, _BESIDE_SECONDS))
+            except RuntimeError as error:
+                raise CommunicationError(f"rank {self.rank} lost the other ranks: {_first_line(error)}") from error
+
+        self.agree(action, make)
+        return Exchange(link)
+
+    @contextmanager
+    def _together(self, action: str) -> Iterator[Link]:
+        """The link, where there are several ranks. Tells what a broken connection or a timeout means here."""
+        if not self.is_beside and (self._link is None or not self._link.is_made):
+            self.arrive(action)
+        link = self._link
+        if link is None:
+            raise CommunicationError(f"{action}: this copy of an average has no thread to communicate in")
+        try:
+            if self._world is not None and self._world.group is not dist.group.WORLD:
+                raise RuntimeError("the process group was destroyed")
+            yield link
+        except (RuntimeError, ValueError) as error:
+            message = (
+                f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
+                f"call; perhaps one died, or did something else, or the process group was destroyed before wait() "
+                f"({_first_line(error)})"
+            )
+            raise self._leave(link, CommunicationError.__name__, message, lives=False) from error
+
+    def agree(self, action: str, work: Callable[[], T]) -> T:
+        """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
+
+        Args:
+            action: what is being done, for the message.
+            work: must not communicate. See [Note: agreement].
+
+        Raises:
+            CommunicationError: other ranks are gone, or did not call in time.
+            DistEMAError: the class the first failed rank raised, the same on every rank. An OSError becomes
+                `CheckpointError`, anything else the root class.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        self.settle(action, failure)
+        return result  # type: ignore[return-value]
+
+    def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
+        """Collective: every rank must call it. Runs `work` on rank 0 and gives its result, or its error, to all ranks.
+
+        For what one rank decides for all; `work` must not communicate, and its result must survive a pickle.
+
+        Raises:
+            CommunicationError: other ranks are gone.
+            DistEMAError: what `work` raised, the same on every rank.
+        """
+        told: tuple[Any, tuple[str, str] | None] = (None, None)
+        cause: Exception | None = None
+        if self.rank == 0:
+            try:
+                told = (work(), None)
+            except Exception as error:
+                kind, message = described(error)
+                known = isinstance(error, DistEMAError)
+                told = (None, (kind, message if known else f"{action}: rank 0 failed: {message}"))
+                cause = None if known else error
+        result, failure = self.broadcast_object(told)
+        if failure is not None:
+            raise agreed(error_class(failure[0])(failure[1])) from cause
+        return result  # type: ignore[no-any-return]
+
+    def warn(self, message: str) -> None:
+        """Collective: every rank must call it. Warns on rank 0; where warnings are errors, all ranks raise."""
+
+        def tell() -> None:
+            if self.rank == 0:
+                warnings.warn(message, UserWarning, stacklevel=level_of_caller())
+
+        self.agree("warning", tell)
+
+    def settle(self, action: str, failure: Exception | None) -> None:
+        """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
+
+        Raises:
+            DistEMAError: as `agree` does.
+        """
+        if self.world_size == 1:
+            reports = [] if failure is None else [(0, *described(failure))]
+        else:
+            if not self._combine(action, [0 if failure is None else 1], dist.ReduceOp.MAX)[0]:
+                return
+            gathered = self.gather_objects(None if failure is None else described(failure))
+            reports = [(rank, *report) for rank, report in enumerate(gathered) if report is not None]
+        if not reports:
+            return
+        kind, message = reports[0][1:]
+        if any(other[1:] != (kind, message) for other in reports) or len(reports) < self.world_size:
+            told = "; ".join(f"rank {rank}: {reason}" for rank, _, reason in reports)
+            message = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
+        # The cause is worth a second traceback only if the message does not tell it all.
+        raise agreed(error_class(kind)(message)) from (None if isinstance(failure, DistEMAError) else failure)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collective: every rank must call it. The values of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        with self._together("exchanging a message") as link:
+            return link.gather(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Collective: every rank must call it. The value of rank 0, on every rank."""
+        if self.world_size == 1:
+            return value
+        with self._together("exchanging a message") as link:
+            return link.broadcast(value)
+
+    def compare(self, told: Mapping[str, Any], working_folder: str | None = None) -> None:
+        """Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
+
+        Costs one gather of a digest; the texts themselves travel only where the digests differ.
+
+        Args:
+            told: what must be alike.
+            working_folder: from which a path in `told` was taken; named where paths differ.
+
+        Raises:
+            RankMismatchError: names the first difference; the same on all ranks.
+        """
+        text = json.dumps(told)
+        digests = self.gather_objects(hashlib.sha256(text.encode()).hexdigest())
+        if len(set(digests)) == 1:
+            return
+        texts = self.gather_objects((text, working_folder))
+        raise agreed(RankMismatchError(told_difference(digests, texts)))
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Collective: every rank must call it. The sums over the ranks, on every rank."""
+        return self._combine("adding up over the ranks", values, dist.ReduceOp.SUM)
+
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        """Collective: every rank must call it. The sums over the ranks in float64, the same on every rank."""
+        return self._combine("adding up over the ranks", values, dist.ReduceOp.SUM, torch.float64)
+
+    def xor_integers(self, values: Sequence[int]) -> list[int]:
+        """Collective: every rank must call it. The exclusive-or over the ranks, on every rank."""
+        return self._combine("combining the checksums", values, dist.ReduceOp.BXOR)
+
+    def _combine(
+        self,
+        action: str,
+        values: Sequence[Any],
+        operation: dist.ReduceOp.RedOpType,
+        dtype: torch.dtype = torch.int64,
+    ) -> list[Any]:
+        combined = torch.tensor(values, dtype=dtype, device="cpu")
+        if self.world_size > 1 and len(values):
+            with self._together(action) as link:
+                link.reduce(combined, operation)
+        told: list[Any] = combined.tolist()
+        return told
+
+    def meeting(self, action: str) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Collective: every rank must do both steps. No rank passes the second before all have done the first.
+
+        For what must not begin on some ranks only: whoever ends the call before its first step ends it for all.
+
+        Returns:
+            Steps that may be cut off and done again (see `dist_ema.uninterrupted`): begin it, and wait for it.
+        """
+        if self.world_size == 1:
+            return (lambda: None), (lambda: None)
+        with self._together(action) as link:
+            passing = link.meeting()
+        failures: list[DistEMAError] = []
+
+        def wait() -> None:
+            if failures:
+                raise failures[0]
+            try:
+                with self._together(action):
+                    passing.wait()
+            except DistEMAError as error:
+                failures.append(error)
+                raise
+
+        return passing.begin, wait
+
+    def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Collective: every rank must call it. Row r goes to rank r; row r of the answer came from rank r."""
+        if self.world_size == 1:
+            return rows
+        with self._together("planning an exchange") as link:
+            received = torch.empty_like(rows)
+            link.transpose(received, rows)
+        return received
+
+    def send_bytes(self, values: torch.Tensor, target: int) -> None:
+        """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
+        with self._together("sending tensors") as link:
+            link.send(values, target)
+
+    def receive_bytes(self, values: torch.Tensor, source: int) -> None:
+        """Point to point: `source` must call `send_bytes`. Fills a CPU uint8 tensor of the sent size."""
+        with self._together("receiving tensors") as link:
+            link.receive(values, source)
+
+    def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
+        """Point to point, both ways at once: `target` must receive what is `sent`, `source` send what is `received`.
+
+        CPU uint8 tensors; None where there is nothing to send or to receive.
+        """
+        with self._together("exchanging tensors") as link:
+            link.pass_on(sent, target, received, source)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
