@@ -1,4 +1,7 @@
-"""Words for the caller: a warning at the line that called this package, and where two records differ. No communication."""
+"""Words for the caller: a warning at the line that called the package, and where two records differ.
+
+No communication.
+"""
 
 from __future__ import annotations
 
