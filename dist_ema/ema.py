@@ -183,8 +183,7 @@ class ShardedEMA:
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
                 the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has its
-                cost.
-                `attach` passes it by itself.
+                cost. `attach` passes it by itself.
 
         Raises:
             SwapError: the averaged weights are in the model.
