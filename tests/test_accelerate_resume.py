@@ -39,7 +39,6 @@ from dist_ema import (
     CosineSchedule,
     ShardedEMA,
     attach,
-    storage,
 )
 from dist_ema.checkpoint import save_calls
 
@@ -362,7 +361,7 @@ def saved_behind_training(layout: str, folder: str) -> None:
         at_stop = run.values()
         for name, average in run.averages.items():
             average.save(os.path.join(foreground, name))
-        with mock.patch.object(storage, "write_average", write_late):
+        with mock.patch.object(save_calls, "write_average", write_late):
             run.save(background)
             run.train(END)
             expected = run.values()
@@ -378,7 +377,7 @@ def saved_behind_training(layout: str, folder: str) -> None:
         assert run.step == STOP and run.counts() == [STOP, STOP]
         assert_same_values(run.values(), at_stop)
         run.train(STOP + 1)
-        with mock.patch.object(storage, "write_average", write_late):
+        with mock.patch.object(save_calls, "write_average", write_late):
             run.save(background)
             run.load(background)  # joins the save
         assert run.counts() == [STOP + 1, STOP + 1]
@@ -400,7 +399,7 @@ def ended_early(folder: str) -> None:
 
     # The real one also destroys the process group, which the tests after this one need.
     ends = mock.patch.object(Accelerator, "end_training", lambda self: None)
-    with ends, mock.patch.object(storage, "write_average", write_late), new_run("ddp", background=True) as run:
+    with ends, mock.patch.object(save_calls, "write_average", write_late), new_run("ddp", background=True) as run:
         run.train(1)
         run.save(folder)
         run.accelerator.end_training()
