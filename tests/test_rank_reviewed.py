@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from hostile import sealed
 from safetensors.torch import save_file
-from test_rank_averages import assert_same_bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from twins import assert_same_bits
 from zoo import build, set_live
 
 from dist_ema import (
