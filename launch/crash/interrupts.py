@@ -1,8 +1,8 @@
 """Interrupts at every line of the package, and real signals at random times: is everything whole or not at all?
 
-    python launch/crash/interrupts.py                      # every line of every row: some minutes (saves: `--rows save`)
+    python launch/crash/interrupts.py                  # every line of every row: some minutes (saves: `--rows save`)
     python launch/crash/interrupts.py --rows swap --every 7
-    python launch/crash/interrupts.py --signals 200        # real signals at random times, half of them followed by a second
+    python launch/crash/interrupts.py --signals 200    # real signals at random times, half of them followed by a second
 
 An exception is raised before the k-th line of the package that a call comes to, for every k; or by the handler of a
 timer's signal. After it, live weights, averages, residuals, counters and the teacher must be those of before the call,

@@ -1,6 +1,6 @@
 """Evaluate averaged weights in a fresh process that has never heard of dist_ema: safetensors alone.
 
-    python launch/pretrain/evaluate_export.py runs/demo/checkpoint-600/ema/model.safetensors --model runs/demo/model.json
+    python launch/pretrain/evaluate_export.py OUT/checkpoint-600/ema/model.safetensors --model OUT/model.json
 
 Same text, same windows and same arithmetic as the trainer, so the loss must be the one the trainer saw
 under ``ema.average_parameters()``. Prints one line of JSON.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, load_model
+from tiny import averaged_once
 from torch import nn
 from twins import assert_same_bits, averaging, oracle
 from zoo import Nasty, build, set_live
@@ -308,3 +310,23 @@ def load_with_another_schedule(folder: str) -> None:
 def test_another_schedule_is_told_and_allowed(world, tmp_path) -> None:
     world(2).run(save, "ddp", str(tmp_path / "ema"), torch.float32)
     world(2).run(load_with_another_schedule, str(tmp_path / "ema"))
+
+
+def warnings_are_errors(folder: str) -> str:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    ema = averaged_once(model)
+    with torch.no_grad():
+        model.weight.add_(1e-5 * dist.get_rank())
+    with warnings.catch_warnings():
+        if dist.get_rank() == 0:
+            warnings.simplefilter("error")
+        with pytest.raises(DistEMAError) as caught:
+            ema.save(folder)
+    return str(caught.value)
+
+
+def test_a_warning_that_is_an_error_on_rank_0_ends_the_call_on_all(world, tmp_path) -> None:
+    first, second = world(2).run(warnings_are_errors, str(tmp_path / "ema"))
+    assert first == second and "drifted apart" in first
+    assert not list(tmp_path.iterdir())

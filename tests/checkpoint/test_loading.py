@@ -14,7 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from tiny import averaged_once
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from twins import assert_same_bits
 from zoo import build, set_live
 
 from dist_ema import (
@@ -343,3 +347,49 @@ def test_an_interrupt_before_the_thread_of_a_save_has_begun_does_not_spoil_later
     ema.save(tmp_path / "ema", background=True)
     ema.wait()
     ShardedEMA(nn.Linear(2, 2), HALF).load(tmp_path / "ema")
+
+
+def experts(dtype: torch.dtype) -> nn.Module:
+    """Long stretches at distances: experts, sharded within each."""
+    model = nn.Module()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    torch.manual_seed(0)
+    whole = torch.randn(3, 2, 3_000_000).to(dtype)
+    model.register_parameter("w", nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)])))
+    return model
+
+
+def load_experts(folder: str) -> None:
+    ema = averaged_once(experts(torch.bfloat16))
+    ema.save(os.path.join(folder, "ema"))
+    ema.consolidate(os.path.join(folder, "half"), dtype=torch.bfloat16)
+    expected = ema.full_state_dict()
+    for ready in (False, True):
+        again = ShardedEMA(experts(torch.bfloat16), HALF)
+        if ready:
+            again.update()
+        again.load(os.path.join(folder, "ema"))
+        state = again.full_state_dict()
+        if dist.get_rank() == 0:
+            assert_same_bits(state, expected)
+    again.start_from(os.path.join(folder, "half"))
+    state = again.full_state_dict()
+    if dist.get_rank() == 0:
+        assert torch.equal(state["w"], expected["w"].bfloat16().float())
+
+
+def test_stretches_longer_than_a_chunk_are_read_into_other_dtypes(world, tmp_path) -> None:
+    world(2).run(load_experts, str(tmp_path))
+
+
+def test_many_files_need_few_descriptors(tmp_path) -> None:
+    import resource
+
+    model = nn.ParameterList([torch.ones(4) for _ in range(300)])
+    averaged_once(model).save(tmp_path / "ema", max_shard_size=16)
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, former[1]))
+    try:
+        averaged_once(nn.ParameterList([torch.ones(4) for _ in range(300)])).load(tmp_path / "ema")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)

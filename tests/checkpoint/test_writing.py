@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts_zoo import build_layout, read_whole, set_whole
+from tiny import averaged_once
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from twins import assert_same_bits
+from zoo import build
 
 from dist_ema import (
     CheckpointError,
@@ -373,3 +376,28 @@ def test_a_rank_that_dies_in_the_first_background_save_does_not_hang_the_others(
     """Making a process group waits for a rank that is gone as long as the group's timeout is: 30 minutes."""
     with pytest.raises(AssertionError, match="the survivor was told"):
         world(2).run(dies_while_the_group_is_made, str(tmp_path / "ema"))
+
+
+def may_not_look(folder: str) -> None:
+    """What root squashing does to a rank: looking at the folder is refused."""
+    ema = averaged_once(build("ddp"))
+    real = Path.exists
+
+    def refused(path: Path) -> bool:
+        if ".staging" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    if dist.get_rank() == 1:
+        Path.exists = refused
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ema.save(folder)
+    finally:
+        Path.exists = real
+    ema.load(folder)
+
+
+def test_a_rank_that_may_not_look_at_the_folder_is_served(world, tmp_path) -> None:
+    world(2).run(may_not_look, str(tmp_path / "ema"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hostile import sealed
 from safetensors.torch import load_file, save_file
+from tiny import averaged_once
 from torch import nn
 
 from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
@@ -163,3 +165,15 @@ def test_the_installed_command_works_in_a_pipe_that_closes_early(saved) -> None:
     command = f"{shlex.quote(sys.executable)} -m dist_ema.cli inspect {shlex.quote(str(saved))} --json | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout == "{" and done.stderr == ""
+
+
+def test_the_command_line_writes_what_its_stream_can_encode(tmp_path) -> None:
+    averaged_once().save(tmp_path / "größe" / "ema")
+    command = [sys.executable, "-m", "dist_ema.cli", "inspect", str(tmp_path / "größe")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "gr\\xf6" in done.stdout and done.stderr == ""
+    for redirection, complaint in ((">&-", "no standard output"), (">/dev/full", "No space left")):
+        line = f"{sys.executable} -m dist_ema.cli inspect '{tmp_path / 'größe'}' {redirection}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr

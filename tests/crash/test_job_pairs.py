@@ -1,4 +1,7 @@
-"""Two jobs in one folder: one wins whole, the other is told, nothing is lost. The command is launch/crash/job_pairs.py."""
+"""Two jobs in one folder: one wins whole, the other is told, nothing is lost.
+
+The command with more pairs is launch/crash/job_pairs.py.
+"""
 
 from __future__ import annotations
 

@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import HALF, averaged_once
 from torch import nn
 
 from dist_ema import (
     CheckpointError,
     CheckpointNotFoundError,
-    ConstantSchedule,
     ShardedEMA,
     consolidate_checkpoint,
 )
+from dist_ema.checkpoint import saving
 from dist_ema.disk.folders import claims, commit, contents, mounts
-
-HALF = ConstantSchedule(momentum=0.5)
 
 
 def averaging(num_updates: int, tracks: int = 1) -> ShardedEMA:
@@ -454,3 +454,91 @@ def test_a_folder_with_something_mounted_in_it_is_refused_and_what_is_mounted_st
     with pytest.raises(CheckpointError, match="mounted at"):
         averaging(2).save(tmp_path / "ema")
     assert (tmp_path / "ema" / "logs" / "log").read_text() == "kept" and os.listdir(tmp_path) == ["ema"]
+
+
+def test_a_folder_with_somebody_elses_manifest_json_is_not_replaced(tmp_path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
+    save_file({"precious": torch.ones(2)}, tmp_path / "app" / "model.safetensors")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "app").iterdir()}
+    with pytest.raises(CheckpointError, match="no saved average of ours"):
+        averaged_once().save(tmp_path / "app")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "app").iterdir()} == before
+
+
+def test_an_average_whose_manifest_is_damaged_can_be_saved_over(tmp_path) -> None:
+    averaged_once().save(tmp_path / "ema")
+    (tmp_path / "ema" / "manifest.json").write_text("{]")
+    averaged_once().save(tmp_path / "ema")
+    averaged_once().load(tmp_path / "ema")
+
+
+def test_a_commit_that_cannot_remove_the_former_folder_succeeds(tmp_path, monkeypatch) -> None:
+    """NFS keeps a file that somebody reads, so the folder is not empty."""
+    averaged_once().save(tmp_path / "ema")
+    real = commit.shutil.rmtree
+
+    def busy(path, ignore_errors=False) -> None:
+        if not ignore_errors and ".ema.old" in str(path):
+            raise OSError(39, "Directory not empty", str(path))
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", busy)
+    for _ in range(2):
+        ema = averaged_once()
+        ema.update()
+        ema.save(tmp_path / "ema")
+        again = ShardedEMA(nn.Linear(2, 2), HALF)
+        again.load(tmp_path / "ema")
+        assert again.num_updates == 2
+    monkeypatch.undo()
+    averaged_once().save(tmp_path / "ema")
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+
+
+def test_an_empty_folder_at_the_target_does_not_hide_the_former_average(tmp_path, monkeypatch) -> None:
+    averaged_once().save(tmp_path / "ema")
+    (tmp_path / "ema").rename(tmp_path / ".ema.old")  # cut off between the renames
+    (tmp_path / "ema").mkdir()  # by a launcher that prepares its folders
+    for source in (tmp_path / "ema", tmp_path):
+        averaged_once().load(source)
+
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        averaged_once().save(tmp_path / "ema")
+    monkeypatch.undo()
+    averaged_once().load(tmp_path / "ema")
+    averaged_once().save(tmp_path / "ema")
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+
+
+def test_a_commit_whose_second_rename_fails_puts_the_former_folder_back(tmp_path, monkeypatch) -> None:
+    averaged_once().save(tmp_path / "ckpt")
+    for dtype in (torch.float32, torch.float16):
+        consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export", dtype=dtype)
+        before = (tmp_path / "export" / "model.safetensors").read_bytes()
+    real = Path.rename
+
+    def fails(source: Path, target: Path) -> Path:
+        if ".staging-" in source.name:
+            raise OSError(5, "Input/output error")
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(CheckpointError, match=r"export could not be written: .*Input/output"):
+        consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "export"]
+
+
+def test_a_folder_of_notes_with_the_name_of_a_new_track_keeps_them(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    averaged_once(model).save(tmp_path / "ema")
+    (tmp_path / "ema" / "fast").mkdir()
+    (tmp_path / "ema" / "fast" / "notes.txt").write_text("keep")
+    ema = ShardedEMA(model, {"fast": HALF, "slow": HALF})
+    ema.save(tmp_path / "ema")
+    assert (tmp_path / "ema" / "fast" / "notes.txt").read_text() == "keep"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import averaged_once
 
 from dist_ema import (
     CheckpointError,
@@ -258,3 +259,9 @@ def test_foreign_folders_are_neither_replaced_nor_read(tmp_path) -> None:
         commit.resolve(tmp_path / "none")
     with pytest.raises(CheckpointNotFoundError, match="is a file"):
         commit.resolve(tmp_path / "own" / "notes.txt")
+
+
+@pytest.mark.parametrize("size", [0, -1, "-5GB", True, float("nan"), "2 gigs", "foo"])
+def test_shard_sizes_that_are_none_are_refused(tmp_path, size) -> None:
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        averaged_once().save(tmp_path / "ema", max_shard_size=size)

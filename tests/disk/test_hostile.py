@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import ONE_FILE, SEVERAL_FILES, sealed
+from tiny import averaged_once
 from torch import nn
 
 from dist_ema import (
+    CheckpointCorruptError,
     CheckpointMismatchError,
     ConfigError,
     ConstantSchedule,
@@ -235,3 +237,29 @@ def test_a_manifest_with_any_value_at_any_place_is_used_or_refused(sound, tmp_pa
             assert main(["inspect", str(folder)]) in (0, 1)
             assert "Traceback" not in capsys.readouterr().err
     assert refused > used > 0
+
+
+def load_deep(folder: str) -> str:
+    with pytest.raises(CheckpointCorruptError) as caught:
+        averaged_once().load(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [40, 900, 100_000])
+def test_a_deeply_nested_manifest_is_refused_on_every_rank(world, tmp_path, capsys, depth) -> None:
+    averaged_once().save(tmp_path / "ema")
+    path = tmp_path / "ema" / "manifest.json"
+    record = json.loads(path.read_text())
+    record["written_by"] = {}
+    text = sealed(record) if depth > 1000 else None
+    if text is None:
+        for _ in range(depth):
+            record["written_by"] = {"x": record["written_by"]}
+        text = sealed(record)
+    else:
+        text = text.replace('"written_by": {}', '"written_by": ' + '{"x":' * depth + "1" + "}" * depth)
+    path.write_text(text)
+    first, second = world(2).run(load_deep, str(tmp_path / "ema"))
+    assert first == second
+    assert main(["inspect", str(tmp_path / "ema")]) == 1
+    assert "Traceback" not in capsys.readouterr().err

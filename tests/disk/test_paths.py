@@ -7,12 +7,12 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from tiny import HALF, averaged_once
 from torch import nn
 from upgrades import TRACKS
 
 from dist_ema import (
     ConfigError,
-    ConstantSchedule,
     DistEMAError,
     PowerSchedule,
     ShardedEMA,
@@ -25,8 +25,6 @@ from dist_ema.cli import main
 from dist_ema.disk import manifest
 from dist_ema.disk.formats import headers
 from dist_ema.disk.formats import model_files as files
-
-HALF = ConstantSchedule(momentum=0.5)
 
 
 class Cached:
@@ -252,3 +250,24 @@ def test_the_size_that_is_foretold_of_a_manifest_is_no_less_than_its_own(tmp_pat
     monkeypatch.setattr(manifest, "LARGEST_RECORD_BYTES", written - files_bytes)
     with pytest.raises(DistEMAError, match=r"manifest\.json would have"):
         ShardedEMA(Named("a", "ü", "x" * 300), TRACKS)
+
+
+def test_a_working_folder_that_was_removed_is_no_reason_not_to_save(tmp_path) -> None:
+    averaged_once().save(tmp_path / "ema")
+    (tmp_path / "gone").mkdir()
+    former = os.getcwd()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        averaged_once().save(tmp_path / "ema")
+        with pytest.raises(ConfigError, match="working folder was removed"):
+            averaged_once().save("relative")
+    finally:
+        os.chdir(former)
+
+
+def test_a_tensor_with_the_name_that_the_format_reserves_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.register_parameter("__metadata__", nn.Parameter(torch.ones(2)))
+    with pytest.raises(UnsupportedModelError, match="reserves"):
+        ShardedEMA(model, HALF)

@@ -201,8 +201,9 @@ def assert_average_is_the_file(out: Path, *, step: int) -> None:
 
 
 def test_the_export_has_the_loss_that_the_trainer_saw(uninterrupted, text, tmp_path) -> None:
+    weights = uninterrupted / "checkpoint-6" / "ema" / "model.safetensors"
     export = run(
-        sys.executable, "launch/pretrain/evaluate_export.py", uninterrupted / "checkpoint-6" / "ema" / "model.safetensors",
+        sys.executable, "launch/pretrain/evaluate_export.py", weights,
         "--model", uninterrupted / "model.json", "--data", text, "--eval-windows", 64,
     )  # fmt: skip
     assert json.loads(export)["loss"] == pytest.approx(float(rows(uninterrupted)[-1]["averaged"]), abs=1e-4)
@@ -212,7 +213,6 @@ def test_the_export_has_the_loss_that_the_trainer_saw(uninterrupted, text, tmp_p
 
 def test_accelerate_launch_starts_the_script_with_the_cpu_configuration(tmp_path, text) -> None:
     out = tmp_path / "out"
-    run(
-        *ACCELERATE, "launch/configs/cpu_gloo.yaml", "launch/pretrain/pretrain.py", "--data", text, "--out", out, *SMALL
-    )
+    command = [*ACCELERATE, "launch/configs/cpu_gloo.yaml", "launch/pretrain/pretrain.py"]
+    run(*command, "--data", text, "--out", out, *SMALL)
     assert manifest(out / "checkpoint-6")["written_by"]["world_size"] == 2

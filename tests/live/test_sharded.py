@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from layouts_zoo import build_layout, clean, read_whole, set_whole
 from oracle import NaiveAverage
+from tiny import HALF, averaged_once
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from twins import assert_same_bits
@@ -128,3 +130,14 @@ def refusals() -> list[str]:
 def test_state_dicts_that_do_not_fit_are_refused_alike_on_every_rank(world) -> None:
     first, second = world(2).run(refusals)
     assert first == second and "lacks 1 averaged" in first[0] and "1 unknown" in first[1] and "DTensor" in first[2]
+
+
+def test_a_state_dict_loaded_after_a_new_head_is_not_overwritten_by_the_live_weights(tmp_path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2)})
+    averaged_once(model).save(tmp_path / "ema")
+    model["head"] = nn.Linear(2, 2)
+    ema = ShardedEMA(model, HALF)
+    ema.load(tmp_path / "ema", new="head.*")
+    state = {name: torch.full_like(value, 7.0) for name, value in ema.sharded_state_dict().items()}
+    ema.load_sharded_state_dict(state, num_updates=9)
+    assert all((value == 7.0).all() for value in ema.full_state_dict().values())

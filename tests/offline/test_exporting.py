@@ -12,10 +12,12 @@ import pytest
 import torch
 from accelerated import accelerator_of
 from safetensors.torch import load_file, save_file
+from tiny import averaged_once
 from torch import nn
 
 from dist_ema import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
     ConfigError,
@@ -268,3 +270,11 @@ def test_diff_of_what_accelerate_saved_finds_nothing_changed(tmp_path, capsys) -
     consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export")
     assert main(["diff", str(tmp_path / "ckpt"), str(tmp_path / "export")]) == 0
     assert "0.000e+00  all 2 tensors" in capsys.readouterr().out
+
+
+def test_a_pipe_in_the_place_of_a_former_export_does_not_hang(tmp_path) -> None:
+    averaged_once().save(tmp_path / "ckpt")
+    consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export")
+    os.mkfifo(tmp_path / "export" / "manifest.json")
+    with pytest.raises(CheckpointError, match="give the name of a new or empty folder"):
+        consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export")
