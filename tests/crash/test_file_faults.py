@@ -12,6 +12,8 @@ from ranks import World
 
 from dist_ema.checkpoint import writing
 
+pytestmark = pytest.mark.ranks
+
 # One in how many points is tried.
 EVERY = {"save": 13, "full_state_dict": 7, "construction": 7}
 DEFAULT = 19

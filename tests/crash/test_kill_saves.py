@@ -50,6 +50,7 @@ def kill_at_random(folder: Path) -> tuple[list[Result], list[str]]:
     return results, generations.beside(trials.target)
 
 
+@pytest.mark.ranks
 def test_killed_at_any_moment_the_folder_is_whole_and_the_survivors_are_told(forking, tmp_path) -> None:
     results, beside = forking(kill_at_random, tmp_path)
     assert all(result.good for result in results), told(results)
@@ -66,6 +67,7 @@ def kill_at_each_change(folder: Path, size: int, changes: list[str] | None) -> t
     return found, [trials.kill(Kill(tuple(range(size)), event=number)) for number in wanted]
 
 
+@pytest.mark.ranks
 def test_killed_before_each_change_in_the_file_system(forking, tmp_path) -> None:
     changes, results = forking(kill_at_each_change, tmp_path, 1, None)
     assert all(result.inside for result in results)
@@ -94,6 +96,7 @@ def kill_rank_0_at_turning_points(folder: Path) -> list[Result]:
     return [trials.kill(Kill((0,), event=number)) for number in (*numbers, numbers[-1] + 1)]
 
 
+@pytest.mark.ranks
 def test_survivors_are_told_that_rank_0_died_in_the_commit(forking, tmp_path) -> None:
     results = forking(kill_rank_0_at_turning_points, tmp_path)
     assert [result.outcome for result in results] == ["old", "old", "old", "old", "new"], told(results)
@@ -108,6 +111,7 @@ def kill_in_recovery(folder: Path) -> list[Result]:
     return results
 
 
+@pytest.mark.ranks
 def test_killed_again_while_it_clears_what_a_kill_left(forking, tmp_path) -> None:
     results = forking(kill_in_recovery, tmp_path)
     assert all(result.good and result.inside for result in results), told(results)
@@ -140,6 +144,7 @@ def kill_a_careless_commit(folder: Path) -> list[Result]:
         commit.publish = careful
 
 
+@pytest.mark.ranks
 def test_a_commit_that_deletes_first_is_caught(forking, tmp_path) -> None:
     *before, last = forking(kill_a_careless_commit, tmp_path)
     assert len(before) > 10 and all(result.outcome == "old" for result in before)
@@ -164,6 +169,7 @@ def kill_before_a_survivor_that_hangs(folder: Path) -> Result:
         ShardedEMA.save, killing.HANG_SECONDS = save, limit
 
 
+@pytest.mark.ranks
 def test_a_survivor_that_hangs_is_caught(forking, tmp_path) -> None:
     result = forking(kill_before_a_survivor_that_hangs, tmp_path)
     assert (result.survivors, result.told, result.hung) == (1, 0, 1) and not result.good

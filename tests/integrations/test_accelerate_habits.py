@@ -153,6 +153,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("habit", LAUNCHES)
+@pytest.mark.ranks
 def test_a_launch_that_changes_how_the_model_is_prepared_averages_and_resumes_as_any_other(habit) -> None:
     """--dynamo_backend; --fsdp_cpu_ram_efficient_loading with activation checkpointing; context parallelism, whose
     weights lie on the flattened axis dp_shard_cp.

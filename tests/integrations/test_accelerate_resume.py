@@ -431,6 +431,7 @@ def saved_by_rank_0_alone(folder: str) -> float | None:
         return time.monotonic() - begin
 
 
+@pytest.mark.ranks
 def test_a_save_state_on_rank_0_alone_ends_with_an_error_and_no_average(tmp_path) -> None:
     fresh = World(2)  # its ranks have the variable set
     try:

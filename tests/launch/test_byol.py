@@ -107,6 +107,7 @@ def test_the_majority_of_the_neighbours_decides() -> None:
     assert nearest_neighbours_accuracy(known, labels, asked, torch.tensor([7, 7]), num_neighbours=3) == 0.5
 
 
+@pytest.mark.ranks
 def test_the_example_learns_and_its_saved_teacher_has_the_accuracy_of_the_run(tmp_path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--sharding", "fsdp2", "--steps", "60", "--eval-every", "30", "--momentum", "0.3", "--lr", "0.006"]

@@ -167,6 +167,7 @@ def manifest(checkpoint: Path) -> dict:
     ],
     ids=["ddp from 2 to 1", "fsdp1 from 2 to 1", "fsdp2 from 2 to 1", "hsdp on 4 to fsdp2 on 2"],
 )
+@pytest.mark.ranks
 def test_pretraining_goes_on_with_another_number_of_processes(tmp_path, text, uninterrupted, start, go_on) -> None:
     out = tmp_path / "out"
 
@@ -211,6 +212,7 @@ def test_the_export_has_the_loss_that_the_trainer_saw(uninterrupted, text, tmp_p
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.ranks
 def test_accelerate_launch_starts_the_script_with_the_cpu_configuration(tmp_path, text) -> None:
     out = tmp_path / "out"
     command = [*ACCELERATE, "launch/configs/cpu_gloo.yaml", "launch/pretrain/pretrain.py"]

@@ -445,6 +445,7 @@ def start_anew(kind: str, rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", **options)
 
 
+@pytest.mark.ranks
 def test_a_destroyed_process_group_is_named_and_a_new_one_of_any_store_serves_the_average(tmp_path) -> None:
     fresh = World(2)
     try:
