@@ -14,7 +14,8 @@ import torch.distributed as dist
 from tiny import averaged_once
 from zoo import build, set_live
 
-from dist_ema import CommunicationError, storage
+from dist_ema import CommunicationError
+from dist_ema.checkpoint import save_calls
 
 LOSES_IT = """
 import gc, sys, torch
@@ -40,7 +41,7 @@ def test_the_error_of_a_background_save_outlives_its_average(tmp_path) -> None:
 def two_in_the_background(folder: str) -> None:
     model = build("ddp")
     first, second = averaged_once(model), averaged_once(model)
-    running, real = [], storage.write_average
+    running, real = [], save_calls.write_average
 
     def slowly(*arguments) -> None:
         running.append(len(threading.enumerate()))
@@ -49,7 +50,7 @@ def two_in_the_background(folder: str) -> None:
         real(*arguments)
         running.append(0)
 
-    storage.write_average = slowly
+    save_calls.write_average = slowly
     try:
         for _ in range(2):
             first.save(os.path.join(folder, "first"), background=True)
@@ -57,7 +58,7 @@ def two_in_the_background(folder: str) -> None:
             second.wait()
             first.wait()
     finally:
-        storage.write_average = real
+        save_calls.write_average = real
     first.load(os.path.join(folder, "second"))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -75,13 +76,13 @@ def test_two_averages_save_in_the_background_one_after_the_other(world, tmp_path
 
 def group_destroyed(folder: str) -> None:
     ema = averaged_once(build("ddp"))
-    real = storage.write_average
+    real = save_calls.write_average
 
     def slowly(*arguments) -> None:
         time.sleep(1.0)
         real(*arguments)
 
-    storage.write_average = slowly
+    save_calls.write_average = slowly
     ema.save(folder, background=True)
     set_live(build("plain"), 0)
     dist.destroy_process_group()

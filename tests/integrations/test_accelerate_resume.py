@@ -39,8 +39,8 @@ from dist_ema import (
     CosineSchedule,
     ShardedEMA,
     attach,
-    storage,
 )
+from dist_ema.checkpoint import save_calls
 
 MICRO_BATCHES_PER_EPOCH = 5  # an odd number: the last step of an epoch has one micro-batch only
 STEPS_PER_EPOCH = 3
@@ -349,7 +349,7 @@ def test_a_checkpoint_without_the_average_is_refused_or_begins_a_new_one(world, 
 
 def saved_behind_training(layout: str, folder: str) -> None:
     foreground, background = os.path.join(folder, "foreground"), os.path.join(folder, "background")
-    may_write, write_average = threading.Event(), storage.write_average
+    may_write, write_average = threading.Event(), save_calls.write_average
 
     def write_late(*arguments: Any) -> None:
         assert may_write.wait(20)
@@ -361,7 +361,7 @@ def saved_behind_training(layout: str, folder: str) -> None:
         at_stop = run.values()
         for name, average in run.averages.items():
             average.save(os.path.join(foreground, name))
-        with mock.patch.object(storage, "write_average", write_late):
+        with mock.patch.object(save_calls, "write_average", write_late):
             run.save(background)
             run.train(END)
             expected = run.values()
@@ -377,7 +377,7 @@ def saved_behind_training(layout: str, folder: str) -> None:
         assert run.step == STOP and run.counts() == [STOP, STOP]
         assert_same_values(run.values(), at_stop)
         run.train(STOP + 1)
-        with mock.patch.object(storage, "write_average", write_late):
+        with mock.patch.object(save_calls, "write_average", write_late):
             run.save(background)
             run.load(background)  # joins the save
         assert run.counts() == [STOP + 1, STOP + 1]
@@ -391,7 +391,7 @@ def test_a_save_behind_training_holds_the_values_of_the_call(world, tmp_path, la
 
 
 def ended_early(folder: str) -> None:
-    write_average = storage.write_average
+    write_average = save_calls.write_average
 
     def write_late(*arguments: Any) -> None:
         time.sleep(0.5)
@@ -399,7 +399,7 @@ def ended_early(folder: str) -> None:
 
     # The real one also destroys the process group, which the tests after this one need.
     ends = mock.patch.object(Accelerator, "end_training", lambda self: None)
-    with ends, mock.patch.object(storage, "write_average", write_late), new_run("ddp", background=True) as run:
+    with ends, mock.patch.object(save_calls, "write_average", write_late), new_run("ddp", background=True) as run:
         run.train(1)
         run.save(folder)
         run.accelerator.end_training()
