@@ -12,6 +12,7 @@ from pathlib import Path
 import dist_ema
 
 PACKAGE = Path(dist_ema.__file__).parent
+TESTS = Path(__file__).parent
 
 # Rooms, from the top of the house to the bottom. A room is a folder, or a module that lies beside the folders. A
 # module may import from rooms below its own, and within its room where no circle arises.
@@ -213,3 +214,14 @@ def test_every_error_is_exported_and_a_child_of_the_root() -> None:
 def test_importing_the_package_or_its_command_line_does_not_load_torch() -> None:
     code = "import sys, dist_ema, dist_ema.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tests_lie_in_the_folders_of_the_package() -> None:
+    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps."""
+
+    def folders(parent: Path) -> set[str]:
+        return {path.parent.name for path in parent.glob("*/*.py")}
+
+    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash"} == folders(PACKAGE)
+    tests = [path for path in TESTS.rglob("*.py") if "def test_" in path.read_text()]
+    assert [path for path in tests if not path.name.startswith("test_")] == [], "pytest does not collect these"
