@@ -1,46 +1,72 @@
-"""Building the averages of all ranks: each plans alone, then they see that they planned the same."""
+"""Building an average: each rank plans alone, then all see that they planned the same."""
 
 from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from dist_ema.averaging.state import AveragedState, dtype_name
+from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.coverage import Coverage
 from dist_ema.boxes.plan import Plan
+from dist_ema.checkpoint.record import dtype_name, manifest_of
+from dist_ema.checkpoint.save_calls import SmallFiles
 from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
 from dist_ema.errors import ConfigError, RankMismatchError
+from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
-from dist_ema.options import Options, checked_schedules
+from dist_ema.live.teacher_state import TeacherState
+from dist_ema.messages import tell
+from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
+from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.names import class_of, unwrapped
 from dist_ema.topology.planning import plan_model
 
-__all__ = ["build_state"]
+__all__ = ["Built", "build"]
+
+Patterns = str | Iterable[str] | None
 
 
-def build_state(
+class Built(NamedTuple):
+    """A new average.
+
+    Attributes:
+        state: the averages of this rank.
+        replicas: what several ranks hold alike.
+        small_files: what the model wants beside its weights in a folder.
+    """
+
+    state: AveragedState
+    replicas: Replicas
+    small_files: SmallFiles
+
+
+def build(
     exchange: Exchange,
     model: nn.Module,
     schedule: Schedule | Mapping[str, Schedule],
-    options: Callable[[], Options],
     into: nn.Module | None,
-) -> AveragedState:
-    """Collective: every rank must call it. The averages of `model`, allocated.
+    **options: Any,
+) -> Built:
+    """Collective: every rank must call it. See `ShardedEMA`.
 
     Args:
         exchange: the control traffic of all ranks.
         model: the prepared model.
         schedule: a schedule, or one for each track.
-        options: makes the options, or raises.
         into: the teacher that is to hold the averages, or None.
+        options: as `ShardedEMA` has them.
+
+    Returns:
+        The averages of this rank, allocated.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -48,8 +74,8 @@ def build_state(
         RankMismatchError: the ranks do not agree about the model or the options.
     """
 
-    def prepare() -> AveragedState:
-        chosen, schedules = options(), checked_schedules(schedule)
+    def prepare() -> tuple[AveragedState, SmallFiles]:
+        chosen, schedules = _checked(**options), checked_schedules(schedule)
         plan_one = functools.partial(
             plan_model,
             averages=chosen.averages,
@@ -64,31 +90,64 @@ def build_state(
         if chosen.overlap:
             _check_overlap(plan, into)
         model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
-        teacher, inner = None, unwrapped(model)
-        if into is not None:
+        if into is None:
+            state = AveragedState(plan, chosen, schedules)
+        else:
             _check_teacher(into, chosen, schedules)
-            teacher = Teacher(plan, plan_one(into), chosen.dtype)
-        configuration = functools.partial(config_files, inner, class_of(inner).__name__)
-        state = AveragedState(plan, chosen, schedules, configuration, teacher)
-        state.manifest(exchange.world_size).check_size()
-        return state
+            state = TeacherState(Teacher(plan, plan_one(into), chosen.dtype), chosen, schedules)
+        manifest_of(state, exchange.world_size).check_size()
+        inner = unwrapped(model)
+        return state, functools.partial(config_files, inner, class_of(inner).__name__)
 
-    action = "building the average"
-    state = exchange.agree(action, prepare)
-    # The boxes of the ranks fit together only if all planned the same model with the same options.
-    told = state.manifest(exchange.world_size).to_json()
+    _warn_of_coarse_averages(options["dtype"])
+    with ended_for_all(exchange, "ShardedEMA"):
+        exchange.arrive("ShardedEMA")
+        state, small_files = exchange.agree(_ACTION, prepare)
+        _check_alike(exchange, state, has_teacher=into is not None)
+        exchange.agree(_ACTION, state.allocate)
+        _warn_of_unknown_schedules(exchange, state.schedules.values())
+        replicas = Replicas(exchange, state.plan)
+        replicas.check(_ACTION)
+    return Built(state, replicas, small_files)
+
+
+_ACTION = "building the average"
+
+
+def _checked(*, device: object, include: Patterns, exclude: Patterns, **others: Any) -> Options:
+    return Options(
+        device=checked_device(device),
+        include=name_patterns("include", include),
+        exclude=name_patterns("exclude", exclude),
+        **others,
+    )
+
+
+def _check_alike(exchange: Exchange, state: AveragedState, *, has_teacher: bool) -> None:
+    """Collective: every rank must call it. Refuses ranks that planned another model, or have other options."""
+    told = manifest_of(state, exchange.world_size).to_json()
     live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
     _compare_models(exchange, {**{name: told.pop(name) for name in ("tensors", "aliases")}, "live_dtypes": live_dtypes})
-    exchange.compare({**told, "into": into is not None})
+    exchange.compare({**told, "into": has_teacher})
     _check_covered(exchange, state.plan)
-    exchange.agree(action, state.allocate)
-    own = [schedule_text(schedule_to_json(each)) for each in state.schedules.values() if not is_known(each)]
+
+
+def _warn_of_coarse_averages(dtype: object) -> None:
+    if dtype in (torch.bfloat16, torch.float16):
+        tell(
+            f"averaged values in {dtype} stand still when the momentum is small: at a decay of 0.9999 a bfloat16 "
+            "average loses 99% of the motion. Use torch.float32 and convert on export"
+        )
+
+
+def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]) -> None:
+    """Collective: every rank must call it."""
+    own = [schedule_text(schedule_to_json(each)) for each in schedules if not is_known(each)]
     if own:
         exchange.warn(
             f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
-    return state
 
 
 def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:

@@ -1,36 +1,36 @@
-"""`ShardedEMA`: the facade. It sees that all ranks make the same call, and hands the work on."""
+"""`ShardedEMA`: the facade. Every public method is here; what it does is in the rooms below."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 
+from dist_ema import habits
 from dist_ema.averaging.standstill import Standstill
 from dist_ema.averaging.state import AveragedState
-from dist_ema.averaging.streams import join_before_steps
+from dist_ema.averaging.streams import join_all, join_before_steps
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
-from dist_ema.construction import build_state
-from dist_ema.live.distance import Groups, checked_groups, distances, metrics_of
-from dist_ema.live.gather import whole_tensors
-from dist_ema.live.sharded import check_forms, sharded_tensors
-from dist_ema.live.spreading import LiveBackup, put_average
+from dist_ema.checkpoint import load_calls
+from dist_ema.checkpoint.save_calls import SaveCalls
+from dist_ema.construction import build
+from dist_ema.errors import ConfigError
+from dist_ema.live import distance, gather, sharded
+from dist_ema.live.distance import Groups
 from dist_ema.live.swap import Swap, put_for_good
-from dist_ema.options import Options, checked_device, name_patterns
-from dist_ema.ranks.calls import collective, together
+from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
-from dist_ema.storage import Stored
-from dist_ema.uninterrupted import Job, Lane
 
 __all__ = ["ShardedEMA"]
 
-T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+Patterns = str | Iterable[str] | None
 
 
 def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
@@ -38,7 +38,7 @@ def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch
     try:
         state.update(found_inf)
     except BaseException:
-        torch.set_grad_enabled(mode)  # see calls.py
+        torch.set_grad_enabled(mode)  # see ranks/calls.py
         raise
     state.use.num_calls += 1
     if step >= standstill.next_step:
@@ -49,7 +49,7 @@ def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch
 _update = torch.compiler.disable(_count_update)
 
 
-class ShardedEMA(Stored):
+class ShardedEMA:
     """An exponential moving average of a model's weights, each element kept by exactly one rank.
 
     Collective: every rank of the default process group must construct it. Works on a plain, DDP, FSDP1, FSDP2,
@@ -116,42 +116,31 @@ class ShardedEMA(Stored):
         overlap: bool = False,
         into: nn.Module | None = None,
     ) -> None:
-        exchange = Exchange()
-        self._on_detach: list[Callable[[], None]] = []
-
-        def options() -> Options:
-            return Options(
-                interval=interval,
-                interval_correction=interval_correction,
-                update_buffers=update_buffers,
-                dtype=dtype,
-                device=checked_device(device),
-                include=name_patterns("include", include),
-                exclude=name_patterns("exclude", exclude),
-                skip_nonfinite=skip_nonfinite,
-                compensated=compensated,
-                overlap=overlap,
-            )
-
-        if dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(
-                f"averaged values in {dtype} stand still when the momentum is small: at a decay of 0.9999 a bfloat16 "
-                "average loses 99% of the motion. Use torch.float32 and convert on export",
-                UserWarning,
-                stacklevel=2,
-            )
-        with together(exchange, "ShardedEMA"):
-            exchange.arrive("ShardedEMA")
-            state = build_state(exchange, model, schedule, options, into)
-        super().__init__(exchange, state)
+        self._exchange = exchange = Exchange()
+        built = build(
+            exchange,
+            model,
+            schedule,
+            into,
+            interval=interval,
+            interval_correction=interval_correction,
+            update_buffers=update_buffers,
+            dtype=dtype,
+            device=device,
+            include=include,
+            exclude=exclude,
+            skip_nonfinite=skip_nonfinite,
+            compensated=compensated,
+            overlap=overlap,
+        )
+        self._state, self._replicas = built.state, built.replicas
+        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._calls = Calls(exchange, self._state, self._saves.background.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
+        self._on_detach: list[Callable[[], None]] = []
         if overlap:
             self.on_detach(join_before_steps(self._state))
             self.on_detach(self._state.stop_overlapping)
-
-    def _copied(self) -> dict[str, Any]:
-        """The hooks are those of the first, and stay so."""
-        return super()._copied() | {"_on_detach": []}
 
     def __repr__(self) -> str:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
@@ -194,8 +183,7 @@ class ShardedEMA(Stored):
         Args:
             found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
                 the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has its
-                cost.
-                `attach` passes it by itself.
+                cost. `attach` passes it by itself.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -221,9 +209,8 @@ class ShardedEMA(Stored):
             ConfigError: there is no such track.
             UnsupportedModelError: ranks that should hold the same weights do not (found before the first swap).
         """
-        return Swap(self._exchange, self._state, lambda: self._prepared_swap("average_parameters", track), track)
+        return Swap(self._calls, self._state, self._replicas, track)
 
-    @collective
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Communicates like `average_parameters`.
 
@@ -237,25 +224,8 @@ class ShardedEMA(Stored):
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
         """
-        state = self._state
-        if state.plan.has_replicas:
-            put_for_good(self._exchange, state, *self._prepared_swap("copy_to_model", track), track)
-            return
-        state.begin("copy_to_model")
-        state.plan.verify()
-        values = state.values(track)
-        Job([Lane.of(lambda: put_average(state.plan, values))])()
+        self._calls("copy_to_model", lambda call: put_for_good(call, self._state, self._replicas, track))
 
-    def _prepared_swap(self, call: str, track: str | None) -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
-        state = self._state
-
-        def prepare() -> tuple[tuple[torch.Tensor, ...], LiveBackup]:
-            state.begin(call)
-            return state.values(track), LiveBackup(state.plan)
-
-        return self._prepare_swap(call, track, prepare)
-
-    @collective
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
 
@@ -274,9 +244,8 @@ class ShardedEMA(Stored):
             SwapError: the averaged weights are in the model.
             ConfigError: there is no such track, or a group matches nothing.
         """
-        return self._distances("distance", [track], groups)[0]
+        return self._calls("distance", lambda call: distance.distances(call, self._state, [track], groups)[0])
 
-    @collective
     def metrics(self, *, prefix: str = "ema", groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. For a tracker: `accelerator.log(ema.metrics(), step=step)`.
 
@@ -292,25 +261,8 @@ class ShardedEMA(Stored):
             SwapError: the averaged weights are in the model.
             ConfigError: a group matches nothing.
         """
-        found = zip(self.tracks, self._distances("metrics", self.tracks, groups), strict=True)
-        told = {f"{prefix}/num_updates": float(self.num_updates)}
-        for track, distances_of_track in found:
-            told.update(metrics_of(self._state, track, prefix, distances_of_track))
-        return told
+        return self._calls("metrics", lambda call: distance.metrics(call, self._state, prefix, groups))
 
-    def _distances(self, call: str, tracks: Sequence[str | None], groups: Groups | None) -> list[dict[str, float]]:
-        def prepare() -> tuple[list[str], dict[str, set[str]]]:
-            self._state.begin(call)
-            self._state.plan.verify()
-            return [self._state.track(track) for track in tracks], checked_groups(self._state.plan, groups)
-
-        self._exchange.arrive(call)
-        names, members = self._exchange.agree(call, prepare)
-        told = {group: sorted(fqns) for group, fqns in members.items()}
-        self._exchange.compare({"call": call, "tracks": names, "groups": told})
-        return [distances(self._exchange, self._state, name, members) for name in names]
-
-    @collective
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
 
@@ -324,13 +276,10 @@ class ShardedEMA(Stored):
         Raises:
             ConfigError: there is no such track.
         """
-        self._exchange.arrive("full_state_dict")
-        pieces = self._exchange.agree("full_state_dict", lambda: self._state.pieces(track))
-        self._exchange.compare({"call": "full_state_dict", "track": self._state.track(track)})
-        self._replicas.check_once("full_state_dict", self.num_updates)
-        return whole_tensors(self._exchange, self._state.plan, pieces, self._state.dtypes())
+        return self._calls(
+            "full_state_dict", lambda call: gather.full_state_dict(call, self._state, self._replicas, track)
+        )
 
-    @collective
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.
 
@@ -348,17 +297,211 @@ class ShardedEMA(Stored):
             UnsupportedModelError: the model is under FSDP1, whose flat shards have no such form.
             ConfigError: there is no such track.
         """
+        return self._calls(
+            "sharded_state_dict", lambda call: sharded.sharded_state_dict(call, self._state, self._replicas, track)
+        )
 
-        def prepare() -> tuple[torch.Tensor, ...]:
-            check_forms(self._state.plan)
-            self._state.begin("sharded_state_dict")
-            self._state.plan.verify()
-            return self._state.values(track)
+    def load_sharded_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
+    ) -> None:
+        """Collective: every rank must call it. Take over what `dcp.load` put into a `sharded_state_dict`.
 
-        values = self._prepare_swap("sharded_state_dict", track, prepare)
-        plan = self._state.plan
-        meeting = self._exchange.meeting("sharded_state_dict") if plan.has_replicas else ()
-        return sharded_tensors(plan, values, self._state.options.dtype, meeting)
+        Args:
+            state_dict: of the layout that `sharded_state_dict` gives now.
+            track: which average; may be left out if there is one.
+            num_updates: the counter, which the state dict does not hold: save `ema.num_updates` beside it. If left out,
+                the present one stays, or becomes 1.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or layouts are not the model's.
+        """
+        self._calls(
+            "load_sharded_state_dict",
+            lambda call: sharded.take_over(call, self._state, state_dict, track, num_updates),
+        )
+
+    def save(
+        self,
+        path: PathLike,
+        *,
+        max_shard_size: int | str = "5GB",
+        background: bool = False,
+        only_unchanged: bool = False,
+    ) -> None:
+        """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
+
+        The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
+        for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
+        rename; what was there stays until then. See docs/checkpoint_format.md.
+
+        Args:
+            path: the folder; one that an average was saved in before is replaced.
+            max_shard_size: bytes (or "5GB") of a file before the next one begins.
+            background: return as soon as this rank's values are copied to host memory (which is kept for the next such
+                save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
+                joins it and raises its error.
+            only_unchanged: of a model that has changed since the average was built write the tensors that are as they
+                were, and warn of the others; a new average of the changed model goes on from it by `load(..., new=)`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ModelChangedError: the model has other modules, names or shapes than when the average was built.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
+            CheckpointError: some rank could not write; the same error on all ranks.
+            CommunicationError: some rank did not make the call.
+        """
+        self._calls(
+            "save",
+            lambda call: self._saves.save(
+                call, path, max_shard_size, background=background, only_unchanged=only_unchanged
+            ),
+        )
+
+    def load(
+        self,
+        path: PathLike,
+        *,
+        new: Patterns = None,
+        dropped: Patterns = None,
+        verify: bool = True,
+    ) -> None:
+        """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
+
+        Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
+        anything fails on any rank, nothing has changed on any rank.
+
+        Args:
+            path: what `save` wrote, or the checkpoint that holds it.
+            new: glob patterns of tensors that the checkpoint need not have, or not in this shape: their average
+                starts from the live weights at its next use.
+            dropped: glob patterns of tensors in the checkpoint that this model need not have.
+            verify: compare the checksums of what is read.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointNotFoundError: there is nothing at `path`.
+            CheckpointMismatchError: it is of another model, other tracks or other options.
+            CheckpointCorruptError: it is damaged.
+            CommunicationError: some rank did not make the call.
+        """
+        self._calls("load", lambda call: load_calls.load(call, self._state, path, new, dropped, verify=verify))
+
+    def start_from(
+        self,
+        path: PathLike,
+        *,
+        num_updates: int = 1,
+        new: Patterns = None,
+        dropped: Patterns = None,
+    ) -> None:
+        """Collective: every rank must call it. Begin every track at somebody else's weights.
+
+        Args:
+            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
+                or one such file. Floating-point values of any dtype; there is no checksum to compare. Of a checkpoint
+                that holds live weights and an average, the average is taken: give the file of the live ones.
+            num_updates: the number of updates that the average counts as having had, which is where its schedules go
+                on; at least 1, as the first update would copy the live weights.
+            new: as in `load`.
+            dropped: as in `load`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names or shapes differ from the model's.
+            CheckpointCorruptError: a file is missing or damaged.
+            CommunicationError: some rank did not make the call.
+        """
+        self._calls(
+            "start_from", lambda call: load_calls.start_from(call, self._state, path, num_updates, new, dropped)
+        )
+
+    def snapshot(
+        self,
+        path: PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        background: bool = False,
+    ) -> None:
+        """Collective: every rank must call it. Keep the averages of this moment, for `synthesize`.
+
+        Writes `path/updates-<num_updates>`, a folder as `save` writes it, besides those that are there. Warns once if
+        some of them are of more updates: another run's, or of steps that a resume took back.
+
+        Args:
+            path: the folder of all snapshots of a run.
+            dtype: floating-point tensors are stored in it, torch.bfloat16 say; None keeps the averaged dtype, and only
+                then `load` can go on from the snapshot.
+            max_shard_size: as in `save`.
+            background: as in `save`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: `dtype` is not a floating-point one.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
+            CheckpointError: some rank could not write; the same error on all ranks.
+            CommunicationError: some rank did not make the call.
+        """
+        self._calls(
+            "snapshot",
+            lambda call: self._saves.snapshot(call, path, dtype, max_shard_size, background=background),
+        )
+
+    def consolidate(
+        self,
+        path: PathLike,
+        *,
+        track: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        only_unchanged: bool = False,
+    ) -> None:
+        """Collective: every rank must call it. Write one average as a plain model folder to ship.
+
+        Args:
+            path: the folder; a former export is replaced.
+            track: which average; may be left out if there is one.
+            dtype: floating-point tensors are converted to it, piece by piece; None keeps the averaged dtype.
+            max_shard_size: bytes (or "5GB") of a file before the next one begins.
+            only_unchanged: as in `save`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ModelChangedError: the model has other modules, names or shapes than when the average was built.
+            ConfigError: there is no such track, or `dtype` is not a floating-point one.
+            CheckpointError: some rank could not write; the same error on all ranks.
+        """
+        self._calls(
+            "consolidate",
+            lambda call: self._saves.consolidate(
+                call, path, track, dtype, max_shard_size, only_unchanged=only_unchanged
+            ),
+        )
+
+    def wait(self) -> None:
+        """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
+
+        Also have what comes next on the current stream wait for updates that run beside training, of any average.
+
+        Raises:
+            CheckpointError: that save failed; the same on all ranks.
+        """
+        join_all()
+        self._saves.background.wait()
+
+    def expect_updates(self) -> None:
+        """Have a save warn if the live weights are no longer those of now, and no update was made. No communication.
+
+        For integrations whose hooks call `update`; to be called again where weights are loaded.
+        """
+        self._saves.warnings.expect_updates(self._state.plan)
+
+    def num_refused(self) -> int:
+        """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
+        return self._calls("num_refused", lambda call: self._saves.num_refused(call))
 
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.
@@ -383,15 +526,23 @@ class ShardedEMA(Stored):
         """Have `detach` call `undo`; for integrations that register hooks. No communication."""
         self._on_detach.append(undo)
 
-    def _prepare_swap(self, call: str, track: str | None, prepare: Callable[[], T]) -> T:
-        """Collective only where ranks hold the same tensors: there all of them must swap the same track, or none.
+    def __getattr__(self, name: str) -> NoReturn:
+        raise habits.no_such_name(self, name)
 
-        Whoever calls it ends the call for all ranks if this raises: `collective`, or the swap itself.
+    def __copy__(self) -> ShardedEMA:
+        return habits.twin(self, self._copied())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedEMA:
+        """A copy in this process, which averages by itself."""
+        return habits.twin(self, self._copied(), memo)
+
+    def _copied(self) -> dict[str, Any]:
+        return vars(self) | {"_on_detach": []}  # the hooks are those of the first, and stay so
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse a pickle, which would hold one rank's slice and the model.
+
+        Raises:
+            ConfigError: always.
         """
-        if not self._state.plan.has_replicas:
-            return prepare()
-        self._exchange.arrive(call)
-        prepared = self._exchange.agree(call, prepare)
-        self._exchange.compare({"call": call, "track": self._state.track(track)})
-        self._replicas.check_once(call, self.num_updates)
-        return prepared
+        raise ConfigError(habits.NO_PICKLE)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn, SupportsIndex
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from dist_ema.errors import ConfigError
+__all__ = ["NO_PICKLE", "no_such_name", "twin"]
 
-__all__ = ["Habits"]
+A = TypeVar("A")
 
 # Name -> what to call instead. They stay missing (`hasattr` is False): no library shall take an average for a module.
 _INSTEAD = {
@@ -26,39 +27,23 @@ _INSTEAD = {
 }
 
 
-class Habits:
-    """The answers of an average to calls that other libraries have."""
+NO_PICKLE = (
+    "an average cannot be pickled (torch.save): each rank has a slice of it, beside the live model. Use "
+    "save(path), which all ranks call and which writes safetensors, or full_state_dict() for a small model"
+)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        told = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise AttributeError(f"a {type(self).__name__} has no {name!r}{told}", name=name, obj=self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Habits:
-        """A copy in this process, which averages by itself."""
-        twin = self._bare()
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(self._copied(), memo))
-        return twin
+def no_such_name(average: object, name: str) -> AttributeError:
+    """The error of an attribute that an average has not; it tells where to find what other libraries call so."""
+    told = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+    return AttributeError(f"a {type(average).__name__} has no {name!r}{told}", name=name, obj=average)
 
-    def __copy__(self) -> Habits:
-        twin = self._bare()
-        vars(twin).update(self._copied())
-        return twin
 
-    def _bare(self) -> Habits:
-        return object.__new__(type(self))
-
-    def _copied(self) -> dict[str, Any]:
-        """What a copy has of this one."""
-        return dict(vars(self))
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Refuse a pickle, which would hold one rank's slice and the model.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "an average cannot be pickled (torch.save): each rank has a slice of it, beside the live model. Use "
-            "save(path), which all ranks call and which writes safetensors, or full_state_dict() for a small model"
-        )
+def twin(average: A, attributes: Mapping[str, Any], memo: dict[int, Any] | None = None) -> A:
+    """A copy of an average with these attributes; a deep one, if a `memo` of `copy.deepcopy` is given."""
+    made = object.__new__(type(average))
+    if memo is not None:
+        memo[id(average)] = made
+        attributes = copy.deepcopy(dict(attributes), memo)
+    vars(made).update(attributes)
+    return made

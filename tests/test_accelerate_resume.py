@@ -41,6 +41,7 @@ from dist_ema import (
     attach,
     storage,
 )
+from dist_ema.checkpoint import save_calls
 
 MICRO_BATCHES_PER_EPOCH = 5  # an odd number: the last step of an epoch has one micro-batch only
 STEPS_PER_EPOCH = 3
@@ -349,7 +350,7 @@ def test_a_checkpoint_without_the_average_is_refused_or_begins_a_new_one(world, 
 
 def saved_behind_training(layout: str, folder: str) -> None:
     foreground, background = os.path.join(folder, "foreground"), os.path.join(folder, "background")
-    may_write, write_average = threading.Event(), storage.write_average
+    may_write, write_average = threading.Event(), save_calls.write_average
 
     def write_late(*arguments: Any) -> None:
         assert may_write.wait(20)
@@ -391,7 +392,7 @@ def test_a_save_behind_training_holds_the_values_of_the_call(world, tmp_path, la
 
 
 def ended_early(folder: str) -> None:
-    write_average = storage.write_average
+    write_average = save_calls.write_average
 
     def write_late(*arguments: Any) -> None:
         time.sleep(0.5)

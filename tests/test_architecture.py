@@ -21,7 +21,6 @@ ROOMS = [
     "integrations",
     "ema",
     "construction",
-    "storage",
     "offline",
     "checkpoint",
     "live",
@@ -48,7 +47,6 @@ MOST_ENTRIES = 22
 MOST_CODE_LINES = 250
 LONG_MODULES = {
     "averaging.update": "the fast path of an update and its three kinds of care are read side by side",
-    "averaging.state": "",
     "checkpoint.writing": "the two ways to write the same bytes, in place and exchanged, share every record",
 }
 

@@ -23,7 +23,7 @@ from dist_ema import (
 from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.checkpoint.writing import write_tensors
-from dist_ema.disk.folders import commit
+from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.byte_ranges import Strip, strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
 from dist_ema.disk.formats.headers import read_model_folder
@@ -148,7 +148,7 @@ def test_boxes_are_read_back(tmp_path, boxes) -> None:
 
 def test_large_boxes_are_written_and_read_in_bounded_chunks(tmp_path, monkeypatch) -> None:
     for module in ("reading", "writing"):
-        monkeypatch.setattr(f"dist_ema.{module}._CHUNK_BYTES", 64)
+        monkeypatch.setattr(f"dist_ema.checkpoint.{module}._CHUNK_BYTES", 64)
     value = torch.randn(33, 7)
     write_folder(tmp_path, {"w": value.t()}, one_box)  # not contiguous either
     for columns in (33, 20):
@@ -208,7 +208,7 @@ def bytes_of(strip: Strip) -> list[int]:
 
 
 def fill(target, text: str) -> commit.Staged:
-    staged = commit.stage(target, commit.is_average)
+    staged = commit.stage(target, contents.is_average)
     (staged.folder / "manifest.json").write_text(f'{{"format": "dist_ema", "content": "{text}"}}')
     return staged
 
@@ -229,7 +229,7 @@ def test_a_save_cut_off_while_staging_leaves_the_former_one(tmp_path) -> None:
     target = tmp_path / "ema"
     commit.publish(fill(target, "old"))
     half = fill(target, "half")
-    assert content_of(commit.resolve(target)) == "old"
+    assert content_of(contents.resolve(target)) == "old"
     del half  # its writer is gone
     commit.publish(fill(target, "newer"))
     assert content_of(target) == "newer"
@@ -240,10 +240,10 @@ def test_a_commit_cut_off_between_its_renames_leaves_the_whole_old_one(tmp_path)
     commit.publish(fill(target, "old"))
     cut_off = fill(target, "new")
     target.rename(tmp_path / ".ema.old")  # the first of the two renames
-    assert content_of(commit.resolve(target)) == "old"
+    assert content_of(contents.resolve(target)) == "old"
     del cut_off
     newest = fill(target, "newest")  # the next save must not remove the only good one before its own commit
-    assert content_of(commit.resolve(target)) == "old"
+    assert content_of(contents.resolve(target)) == "old"
     commit.publish(newest)
     assert content_of(target) == "newest"
     assert [path.name for path in tmp_path.iterdir()] == ["ema"]
@@ -253,8 +253,8 @@ def test_foreign_folders_are_neither_replaced_nor_read(tmp_path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "notes.txt").write_text("keep")
     with pytest.raises(CheckpointError, match="no saved average"):
-        commit.stage(tmp_path / "own", commit.is_average)
+        commit.stage(tmp_path / "own", contents.is_average)
     with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
-        commit.resolve(tmp_path / "none")
+        contents.resolve(tmp_path / "none")
     with pytest.raises(CheckpointNotFoundError, match="is a file"):
-        commit.resolve(tmp_path / "own" / "notes.txt")
+        contents.resolve(tmp_path / "own" / "notes.txt")

@@ -20,6 +20,7 @@ from dist_ema import (
     consolidate_checkpoint,
     synthesize,
 )
+from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checks import absolute
 from dist_ema.cli import main
 from dist_ema.disk import manifest
@@ -236,7 +237,7 @@ def test_the_limit_of_a_header_is_that_of_the_reader_of_safetensors(tmp_path, lo
 def test_a_manifest_that_no_reader_would_take_is_refused_at_construction(monkeypatch) -> None:
     model = Named(*(f"{index:02}" + "n" * 100 for index in range(50)))
     ShardedEMA(model, TRACKS)
-    size = len(ShardedEMA(model, TRACKS)._state.manifest(1).to_bytes())
+    size = len(manifest_of(ShardedEMA(model, TRACKS)._state, 1).to_bytes())
     monkeypatch.setattr(manifest, "LARGEST_RECORD_BYTES", size + 50 * 2 * 102)
     with pytest.raises(UnsupportedModelError, match=r"50 tensors in 2 tracks.*fewer tracks"):
         ShardedEMA(model, TRACKS)

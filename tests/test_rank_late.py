@@ -29,10 +29,9 @@ from dist_ema import (
     ConstantSchedule,
     RankMismatchError,
     ShardedEMA,
-    storage,
 )
+from dist_ema.checkpoint import save_calls, writing
 from dist_ema.checkpoint import saving as checkpoint
-from dist_ema.checkpoint import writing
 from dist_ema.live.replicas import Replicas
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
@@ -311,13 +310,13 @@ def test_a_failure_behind_training_does_not_poison_the_next_save_behind_it(world
 def late_beside_a_save(folder: str) -> str:
     """A call that fails while a save is under way behind it leaves that save alone."""
     ema, other = averaging(), averaging()
-    held, real = threading.Event(), storage.write_average
+    held, real = threading.Event(), save_calls.write_average
 
     def slowly(*arguments: Any) -> None:
         held.wait(10)
         real(*arguments)
 
-    storage.write_average = slowly
+    save_calls.write_average = slowly
     try:
         ema.save(folder, background=True)
         with environment(arrival="0.3"):
@@ -327,7 +326,7 @@ def late_beside_a_save(folder: str) -> str:
         held.set()
         ema.wait()
     finally:
-        storage.write_average = real
+        save_calls.write_average = real
     ema.load(folder)
     return told
 

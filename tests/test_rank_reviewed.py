@@ -33,8 +33,8 @@ from dist_ema import (
     ShardedEMA,
     UnsupportedModelError,
     consolidate_checkpoint,
-    storage,
 )
+from dist_ema.checkpoint import save_calls
 from dist_ema.checkpoint import saving as checkpoint
 from dist_ema.cli import main
 from dist_ema.disk.folders import commit
@@ -100,7 +100,7 @@ def test_the_error_of_a_background_save_outlives_its_average(tmp_path) -> None:
 def two_in_the_background(folder: str) -> None:
     model = build("ddp")
     first, second = averaging(model), averaging(model)
-    running, real = [], storage.write_average
+    running, real = [], save_calls.write_average
 
     def slowly(*arguments) -> None:
         running.append(len(threading.enumerate()))
@@ -109,7 +109,7 @@ def two_in_the_background(folder: str) -> None:
         real(*arguments)
         running.append(0)
 
-    storage.write_average = slowly
+    save_calls.write_average = slowly
     try:
         for _ in range(2):
             first.save(os.path.join(folder, "first"), background=True)
@@ -117,7 +117,7 @@ def two_in_the_background(folder: str) -> None:
             second.wait()
             first.wait()
     finally:
-        storage.write_average = real
+        save_calls.write_average = real
     first.load(os.path.join(folder, "second"))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -370,13 +370,13 @@ def test_the_command_line_writes_what_its_stream_can_encode(tmp_path) -> None:
 
 def group_destroyed(folder: str) -> None:
     ema = averaging(build("ddp"))
-    real = storage.write_average
+    real = save_calls.write_average
 
     def slowly(*arguments) -> None:
         time.sleep(1.0)
         real(*arguments)
 
-    storage.write_average = slowly
+    save_calls.write_average = slowly
     ema.save(folder, background=True)
     set_live(build("plain"), 0)
     dist.destroy_process_group()

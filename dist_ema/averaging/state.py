@@ -1,6 +1,7 @@
 """The averages of one rank, their counter, and what may be done with them now. No communication.
 
-`ShardedEMA` is this state plus the calls that communicate.
+`ShardedEMA` is this state plus the calls that communicate. Where the averages lie in the tensors of a teacher module,
+`TeacherState` (live/teacher_state.py) takes the place of this class; what differs there is one method each.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_ema._version import __version__
 from dist_ema.averaging.averages import Averages
 from dist_ema.averaging.skipped_steps import LateFlag
 from dist_ema.averaging.streams import Stream, join_all, stream_beside
@@ -19,18 +19,15 @@ from dist_ema.averaging.update import Updater
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box, Shard
-from dist_ema.disk.manifest import Manifest, SavedTensor
 from dist_ema.errors import ConfigError, SwapError
-from dist_ema.live.teacher import Teacher, TeacherAverages, copy_pairs
 from dist_ema.options import Options
 from dist_ema.schedules.base import Schedule, momentum_of_update
-from dist_ema.schedules.records import schedule_to_json
 from dist_ema.uninterrupted import Job, Lane, Once
 
-__all__ = ["AveragedState", "dtype_name"]
+__all__ = ["AveragedState", "Now"]
 
 
-class _Now(NamedTuple):
+class Now(NamedTuple):
     """What changes with each update, besides the averages.
 
     Attributes:
@@ -51,56 +48,37 @@ class AveragedState:
 
     Attributes:
         plan: the model as boxes.
-        teacher: the module that holds the averages, if they are to run forward.
-        texts: dtype of the weights in a folder -> small files that the model wants beside them.
         options: what the user chose.
         schedules: track name -> schedule.
         shards: the boxes whose average this rank keeps.
         averages: track name -> averaged values; empty until `allocate`.
-        swapped: the track whose averaged weights are in the model, or None.
         use: what has been done with the averages.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        options: Options,
-        schedules: Mapping[str, Schedule],
-        texts: Callable[[torch.dtype], Mapping[str, bytes]] = lambda dtype: {},
-        teacher: Teacher | None = None,
-    ) -> None:
-        self.plan = plan if teacher is None else teacher.plan
-        self.teacher = teacher
-        self.texts = texts
+    def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
+        self.plan = plan
         self.options = options
         self.schedules = dict(schedules)
         self.shards = plan.owned(averaged=True)
         self.averages: Mapping[str, Averages] = {}
-        self._updater = Updater((), ())
-        self.swapped: str | None = None
         self.use = Use()
-        # Puts the live weights back, if the end of a swap has begun but was cut off.
-        self.leave: Callable[[], None] | None = None
+        self._updater = Updater((), ())
+        self._swapped: str | None = None
+        self._leave: Callable[[], None] | None = None
         # Replaced as a whole by one assignment, so that its parts always agree.
-        self._now = _Now()
+        self._now = Now()
 
     def allocate(self) -> None:
         """Make room for the averaged values."""
-        dtype, device, skip = self.options.dtype, self.options.device, self.options.skip_nonfinite
-        if self.teacher is None:
-            residual_dtype = torch.bfloat16 if self.options.compensated else None
-            self.averages = {
-                name: Averages(self.shards, dtype=dtype, device=device, residual_dtype=residual_dtype)
-                for name in self.schedules
-            }
-            tracks = list(self.averages.values())
-            self._updater = Updater(self.shards, tracks, skip_nonfinite=skip, stream=self._stream(tracks))
-            return
-        self.averages = {name: TeacherAverages(self.shards, self.teacher) for name in self.schedules}
-        everything = TeacherAverages(self.teacher.held, self.teacher)
-        repeated = self.teacher.repeated
-        self._updater = Updater(self.teacher.held, [everything], skip_nonfinite=skip, uncounted=repeated)
-        self._copy_live(None, [Lane.of(self.teacher.show_live)], counted=False)
+        dtype, device = self.options.dtype, self.options.device
+        residual_dtype = torch.bfloat16 if self.options.compensated else None
+        self.averages = {
+            name: Averages(self.shards, dtype=dtype, device=device, residual_dtype=residual_dtype)
+            for name in self.schedules
+        }
+        tracks = list(self.averages.values())
+        skip = self.options.skip_nonfinite
+        self._updater = Updater(self.shards, tracks, skip_nonfinite=skip, stream=self._stream(tracks))
 
     def _stream(self, tracks: Sequence[Averages]) -> Stream:
         if not self.options.overlap:
@@ -149,11 +127,7 @@ class AveragedState:
         """One update of all tracks: see `ShardedEMA.update`. Whole or not at all: see [Note: interrupts]."""
         self._updater.complete()
         step, options = self.num_updates, self.options
-        first: list[Lane] = []
-        if self.teacher is not None:
-            join_all()  # an average of the teacher itself, say
-            self.teacher.settle()
-            first = [Lane.of(self.teacher.show_live)]
+        first = self._begin_update()
         flag = None if found_inf is None else LateFlag(found_inf)
         now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
         count = Once(self, "_now", now)
@@ -169,35 +143,33 @@ class AveragedState:
         else:
             self._updater.run(Job(first, count))
 
+    def _begin_update(self) -> list[Lane]:
+        """What an update does first, besides its own work."""
+        return []
+
     @property
     def loaded(self) -> tuple[Shard, ...]:
-        """The shards to read from a checkpoint: the averaged ones, then what else a teacher shows."""
-        return self.shards + (() if self.teacher is None else self.teacher.shown.owned(averaged=False))
+        """The shards to read from a checkpoint, the averaged ones first."""
+        return self.shards
 
     @property
     def loaded_fqns(self) -> set[str]:
         """Names of the tensors that `loaded` has, on some rank."""
-        shown = () if self.teacher is None else self.teacher.shown.specs
-        return {spec.fqn for spec in self.plan.specs if spec.averaged} | {spec.fqn for spec in shown}
+        return {spec.fqn for spec in self.plan.specs if spec.averaged}
 
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
         """Where a checkpoint may be read to, per track and shard of `loaded`, before it is known to be good.
 
         Before the first update the averages hold nothing that counts (`values` shows the live weights), so they are
-        filled in place and a resume needs no memory. Later, and for a teacher, which counts from the beginning, it
-        takes a second copy, on the host, until `restore`.
+        filled in place and a resume needs no memory. Later it takes a second copy, on the host, until `restore`.
         """
-        if self.num_updates == 0 and self.teacher is None:
+        if self.num_updates == 0:
             return {name: averages.values for name, averages in self.averages.items()}
-        # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.
-        shown = [
-            shard.live().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for shard in self.loaded[len(self.shards) :]
-        ]
-        return {
-            name: [*(torch.empty(shard.sizes, dtype=self.options.dtype, device="cpu") for shard in self.shards), *shown]
-            for name in self.averages
-        }
+        return {name: self._host_copies() for name in self.averages}
+
+    def _host_copies(self) -> Sequence[torch.Tensor]:
+        """Room on the host for one track."""
+        return [torch.empty(shard.sizes, dtype=self.options.dtype, device="cpu") for shard in self.shards]
 
     def restore(
         self,
@@ -207,7 +179,7 @@ class AveragedState:
         *,
         num_refused: int | None = None,
     ) -> None:
-        """Take over averages and a counter, whole or not at all. Collective along replicas for a teacher.
+        """Take over averages and a counter, whole or not at all.
 
         Args:
             filled: what `targets` gave, now with the values of a checkpoint or, past the averaged shards, live ones.
@@ -219,45 +191,33 @@ class AveragedState:
         before = self._now.num_refused_before
         if num_refused is not None:
             before = num_refused - self._updater.num_refused
-        numel = len(self.shards)
-        if self.teacher is None:
-            lanes = [
-                Lane.of(functools.partial(averages.replace, filled[name][:numel]))
-                for name, averages in self.averages.items()
-            ]
-        else:
-            ((values, *_),) = (filled.values(),)
-            pairs = self.teacher.gather(values[:numel], values[numel:])
-            lanes = [Lane.of(functools.partial(copy_pairs, pairs))]
-            if not_started:  # it may run forward before the next update
-                lanes.append(self._updater.copying_live(not_started, counted=False))
-        self._take(lanes, _Now(num_updates, None, not_started, before))
+        self._take(self._replacing_all(filled, not_started), Now(num_updates, None, not_started, before))
+
+    def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
+        """What sets all averages to what `targets` gave, filled; those of the names `not_started` will be set later."""
+        return [self._replacing(name, filled[name]) for name in self.averages]
+
+    def _replacing(self, track: str, values: Sequence[torch.Tensor]) -> Lane:
+        """What sets the averages of one track."""
+        return Lane.of(functools.partial(self.averages[track].replace, values))
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
-        """Take over the averages of one track; the others stay, or start from the live weights of this moment.
-
-        Collective along replicas for a teacher, as `restore`.
-        """
+        """Take over the averages of one track; the others stay, or start from the live weights of this moment."""
         step, not_started = self.num_updates, self._now.not_started
         lanes = []
         if step == 0 or not_started:
             lanes = [self._updater.copying_live(None if step == 0 else not_started)]
-        if self.teacher is None:
-            lanes.append(Lane.of(functools.partial(self.averages[track].replace, values)))
-        else:
-            lanes.append(Lane.of(functools.partial(copy_pairs, self.teacher.gather(values, None))))
-        self._take(lanes, _Now(num_updates, None, frozenset(), self._now.num_refused_before))
+        lanes.append(self._replacing(track, values))
+        self._take(lanes, Now(num_updates, None, frozenset(), self._now.num_refused_before))
 
     def restart(self) -> None:
-        """Forget the averages: the next update copies the live weights, as the first; a teacher has them at once."""
-        count = Once(self, "_now", _Now(num_refused_before=self._now.num_refused_before))
-        if self.teacher is None:
-            count.call()
-        else:
-            self.teacher.settle()
-            self._copy_live(count, [Lane.of(self.teacher.show_live)], counted=False)
+        """Forget the averages: the next update copies the live weights, as the first."""
+        self._forgetting().call()
 
-    def _take(self, lanes: Sequence[Lane], now: _Now) -> None:
+    def _forgetting(self) -> Once:
+        return Once(self, "_now", Now(num_refused_before=self._now.num_refused_before))
+
+    def _take(self, lanes: Sequence[Lane], now: Now) -> None:
         self._updater.set(Job(lanes, Once(self, "_now", now)), look_later=True)
 
     def momentum(self, track: str) -> float:
@@ -274,15 +234,11 @@ class AveragedState:
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))
-        if self.teacher is not None:
-            self.teacher.settle()
 
     def _start_from_live(self) -> None:
         """Set averages that have not started to the live values; at their next use again, until an update counts."""
         if self._now.not_started:
             self._updater.set(Job([self._updater.copying_live(self._now.not_started, counted=False)]))
-            if self.teacher is not None:
-                self.teacher.settle()
 
     def track(self, name: str | None) -> str:
         """The track of that name, or the only one.
@@ -304,18 +260,18 @@ class AveragedState:
         self.use.is_given = True
         self._updater.complete()
         averages = self.averages[self.track(track)]
-        step, not_started = self.num_updates, self._now.not_started
-        if self.teacher is not None:  # all that hold a replica of it, not its owners alone
-            if step == 0:
-                self._copy_live(None, [Lane.of(self.teacher.show_live)], counted=False)
-            self._start_from_live()
-        elif step == 0:
+        self._show_live(averages, fqns)
+        if self.num_updates:
+            self._updater.mend()
+        return averages.values
+
+    def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
+        """Set averages that have not started to the live values of this moment; with `fqns` only those of these."""
+        not_started = self._now.not_started
+        if self.num_updates == 0:
             averages.copy_live(fqns)
         elif not_started:
             averages.copy_live(not_started if fqns is None else not_started.intersection(fqns))
-        if step:
-            self._updater.mend()
-        return averages.values
 
     def pieces(self, track: str | None, part: Plan | None = None) -> list[tuple[Box, torch.Tensor]]:
         """Every box this rank owns and its values: the averaged ones, then those that are always shown live.
@@ -325,8 +281,6 @@ class AveragedState:
             part: what remains of `plan` (`Plan.only`), and is all that is wanted; None for the whole of it.
         """
         join_all()
-        if part is None:
-            self.plan.verify()
         fqns = {spec.fqn for spec in (part or self.plan).specs}
         dtypes = self.dtypes()
         averaged = zip(self.shards, self.values(track, fqns), strict=True)
@@ -349,18 +303,49 @@ class AveragedState:
         join_all()
         self._updater.complete()
 
+    def verify(self) -> None:
+        """See that the model is as it was planned.
+
+        Raises:
+            ModelChangedError: it has other modules, names or shapes.
+        """
+        self.plan.verify()
+
+    @property
+    def swapped(self) -> str | None:
+        """The track whose averaged weights are in the model, or None."""
+        return self._swapped
+
+    def swap_in(self, track: str) -> None:
+        """From now on the averaged weights of a track are in the model."""
+        self._swapped = track
+
+    def swap_ends_by(self, leave: Callable[[], None]) -> None:
+        """Have the next call put the live weights back by `leave`, if the end of the swap, now begun, is cut off."""
+        self._leave = leave
+
+    @property
+    def is_swap_ending(self) -> bool:
+        """Whether the end of a swap has begun, and `swap_out` was not called."""
+        return self._leave is not None
+
+    def swap_out(self) -> None:
+        """From now on the live weights are in the model."""
+        self._swapped = None
+        self._leave = None
+
     def refuse_while_swapped(self, call: str) -> None:
         """Refuse a call that would mix up averaged and live weights.
 
         Raises:
             SwapError: the averaged weights are in the model.
         """
-        if self.leave is not None:
-            self.leave()
-        if self.swapped is not None:
+        if self._leave is not None:
+            self._leave()
+        if self._swapped is not None:
             raise SwapError(
-                f"{call}() was called while the averaged weights of track {self.swapped!r} are in the model: leave the "
-                "average_parameters() block first"
+                f"{call}() was called while the averaged weights of track {self._swapped!r} are in the model: leave "
+                "the average_parameters() block first"
             )
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
@@ -369,24 +354,3 @@ class AveragedState:
         if floating is None:
             return own
         return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
-
-    def manifest(self, world_size: int, floating: torch.dtype | None = None, part: Plan | None = None) -> Manifest:
-        """What a checkpoint written now says of itself; `floating` as in `dtypes`, `part` as in `pieces`."""
-        plan = part or self.plan
-        dtypes = self.dtypes(floating)
-        stored = {} if floating is None else {"dtype": dtype_name(floating)}
-        return Manifest(
-            num_updates=self.num_updates,
-            options={**self.options.to_json(), **stored},
-            tracks={name: schedule_to_json(schedule) for name, schedule in self.schedules.items()},
-            tensors={
-                spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs
-            },
-            aliases=plan.aliases,
-            written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
-        )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as the manifest spells it: "float32"."""
-    return str(dtype).removeprefix("torch.")

@@ -17,14 +17,14 @@ from dist_ema.errors import DistEMAError
 from dist_ema.messages import tell
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Doubts"]
+__all__ = ["SaveWarnings"]
 
 
 # An average of fewer updates is hardly one: smoke runs and tests leave such.
 _FEWEST_TO_LOSE = 3
 
 
-class Doubts:
+class SaveWarnings:
     """What this run knows of itself, to be compared before something is written."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
-from dist_ema.ranks.calls import together
+from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.topology.names import unwrapped
@@ -120,7 +120,7 @@ def attach(
         if exchange.rank == 0 and is_of_a_trainer(accelerator):
             tell(_NOT_IN_A_TRAINER.format(name=name))
 
-    with together(exchange, "attach"):
+    with ended_for_all(exchange, "attach"):
         exchange.arrive("attach")
         exchange.agree("attach", check)
     ema = ShardedEMA(model, schedule, **options)

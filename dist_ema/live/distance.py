@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,9 +13,10 @@ from dist_ema.averaging.tensor_blocks import cut_alike
 from dist_ema.boxes.plan import Plan
 from dist_ema.errors import ConfigError
 from dist_ema.options import matches_any, name_patterns
+from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Groups", "checked_groups", "distances", "metrics_of", "relative_distance"]
+__all__ = ["Groups", "distances", "metrics", "relative_distance"]
 
 # Name of a group -> glob pattern or patterns of the names in it.
 Groups = Mapping[str, str | Iterable[str]]
@@ -25,7 +27,39 @@ WHOLE = "all"
 _CHUNK_NUMEL = 2**20
 
 
-def checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
+def distances(
+    call: Call, state: AveragedState, tracks: Sequence[str | None], groups: Groups | None
+) -> list[dict[str, float]]:
+    """Collective: every rank must call it. See `ShardedEMA.distance`; of several tracks.
+
+    Args:
+        call: in which it is done.
+        state: the averages of this rank.
+        tracks: which averages; None for the only one.
+        groups: as in `ShardedEMA.distance`.
+    """
+
+    def prepare() -> tuple[list[str], dict[str, set[str]]]:
+        return [state.track(track) for track in tracks], _checked_groups(state.plan, groups)
+
+    def same(prepared: tuple[list[str], dict[str, set[str]]]) -> dict[str, Any]:
+        names, members = prepared
+        return {"tracks": names, "groups": {group: sorted(fqns) for group, fqns in members.items()}}
+
+    names, members = call.together(prepare, same)
+    return [_distances(call.exchange, state, name, members) for name in names]
+
+
+def metrics(call: Call, state: AveragedState, prefix: str, groups: Groups | None) -> dict[str, float]:
+    """Collective: every rank must call it. See `ShardedEMA.metrics`."""
+    tracks = list(state.schedules)
+    told = {f"{prefix}/num_updates": float(state.num_updates)}
+    for track, found in zip(tracks, distances(call, state, tracks, groups), strict=True):
+        told.update(_metrics_of(state, track, prefix, found))
+    return told
+
+
+def _checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
     """Group -> fqns of its averaged tensors; by default the model's children, then all of them together.
 
     Raises:
@@ -55,7 +89,7 @@ def checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
 
 
 @torch.no_grad()
-def distances(
+def _distances(
     exchange: Exchange, state: AveragedState, track: str, members: Mapping[str, set[str]]
 ) -> dict[str, float]:
     """Collective: every rank must call it. Group -> `||live - averaged|| / ||live||`, the same on every rank.
@@ -98,7 +132,7 @@ def relative_distance(difference: float, reference: float) -> float:
     return math.sqrt(difference / reference)
 
 
-def metrics_of(state: AveragedState, track: str, prefix: str, found: Mapping[str, float]) -> dict[str, float]:
+def _metrics_of(state: AveragedState, track: str, prefix: str, found: Mapping[str, float]) -> dict[str, float]:
     """What a tracker is told of one average. No communication."""
     place = f"{prefix}/" if len(state.schedules) == 1 else f"{prefix}/{track}/"
     parts = {f"{place}distance/{group}": value for group, value in found.items() if group != WHOLE}

@@ -6,15 +6,25 @@ from collections.abc import Sequence
 
 import torch
 
+from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box
 from dist_ema.disk.formats.model_files import host_bytes
+from dist_ema.live.replicas import Replicas
+from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["whole_tensors"]
+__all__ = ["full_state_dict"]
 
 
-def whole_tensors(
+def full_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> dict[str, torch.Tensor]:
+    """Collective: every rank must call it. See `ShardedEMA.full_state_dict`."""
+    pieces = call.together(lambda: state.pieces(track), lambda _: {"track": state.track(track)}, within_swap=True)
+    replicas.check_once(call.name, state.num_updates)
+    return _whole_tensors(call.exchange, state.plan, pieces, state.dtypes())
+
+
+def _whole_tensors(
     exchange: Exchange, plan: Plan, pieces: Sequence[tuple[Box, torch.Tensor]], dtypes: dict[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
     """Collective: every rank must call it. Point-to-point traffic to rank 0, one piece at a time.

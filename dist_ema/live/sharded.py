@@ -7,15 +7,44 @@ from typing import Any
 
 import torch
 
+from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Form, Held
+from dist_ema.checks import positive_integer
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
+from dist_ema.live.replicas import Replicas
 from dist_ema.live.spreading import spread_all
+from dist_ema.live.swap import agreed_values, meeting
+from dist_ema.ranks.calls import Call
 
-__all__ = ["check_forms", "sharded_tensors", "take_sharded"]
+__all__ = ["sharded_state_dict", "take_over"]
 
 
-def check_forms(plan: Plan) -> None:
+def sharded_state_dict(
+    call: Call, state: AveragedState, replicas: Replicas, track: str | None
+) -> dict[str, torch.Tensor]:
+    """Collective along replicas only: see `ShardedEMA.sharded_state_dict`."""
+    values, _ = agreed_values(call, state, replicas, track, lambda: _check_forms(state.plan))
+    return _sharded_tensors(state.plan, values, state.options.dtype, meeting(call, state))
+
+
+def take_over(
+    call: Call, state: AveragedState, state_dict: Mapping[str, Any], track: str | None, num_updates: int | None
+) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.load_sharded_state_dict`."""
+
+    def prepare() -> tuple[str, list[torch.Tensor], int]:
+        count = max(state.num_updates, 1) if num_updates is None else positive_integer("num_updates", num_updates)
+        return state.track(track), _take_sharded(state.plan, state_dict), count
+
+    name, values, count = call.together(
+        prepare, lambda given: {"track": given[0], "num_updates": given[2]}, after_saves=True
+    )
+    state.take_over(name, values, count)
+    state.use.is_begun_on_purpose = True
+
+
+def _check_forms(plan: Plan) -> None:
     """Refuse a model whose pieces have no form in a state dict. No communication.
 
     Raises:
@@ -26,13 +55,13 @@ def check_forms(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def sharded_tensors(
+def _sharded_tensors(
     plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dtype, meeting: Sequence[Callable[[], None]] = ()
 ) -> dict[str, torch.Tensor]:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
-        plan: the model as boxes; `check_forms` has passed.
+        plan: the model as boxes; `_check_forms` has passed.
         values: averaged values of `plan.owned(averaged=True)`.
         dtype: of the averaged entries.
         meeting: steps after which no rank can stay out; see `Exchange.meeting`.
@@ -53,8 +82,8 @@ def sharded_tensors(
     return state | {alias: state[fqn] for alias, fqn in plan.aliases.items()}
 
 
-def take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The values of `plan.owned(averaged=True)` in what `sharded_tensors` gave, sharing memory. No communication.
+def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The values of `plan.owned(averaged=True)` in what `_sharded_tensors` gave, sharing memory. No communication.
 
     Raises:
         CheckpointMismatchError: names, shapes or layouts are not the model's.

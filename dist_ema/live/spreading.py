@@ -29,7 +29,7 @@ _BUCKET_BYTES = 8 * 2**20
 class LiveBackup:
     """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
 
-    No communication.
+    No communication. The plan was verified.
 
     Attributes:
         is_restored: whether they were put back.
@@ -38,7 +38,6 @@ class LiveBackup:
     @torch.no_grad()
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        plan.verify()
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
         # Of these a swap changes those of other ranks, and a forward within it maybe all.

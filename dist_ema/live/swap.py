@@ -12,17 +12,15 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.streams import join_all
+from dist_ema.live.replicas import Replicas
 from dist_ema.live.spreading import LiveBackup, put_average
-from dist_ema.ranks.calls import end_for_all
-from dist_ema.ranks.exchange import Exchange
-from dist_ema.uninterrupted import insist
+from dist_ema.ranks.calls import Call, Calls
+from dist_ema.uninterrupted import Job, Lane, insist
 
-__all__ = ["Swap", "put_for_good"]
+__all__ = ["Swap", "agreed_values", "meeting", "put_for_good"]
 
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-_CALL = "average_parameters"
 
 
 class Swap(io.IOBase):
@@ -34,28 +32,23 @@ class Swap(io.IOBase):
     which here resumes a generator, in the middle of its `try`. That is all there is of a file in it.
 
     Args:
-        exchange: the control traffic of all ranks.
+        calls: the calls of the average.
         state: the averages of this rank.
-        prepare: the averaged values, and the live ones kept aside. Collective along replicas.
+        replicas: what several ranks hold alike.
         track: which average; may be None if there is one.
     """
 
     closed = True  # nothing to close for a swap that was never entered
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        state: AveragedState,
-        prepare: Callable[[], tuple[tuple[torch.Tensor, ...], LiveBackup]],
-        track: str | None,
-    ) -> None:
-        self._exchange = exchange
+    def __init__(self, calls: Calls, state: AveragedState, replicas: Replicas, track: str | None) -> None:
+        self._calls = calls
         self._state = state
-        self._prepare = prepare
+        self._replicas = replicas
         self._track = track
 
     def __enter__(self) -> None:  # type: ignore[override]
-        swapping, before, mode = self._swapping(), self._exchange.num_calls, torch.is_grad_enabled()
+        call, mode = Call(self._calls, "average_parameters"), torch.is_grad_enabled()
+        swapping = self._swapping(call)
         try:
             self.close = functools.partial(next, swapping, None)  # type: ignore[method-assign]
             return next(swapping)  # nothing after it: the `try` would not cover a line of its own
@@ -67,7 +60,7 @@ class Swap(io.IOBase):
                     swapping.close()
             finally:
                 torch.set_grad_enabled(mode)
-                end_for_all(self._exchange, _CALL, before, error)
+                call.end_for_all(error)
             raise
 
     def __call__(self, function: F) -> F:
@@ -75,21 +68,21 @@ class Swap(io.IOBase):
 
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
-            with Swap(self._exchange, self._state, self._prepare, self._track):
+            with Swap(self._calls, self._state, self._replicas, self._track):
                 return function(*args, **kwargs)
 
         return within  # type: ignore[return-value]
 
-    def _swapping(self) -> Generator[None, None, None]:
+    def _swapping(self, call: Call) -> Generator[None, None, None]:
         state = self._state
-        values, backup = self._prepare()
+        values, backup = agreed_values(call, state, self._replicas, self._track, lambda: LiveBackup(state.plan))
         leave = _Leave(state, backup)
         # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
         try:
             try:
                 try:
-                    state.swapped = state.track(self._track)
-                    put_average(state.plan, values, _meeting(self._exchange, state, _CALL))
+                    state.swap_in(state.track(self._track))
+                    put_average(state.plan, values, meeting(call, state))
                     yield
                 finally:
                     leave()
@@ -99,24 +92,29 @@ class Swap(io.IOBase):
             leave()
 
 
-def put_for_good(
-    exchange: Exchange, state: AveragedState, values: tuple[torch.Tensor, ...], backup: LiveBackup, track: str | None
-) -> None:
-    """Collective along replicas only. Put averaged values into the model, or leave the live ones there.
+def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> None:
+    """Collective along replicas only. Put averaged values into the model; cut off, it leaves the live ones there.
+
+    Where ranks hold the same tensors it keeps the live values aside until the end.
 
     Args:
-        exchange: the control traffic of all ranks.
+        call: in which it is done.
         state: the averages of this rank.
-        values: averaged values of all its shards.
-        backup: the live values, which come back if this is cut off.
-        track: which average they are; may be None if there is one.
+        replicas: what several ranks hold alike.
+        track: which average; may be None if there is one.
     """
+    plan = state.plan
+    if not plan.has_replicas:
+        values, _ = agreed_values(call, state, replicas, track, lambda: None)
+        Job([Lane.of(lambda: put_average(plan, values))])()
+        return
+    values, backup = agreed_values(call, state, replicas, track, lambda: LiveBackup(plan))
     leave = _Leave(state, backup)
     try:
         try:
-            state.swapped = state.track(track)
-            put_average(state.plan, values, _meeting(exchange, state, "copy_to_model"))
-            state.swapped = None
+            state.swap_in(state.track(track))
+            put_average(plan, values, meeting(call, state))
+            state.swap_out()
         except BaseException:
             leave()
             raise
@@ -125,8 +123,34 @@ def put_for_good(
         raise
 
 
-def _meeting(exchange: Exchange, state: AveragedState, call: str) -> Sequence[Callable[[], None]]:
-    return exchange.meeting(call) if state.plan.has_replicas else ()
+def agreed_values(
+    call: Call, state: AveragedState, replicas: Replicas, track: str | None, work: Callable[[], T]
+) -> tuple[tuple[torch.Tensor, ...], T]:
+    """The averaged values of one track, and what further local work returns.
+
+    Collective only where ranks hold the same tensors: there all of them must use the same track, or none.
+
+    Args:
+        call: in which they are used.
+        state: the averages of this rank.
+        replicas: what several ranks hold alike.
+        track: which average; may be None if there is one.
+        work: done with the values; must not communicate.
+    """
+
+    def prepare() -> tuple[tuple[torch.Tensor, ...], T]:
+        return state.values(track), work()
+
+    if not state.plan.has_replicas:
+        return call.alone(prepare)
+    prepared = call.together(prepare, lambda _: {"track": state.track(track)})
+    replicas.check_once(call.name, state.num_updates)
+    return prepared
+
+
+def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:
+    """Steps after which no rank can stay out of what follows; none where nothing is sent."""
+    return call.exchange.meeting(call.name) if state.plan.has_replicas else ()
 
 
 class _Leave:
@@ -147,11 +171,11 @@ class _Leave:
             again: try once more what has failed.
         """
         state, backup = self._state, self._backup
-        if backup.is_restored and state.leave is None:
+        if backup.is_restored and not state.is_swap_ending:
             return
         if self._mode is None:
             self._mode = torch.is_grad_enabled()
-        state.leave = functools.partial(self, again=True)
+        state.swap_ends_by(functools.partial(self, again=True))
         if self._is_carried_off:
             self._carry_off(again)
             return
@@ -186,5 +210,4 @@ class _Leave:
             self._has_failed = False
 
     def _end(self) -> None:
-        self._state.swapped = None
-        self._state.leave = None
+        self._state.swap_out()

@@ -1,0 +1,65 @@
+"""The calls that load: what all ranks check together before they read. The stages of the reading are in loading.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from dist_ema.averaging.state import AveragedState
+from dist_ema.checkpoint.loading import Escapes, load_average, load_model
+from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checks import absolute, positive_integer, working_folder
+from dist_ema.options import name_patterns
+from dist_ema.ranks.calls import Call
+
+__all__ = ["load", "start_from"]
+
+PathLike = str | os.PathLike[str]
+Patterns = str | Iterable[str] | None
+
+
+def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, dropped: Patterns, *, verify: bool) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.load`."""
+    source, escapes = _agreed(call, path, new, dropped, verify=verify)
+    exchange = call.exchange
+    now = manifest_of(state, exchange.world_size)
+    filled = exchange.agree(call.name, state.targets)
+    saved, found = load_average(exchange, source, state.loaded, state.loaded_fqns, now, escapes, filled, verify=verify)
+    for change in now.changes_since(saved):
+        exchange.warn(f"{source}: {change}")
+    refused = saved.num_refused if exchange.rank == 0 else 0
+    state.restore(filled, found, saved.num_updates, num_refused=refused)
+    state.use.is_begun_on_purpose = True
+
+
+def start_from(
+    call: Call, state: AveragedState, path: PathLike, num_updates: int, new: Patterns, dropped: Patterns
+) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.start_from`."""
+    source, escapes = _agreed(call, path, new, dropped, num_updates=num_updates)
+    start = positive_integer("num_updates", num_updates)  # alike on all ranks by now
+    filled = call.exchange.agree(call.name, state.targets)
+    first = next(iter(filled.values()))
+    found = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
+    state.restore(dict.fromkeys(filled, first), found, start)
+    state.use.is_begun_on_purpose = True
+
+
+def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:
+    """The checked arguments, the same on all ranks."""
+
+    def prepare() -> tuple[Path, Escapes]:
+        return absolute(path), Escapes(name_patterns("new", new), name_patterns("dropped", dropped))
+
+    return call.together(
+        prepare,
+        lambda found: {
+            "path": str(found[0]),
+            **dataclasses.asdict(found[1]),
+            **{name: str(value) for name, value in further.items()},
+        },
+        after_saves=True,
+        working_folder=working_folder(path),
+    )

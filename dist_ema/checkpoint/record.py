@@ -1,0 +1,42 @@
+"""What a checkpoint that is written now says of itself. No communication."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_ema._version import __version__
+from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.plan import Plan
+from dist_ema.disk.manifest import Manifest, SavedTensor
+from dist_ema.schedules.records import schedule_to_json
+
+__all__ = ["dtype_name", "manifest_of"]
+
+
+def manifest_of(
+    state: AveragedState, world_size: int, floating: torch.dtype | None = None, part: Plan | None = None
+) -> Manifest:
+    """The manifest of the averages as they stand; files and checksums are not in it yet.
+
+    Args:
+        state: the averages of this rank.
+        world_size: how many ranks write them.
+        floating: dtype that replaces that of every floating-point tensor; None keeps it.
+        part: what remains of the plan (`Plan.only`), and is all that is written; None for the whole of it.
+    """
+    plan = part or state.plan
+    dtypes = state.dtypes(floating)
+    stored = {} if floating is None else {"dtype": dtype_name(floating)}
+    return Manifest(
+        num_updates=state.num_updates,
+        options={**state.options.to_json(), **stored},
+        tracks={name: schedule_to_json(schedule) for name, schedule in state.schedules.items()},
+        tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
+        aliases=plan.aliases,
+        written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as the manifest spells it: "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,245 @@
+"""The calls that save: what all ranks check together before they write. The stages of the writing are in saving.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dist_ema.averaging.state import AveragedState
+from dist_ema.checkpoint.background import Background
+from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checkpoint.save_warnings import SaveWarnings
+from dist_ema.checkpoint.saving import model_files, write_average, write_export
+from dist_ema.checkpoint.unchanged_part import Part
+from dist_ema.checkpoint.writing import Pieces
+from dist_ema.checks import absolute, target_folder, working_folder
+from dist_ema.disk.formats.model_files import ModelFiles
+from dist_ema.disk.manifest import Manifest
+from dist_ema.live.replicas import Replicas
+from dist_ema.options import floating_dtype
+from dist_ema.ranks.calls import Call, ended_for_all
+from dist_ema.ranks.exchange import Exchange
+
+__all__ = ["SaveCalls", "SmallFiles"]
+
+PathLike = str | os.PathLike[str]
+
+# Dtype of the weights in a folder -> name and content of the small files that the model wants beside them.
+SmallFiles = Callable[[torch.dtype], Mapping[str, bytes]]
+
+# Sorted by name they are sorted by their number of updates.
+_SNAPSHOT = "updates-{:09d}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What one rank was asked to write.
+
+    Attributes:
+        path: as it was given.
+        target: returns the folder to write.
+        is_export: whether one average is written, as a folder without a manifest, and not a checkpoint of all.
+        track: which one is exported; None for the only one.
+        dtype: of the floating-point tensors; None keeps the averaged dtype.
+        max_shard_size: bytes (or "5GB") of a file before the next one begins.
+        background: whether a thread is to write.
+        only_unchanged: whether the model may have changed.
+        replaces_former: whether `target` is one place for all saves of a run.
+    """
+
+    path: PathLike
+    target: Callable[[], Path]
+    is_export: bool = False
+    track: str | None = None
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str
+    background: bool = False
+    only_unchanged: bool = False
+    replaces_former: bool = False
+
+
+class _Prepared(NamedTuple):
+    target: Path
+    manifest: Manifest
+    tracks: dict[str, Pieces]
+    files: ModelFiles
+    part: Part
+
+
+class SaveCalls:
+    """The saves of one average.
+
+    Attributes:
+        background: the save that is under way, if there is one.
+        warnings: of what a save loses; each once.
+
+    Args:
+        state: the averages of this rank.
+        replicas: what several ranks hold alike.
+        small_files: what the model wants beside its weights.
+    """
+
+    def __init__(self, state: AveragedState, replicas: Replicas, small_files: SmallFiles) -> None:
+        self.background = Background()
+        self.warnings = SaveWarnings()
+        self._state = state
+        self._replicas = replicas
+        self._small_files = small_files
+        self._warned_of_later_in: int | None = None  # an epoch of the exchange
+
+    def save(
+        self, call: Call, path: PathLike, max_shard_size: int | str, *, background: bool, only_unchanged: bool
+    ) -> None:
+        """Collective: every rank must call it. See `ShardedEMA.save`."""
+        self._write(
+            call,
+            _Request(
+                path=path,
+                target=lambda: target_folder(path),
+                max_shard_size=max_shard_size,
+                background=bool(background),
+                only_unchanged=bool(only_unchanged),
+                replaces_former=True,
+            ),
+        )
+
+    def snapshot(
+        self,
+        call: Call,
+        path: PathLike,
+        dtype: torch.dtype | None,
+        max_shard_size: int | str,
+        *,
+        background: bool,
+    ) -> None:
+        """Collective: every rank must call it. See `ShardedEMA.snapshot`."""
+
+        def target() -> Path:
+            return absolute(path) / _SNAPSHOT.format(self._state.num_updates)
+
+        request = _Request(
+            path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=bool(background)
+        )
+        self._write(call, request)
+        self._warn_of_later_snapshots(call, path)
+
+    def consolidate(
+        self,
+        call: Call,
+        path: PathLike,
+        track: str | None,
+        dtype: torch.dtype | None,
+        max_shard_size: int | str,
+        *,
+        only_unchanged: bool,
+    ) -> None:
+        """Collective: every rank must call it. See `ShardedEMA.consolidate`."""
+        self._write(
+            call,
+            _Request(
+                path=path,
+                target=lambda: target_folder(path),
+                is_export=True,
+                track=track,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                only_unchanged=bool(only_unchanged),
+            ),
+        )
+
+    def num_refused(self, call: Call) -> int:
+        """Collective: every rank must call it. See `ShardedEMA.num_refused`."""
+        call.together(lambda: None, lambda _: {}, within_swap=True, of_changed=True)
+        return self._sum_refused(call.exchange)
+
+    def _sum_refused(self, exchange: Exchange) -> int:
+        (total,) = exchange.sum_integers([self._state.num_refused])
+        return total
+
+    def _write(self, call: Call, request: _Request) -> None:
+        exchange = call.exchange
+        target, manifest, tracks, files, part = call.together(
+            lambda: self._prepared(request, exchange.rank, exchange.world_size),
+            lambda prepared: self._same(request, prepared),
+            after_saves=True,
+            of_changed=True,  # `Part` tells
+            working_folder=working_folder(request.path),
+        )
+        part.warn(exchange)
+        if not part.has_changed:
+            self.warnings.warn_of_no_updates(exchange, part.plan, manifest.num_updates)
+        self._replicas.check(call.name, part.plan)
+        if request.is_export:
+            (pieces,) = tracks.values()
+            write_export(exchange, target, files, pieces)
+            return
+        if self._state.options.skip_nonfinite:
+            manifest = dataclasses.replace(manifest, num_refused=self._sum_refused(exchange))
+        if request.background:
+            self._write_behind(call, target, files, tracks, manifest)
+        else:
+            write_average(exchange, target, files, tracks, manifest)
+
+    def _prepared(self, request: _Request, rank: int, world_size: int) -> _Prepared:
+        state, dtype = self._state, floating_dtype("dtype", request.dtype)
+        part = Part.of(state.plan, only_unchanged=request.only_unchanged)
+        texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
+        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
+        names = [state.track(request.track)] if request.is_export else list(state.schedules)
+        tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
+        target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
+        if request.replaces_former and rank == 0:
+            self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
+        return _Prepared(target, manifest, tracks, files, part)
+
+    def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
+        return {
+            "path": str(prepared.target),
+            "tracks": list(prepared.tracks),
+            "num_updates": prepared.manifest.num_updates,
+            "dtype": str(request.dtype),
+            "left_out": prepared.part.left_out,
+            "others": prepared.part.others,
+            "max_shard_size": str(request.max_shard_size),
+            "background": request.background,
+        }
+
+    def _write_behind(
+        self, call: Call, target: Path, files: ModelFiles, tracks: Mapping[str, Pieces], manifest: Manifest
+    ) -> None:
+        exchange = call.exchange.beside()
+        copies = call.exchange.agree(call.name, lambda: self.background.copied(tracks))
+
+        def write() -> None:
+            with ended_for_all(exchange, call.name):
+                write_average(exchange, target, files, copies, manifest)
+
+        with ended_for_all(exchange, call.name):  # an interrupt before the thread has begun
+            self.background.start(write)
+
+    def _warn_of_later_snapshots(self, call: Call, path: PathLike) -> None:
+        exchange = call.exchange
+        if self._warned_of_later_in == exchange.epoch:
+            return
+        now = self._state.num_updates
+        later = exchange.on_rank_0(call.name, lambda: _snapshots_after(now, absolute(path)))
+        if later:
+            self._warned_of_later_in = exchange.epoch
+            exchange.warn(
+                f"{path} holds {len(later)} snapshots with more updates than this run has had ({later[0]}, ...): they "
+                "are of another run, or of steps that a resume took back. synthesize would mix them: move them away"
+            )
+
+
+def _snapshots_after(num_updates: int, folder: Path) -> list[str]:
+    """Names of the snapshots of more updates in a folder, which a save in the background may not have made yet."""
+    if not folder.is_dir():
+        return []
+    found = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name))
+    return [name for name in found if name > _SNAPSHOT.format(num_updates)]

@@ -1,0 +1,104 @@
+"""The averages of one rank that lie in the tensors of a teacher.
+
+No communication, except along replicas in `restore` and `take_over`: after these every rank's teacher holds the
+averages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.streams import join_all
+from dist_ema.averaging.update import Updater
+from dist_ema.boxes.shards import Shard
+from dist_ema.live.teacher import Teacher, TeacherAverages, copy_pairs
+from dist_ema.options import Options
+from dist_ema.schedules.base import Schedule
+from dist_ema.uninterrupted import Lane, Once
+
+__all__ = ["TeacherState"]
+
+
+class TeacherState(AveragedState):
+    """The one track of an average that a teacher holds.
+
+    Every rank averages all that it holds of the teacher, not only what it owns; files are written by the owners.
+
+    Args:
+        teacher: the module that holds the averages.
+        options: what the user chose.
+        schedules: track name -> schedule, of one track.
+    """
+
+    def __init__(self, teacher: Teacher, options: Options, schedules: Mapping[str, Schedule]) -> None:
+        super().__init__(teacher.plan, options, schedules)
+        self._teacher = teacher
+
+    def allocate(self) -> None:
+        """Have the teacher begin as a copy of the model."""
+        teacher, skip = self._teacher, self.options.skip_nonfinite
+        self.averages = {name: TeacherAverages(self.shards, teacher) for name in self.schedules}
+        everything = TeacherAverages(teacher.held, teacher)
+        self._updater = Updater(teacher.held, [everything], skip_nonfinite=skip, uncounted=teacher.repeated)
+        self._copy_live(None, [Lane.of(teacher.show_live)], counted=False)
+
+    def _begin_update(self) -> list[Lane]:
+        join_all()  # an average of the teacher itself, say
+        self._teacher.settle()
+        return [Lane.of(self._teacher.show_live)]
+
+    @property
+    def loaded(self) -> tuple[Shard, ...]:
+        """The averaged shards, then what else the teacher shows."""
+        return self.shards + self._teacher.shown.owned(averaged=False)
+
+    @property
+    def loaded_fqns(self) -> set[str]:
+        """Names of the tensors that `loaded` has, on some rank."""
+        return super().loaded_fqns | {spec.fqn for spec in self._teacher.shown.specs}
+
+    def targets(self) -> dict[str, Sequence[torch.Tensor]]:
+        """As `AveragedState.targets`; always a second copy on the host, since a teacher counts from the beginning."""
+        # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.
+        shown = [
+            shard.live().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for shard in self.loaded[len(self.shards) :]
+        ]
+        return {name: [*self._host_copies(), *shown] for name in self.averages}
+
+    def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
+        ((values, *_),) = (filled.values(),)
+        numel = len(self.shards)
+        pairs = self._teacher.gather(values[:numel], values[numel:])
+        lanes = [Lane.of(functools.partial(copy_pairs, pairs))]
+        if not_started:  # the teacher may run forward before the next update
+            lanes.append(self._updater.copying_live(not_started, counted=False))
+        return lanes
+
+    def _replacing(self, track: str, values: Sequence[torch.Tensor]) -> Lane:
+        return Lane.of(functools.partial(copy_pairs, self._teacher.gather(values, None)))
+
+    def restart(self) -> None:
+        """Forget the averages: the teacher becomes a copy of the model at once."""
+        self._teacher.settle()
+        self._copy_live(self._forgetting(), [Lane.of(self._teacher.show_live)], counted=False)
+
+    def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
+        super()._copy_live(count, first, counted=counted)
+        self._teacher.settle()
+
+    def _start_from_live(self) -> None:
+        super()._start_from_live()
+        if self._now.not_started:
+            self._teacher.settle()
+
+    def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
+        # All that hold a replica of the teacher, not its owners alone.
+        if self.num_updates == 0:
+            self._copy_live(None, [Lane.of(self._teacher.show_live)], counted=False)
+        self._start_from_live()
