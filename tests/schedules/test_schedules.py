@@ -23,25 +23,12 @@ from dist_ema import (
     every,
     scaled_batch,
 )
-from dist_ema.schedules.records import schedule_from_json, schedule_to_json
+from dist_ema.schedules.records import SCHEDULES, schedule_from_json, schedule_to_json
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((GOLDEN_FOLDER / "cosine_ema.json").read_text())
 GOLDEN_MOMENTA = json.loads((GOLDEN_FOLDER / "schedules.json").read_text())  # written by make_schedules.py beside it
-NAMES = {
-    each.__name__: each
-    for each in (
-        AnnealedSchedule,
-        ConstantSchedule,
-        CosineSchedule,
-        EqualSchedule,
-        InverseGammaSchedule,
-        PowerSchedule,
-        RampSchedule,
-        after,
-        every,
-    )
-}
+NAMES = {name: each.call for name, each in SCHEDULES.items()}
 
 
 @pytest.mark.parametrize("case", GOLDEN_MOMENTA, ids=lambda case: f"{case['tool']}-{case['float']}-{case['ours']}")
