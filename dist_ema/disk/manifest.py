@@ -25,7 +25,7 @@ from dist_ema.errors import (
 )
 from dist_ema.schedules.records import check_record, schedule_text
 
-__all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest", "read_summed"]
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = "dist_ema"
@@ -172,7 +172,15 @@ _OF_A_FILE = ". One file has no manifest: begin an average at its weights with S
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a saved average. No communication.
+    """Read the manifest of a saved average: as `read_summed`, without its checksum. No communication."""
+    return read_summed(folder)[0]
+
+
+def read_summed(folder: Path) -> tuple[Manifest, int]:
+    """Read the manifest of a saved average, and the CRC-32 of the bytes that it was read from. No communication.
+
+    The file is read once: a save between two reads would pair the manifest of one average with the checksum of
+    another.
 
     Raises:
         CheckpointCorruptError: there is none, or it cannot be understood.
@@ -184,8 +192,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_NAME}, expected a folder written by ShardedEMA.save: it is another kind "
             "of folder, or its writing was cut off"
         )
+    content = read_small(path)
     try:
-        record = json.loads(read_small(path))
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
@@ -226,7 +235,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointCorruptError(
             f"{path} is not as it was written: {lacks[:300]}. Restore it from a copy, or use an older checkpoint"
         ) from error
-    return manifest
+    return manifest, checksum(content)
 
 
 def _check_depth(value: object, depth: int = 0) -> None:
