@@ -324,6 +324,28 @@ def test_a_private_name_is_seen_however_it_is_reached(line) -> None:
     assert len(strange_names("averaging.update", tree)) == 1
 
 
+def claims(node: ast.AST, above: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The docstring of everything in a module, with the docstrings of what it stands in."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+        docstring = ast.get_docstring(node) or ""
+        yield docstring, above
+        above = (*above, docstring)
+    for child in ast.iter_child_nodes(node):
+        yield from claims(child, above)
+
+
+def test_what_says_that_nothing_communicates_holds_nothing_that_does() -> None:
+    """Of a folder, a module or a class, "No communication" is said of all that is in it."""
+    collective, silent = re.compile(r"^(Collective|Point to point)|\. Collective\b"), "No communication."
+    for name, tree in modules().items():
+        folders = [PACKAGE.joinpath(*name.split(".")[:depth], "__init__.py") for depth in range(1, name.count(".") + 1)]
+        around = tuple(ast.get_docstring(ast.parse(folder.read_text())) or "" for folder in folders)
+        for docstring, above in claims(tree, around):
+            if collective.search(docstring.split("\n\n")[0]):
+                assert not any(silent in each for each in above), f"{name}: {docstring.splitlines()[0]}"
+                assert silent not in docstring, f"{name}: {docstring.splitlines()[0]}"
+
+
 # An arrow that is still there while `AveragedState` knows the teacher; nothing else may lead out of an update.
 LEADS_OUT = {("averaging.state", "live.teacher")}
 
