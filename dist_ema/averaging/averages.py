@@ -14,7 +14,7 @@ import torch
 
 from dist_ema.boxes.shards import Held, Shard
 
-__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_each", "copying"]
+__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_pairwise", "copying"]
 
 # Elements; 32 bytes or more for every averaged dtype.
 ALIGNED_NUMEL = 16
@@ -75,7 +75,7 @@ class Averages:
         """Set the averaged values to the live ones: of all tensors, or of those of these names. No communication."""
         chosen = [index for index, shard in enumerate(self._shards) if fqns is None or shard.fqn in fqns]
         values, residuals = self.values, self.residuals
-        copy_each([values[index] for index in chosen], [self._shards[index].live() for index in chosen])
+        copy_pairwise([values[index] for index in chosen], [self._shards[index].live() for index in chosen])
         for index in chosen if residuals else ():
             residuals[index].zero_()
 
@@ -104,7 +104,9 @@ def copying(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Callabl
     return partial(torch._foreach_copy_, targets, sources)
 
 
-def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False) -> None:
+def copy_pairwise(
+    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False
+) -> None:
     """Copy tensors pairwise, converted on the way."""
     if targets:  # an empty list raises
         torch._foreach_copy_(list(targets), list(sources), non_blocking)

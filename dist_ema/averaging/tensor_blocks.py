@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_each, copying
+from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_pairwise, copying
 from dist_ema.averaging.streams import has_streams
 from dist_ema.uninterrupted import Steps
 
@@ -105,7 +105,7 @@ class _Fetched(_Staged):
         ]
 
     def fetch(self) -> None:
-        copy_each(self._live, self._source, non_blocking=True)
+        copy_pairwise(self._live, self._source, non_blocking=True)
         for arrival, of, device in self._arrivals:
             arrival.record(of.current_stream(device))
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from dist_ema.averaging.averages import Averages, copy_each
+from dist_ema.averaging.averages import Averages, copy_pairwise
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.errors import ConfigError, UnsupportedModelError
@@ -137,7 +137,7 @@ class Teacher:
 @torch.no_grad()
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the first tensor of each pair the values of the second. No communication."""
-    copy_each([target for target, _ in pairs], [source for _, source in pairs])
+    copy_pairwise([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class TeacherAverages(Averages):
