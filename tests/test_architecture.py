@@ -188,12 +188,12 @@ PRIVATE_NAMES = {
         "_shapes": OF_FSDP1,
         "_shard_param_infos": OF_FSDP1,
         "_shared_param_infos": OF_FSDP1,
+        "_flat_param": OF_WRAPPERS,
     },
     "topology.names": {
         "_orig_mod": OF_WRAPPERS,
         "_checkpoint_wrapped_module": OF_WRAPPERS,
         "_fsdp_wrapped_module": OF_WRAPPERS,
-        "_flat_param": OF_WRAPPERS,
         "_non_persistent_buffers_set": OF_MODULES,
     },
     "topology.plain": {"_parameters": OF_MODULES, "_buffers": OF_MODULES},
