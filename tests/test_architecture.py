@@ -346,6 +346,27 @@ def test_what_says_that_nothing_communicates_holds_nothing_that_does() -> None:
                 assert silent not in docstring, f"{name}: {docstring.splitlines()[0]}"
 
 
+def test_what_says_that_it_does_not_communicate_calls_nothing_that_does() -> None:
+    """By name, of functions that are collective wherever one of that name is defined."""
+    defined = collections.defaultdict(set)
+    silent = []
+    for name, tree in modules().items():
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            docstring = ast.get_docstring(node) or ""
+            defined[node.name].add(docstring.startswith(("Collective", "Point to point")))
+            if "No communication." in docstring:
+                silent.append((name, node))
+    collective = {name for name, kinds in defined.items() if kinds == {True}}
+    assert {"agree", "arrive", "sum_integers", "save"} <= collective
+    for name, function in silent:
+        called = {getattr(node.func, "attr", getattr(node.func, "id", "")) for node in calls(function)}
+        assert not called & collective, f"{name}.{function.name} calls {called & collective}"
+
+
+def calls(function: ast.FunctionDef) -> list[ast.Call]:
+    return [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+
+
 # An arrow that is still there while `AveragedState` knows the teacher; nothing else may lead out of an update.
 LEADS_OUT = {("averaging.state", "live.teacher")}
 
