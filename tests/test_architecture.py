@@ -367,6 +367,27 @@ def calls(function: ast.FunctionDef) -> list[ast.Call]:
     return [node for node in ast.walk(function) if isinstance(node, ast.Call)]
 
 
+def test_what_docstrings_and_comments_refer_to_exists() -> None:
+    """Modules by their file's name, tests by theirs, and notes, each of which is written once."""
+    files = {path.name for path in PACKAGE.rglob("*.py")}
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    texts = {name: (PACKAGE / f"{name.replace('.', '/')}.py").read_text() for name in modules()}
+    notes = collections.Counter(
+        note for text in texts.values() for note in re.findall(r"^ *\[Note: ([^]]+)\]$", text, re.M)
+    )
+    assert set(notes.values()) == {1}
+    for name, text in texts.items():
+        # With a folder before it, the path is one of the repository: of the docs, of launch/.
+        assert set(re.findall(r"(?<![\w/])\w+\.py\b", text)) <= files, name
+        for path in re.findall(r"`((?:averaging|boxes|checkpoint|disk|live|offline|ranks|topology)/[\w/]+\.py)`", text):
+            assert (PACKAGE / path).exists(), f"{name} names {path}"
+        for module in re.findall(r"`dist_ema\.([a-z_.]+)`", text):
+            assert module in modules() or (PACKAGE / module.replace(".", "/")).is_dir(), f"{name} names {module}"
+        assert {note.strip() for note in re.findall(r"\[Note: ([^]]+)\]", text)} <= notes.keys(), name
+        for test in re.findall(r"`(test_\w+)`", text):
+            assert f"def {test}(" in tests, f"{name} names {test}"
+
+
 # An arrow that is still there while `AveragedState` knows the teacher; nothing else may lead out of an update.
 LEADS_OUT = {("averaging.state", "live.teacher")}
 

@@ -3,7 +3,7 @@
 Live values of the averages' dtype and device are averaged in place by one `_foreach_lerp_` over prepared lists. Others
 (bfloat16 weights into float32 averages, averages kept on another device) pass through a bounded scratch; so do many
 tiny tensors on a CPU, which are packed end to end. Several tracks go block by block, so that a block of live values is
-read from memory once and from the cache after that. On several CPU threads blocks are shared out (workers.py). What
+read from memory once and from the cache after that. On several CPU threads blocks are shared out (cpu_threads.py). What
 comes from a device into host memory is fetched one block ahead. All of it may run beside training (streams.py).
 
 `lerp` and not `mul` + `add`: fp32(1 - m) + fp32(m) is not 1, so the second form drifts (3e-5 relative after
@@ -15,8 +15,8 @@ An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is a
 much of it is lost. A compensated average also keeps what each step lost, in bfloat16, and adds it to the next (Kahan's
 sum). Its operations are single ones, not fused, so that the bits do not depend on how a tensor is cut either.
 
-An update is a job (whole.py): its steps first, all of them or none. Tensors that may hold infinities are watched
-(infinities.py), and averaged with care.
+An update is a job (uninterrupted.py): its steps first, all of them or none. Tensors that may hold infinities are
+watched (infinities.py), and averaged with care.
 """
 
 from __future__ import annotations
