@@ -346,6 +346,48 @@ def test_what_says_that_nothing_communicates_holds_nothing_that_does() -> None:
                 assert silent not in docstring, f"{name}: {docstring.splitlines()[0]}"
 
 
+def test_what_says_that_it_does_not_communicate_calls_nothing_that_does() -> None:
+    """By name, of functions that are collective wherever one of that name is defined."""
+    defined = collections.defaultdict(set)
+    silent = []
+    for name, tree in modules().items():
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            docstring = ast.get_docstring(node) or ""
+            defined[node.name].add(docstring.startswith(("Collective", "Point to point")))
+            if "No communication." in docstring:
+                silent.append((name, node))
+    collective = {name for name, kinds in defined.items() if kinds == {True}}
+    assert {"agree", "arrive", "sum_integers", "save"} <= collective
+    for name, function in silent:
+        called = {getattr(node.func, "attr", getattr(node.func, "id", "")) for node in calls(function)}
+        assert not called & collective, f"{name}.{function.name} calls {called & collective}"
+
+
+def calls(function: ast.FunctionDef) -> list[ast.Call]:
+    return [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+
+
+def test_what_docstrings_and_comments_refer_to_exists() -> None:
+    """Modules by their file's name, tests by theirs, and notes, each of which is written once."""
+    files = {path.name for path in PACKAGE.rglob("*.py")}
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    texts = {name: (PACKAGE / f"{name.replace('.', '/')}.py").read_text() for name in modules()}
+    notes = collections.Counter(
+        note for text in texts.values() for note in re.findall(r"^ *\[Note: ([^]]+)\]$", text, re.M)
+    )
+    assert set(notes.values()) == {1}
+    for name, text in texts.items():
+        # With a folder before it, the path is one of the repository: of the docs, of launch/.
+        assert set(re.findall(r"(?<![\w/])\w+\.py\b", text)) <= files, name
+        for path in re.findall(r"`((?:averaging|boxes|checkpoint|disk|live|offline|ranks|topology)/[\w/]+\.py)`", text):
+            assert (PACKAGE / path).exists(), f"{name} names {path}"
+        for module in re.findall(r"`dist_ema\.([a-z_.]+)`", text):
+            assert module in modules() or (PACKAGE / module.replace(".", "/")).is_dir(), f"{name} names {module}"
+        assert {note.strip() for note in re.findall(r"\[Note: ([^]]+)\]", text)} <= notes.keys(), name
+        for test in re.findall(r"`(test_\w+)`", text):
+            assert f"def {test}(" in tests, f"{name} names {test}"
+
+
 def test_nothing_that_an_update_runs_imports_what_communicates() -> None:
     """The modules that `averaging` reaches, over any number of imports, know neither process groups nor their users."""
     known, below = modules(), collections.defaultdict(set)

@@ -1,8 +1,8 @@
 """Values of one rank given to the other ranks that hold the same tensor, by training's own process groups.
 
 Nobody can leave these groups without spoiling them for training. So a broadcast that the ranks have agreed on is not
-cut off: it is given as steps (see [Note: interrupts] in whole.py), each begun by one call of C, which an interrupt
-cannot cut in two; what an interrupt leaves is done before it goes on.
+cut off: it is given as steps (see [Note: interrupts] in uninterrupted.py), each begun by one call of C, which an
+interrupt cannot cut in two; what an interrupt leaves is done before it goes on.
 """
 
 from __future__ import annotations
