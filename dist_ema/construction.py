@@ -17,6 +17,7 @@ from dist_ema.checkpoint.record import dtype_name, manifest_of
 from dist_ema.checkpoint.save_calls import SmallFiles
 from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
+from dist_ema.disk.manifest import Agreement
 from dist_ema.errors import ConfigError, RankMismatchError
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
@@ -125,12 +126,10 @@ def _checked(*, device: object, include: Patterns, exclude: Patterns, **others: 
 
 def _check_alike(exchange: Exchange, state: AveragedState, *, has_teacher: bool) -> None:
     """Collective: every rank must call it. Refuses ranks that planned another model, or have other options."""
-    record = manifest_of(state, exchange.world_size).to_json()
+    manifest = manifest_of(state, exchange.world_size)
     live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
-    _compare_models(
-        exchange, {**{name: record.pop(name) for name in ("tensors", "aliases")}, "live_dtypes": live_dtypes}
-    )
-    exchange.compare({**record, "into": has_teacher})
+    _compare_models(exchange, {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes})
+    exchange.compare({**manifest.compared(Agreement.RUN), "into": has_teacher})
     _check_covered(exchange, state.plan)
 
 

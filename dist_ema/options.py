@@ -5,22 +5,56 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from torch import nn
 
 from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["Options", "checked_device", "checked_schedules", "floating_dtype", "matches_any", "name_patterns"]
+__all__ = [
+    "OptionArguments",
+    "Options",
+    "checked_device",
+    "checked_schedules",
+    "floating_dtype",
+    "matches_any",
+    "name_patterns",
+]
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class OptionArguments(TypedDict, total=False):
+    """The options as `ShardedEMA` and `attach` take them: more types than `Options` keeps, and `into`."""
+
+    interval: int
+    interval_correction: bool
+    update_buffers: bool
+    dtype: torch.dtype
+    device: torch.device | str | None
+    include: str | Iterable[str] | None
+    exclude: str | Iterable[str] | None
+    skip_nonfinite: bool
+    compensated: bool
+    overlap: bool
+    into: nn.Module | None
+
+
+# Whether an option changes the averaged values: then the ranks compare it, the manifest keeps it, and a load warns of
+# another value.
+_RECORDED: Mapping[str, Any] = {"recorded": True}
+_NOT_RECORDED: Mapping[str, Any] = {"recorded": False}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a `ShardedEMA`, all but the schedules.
+    """The options of a `ShardedEMA`, all but the schedules and the teacher.
+
+    Each is declared here. `OptionArguments` and the keywords of `ShardedEMA` repeat the names, for type checkers and
+    readers; a test compares the three.
 
     Attributes:
         interval: average on calls number 0, n, 2n, ... of `update`; the others only count. In updates.
@@ -38,20 +72,20 @@ class Options:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    interval: int = 1
-    interval_correction: bool = False
-    update_buffers: bool = False
-    dtype: torch.dtype = torch.float32
-    device: torch.device | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    skip_nonfinite: bool = False
-    compensated: bool = False
-    overlap: bool = False
+    interval: int = dataclasses.field(default=1, metadata=_RECORDED)
+    interval_correction: bool = dataclasses.field(default=False, metadata=_RECORDED)
+    update_buffers: bool = dataclasses.field(default=False, metadata=_RECORDED)
+    dtype: torch.dtype = dataclasses.field(default=torch.float32, metadata=_RECORDED)
+    device: torch.device | None = dataclasses.field(default=None, metadata=_NOT_RECORDED)
+    include: tuple[str, ...] = dataclasses.field(default=(), metadata=_RECORDED)
+    exclude: tuple[str, ...] = dataclasses.field(default=(), metadata=_RECORDED)
+    skip_nonfinite: bool = dataclasses.field(default=False, metadata=_RECORDED)
+    compensated: bool = dataclasses.field(default=False, metadata=_RECORDED)
+    overlap: bool = dataclasses.field(default=False, metadata=_NOT_RECORDED)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
-        for name in ("interval_correction", "update_buffers", "skip_nonfinite", "compensated", "overlap"):
+        for name in (field.name for field in dataclasses.fields(self) if field.type == "bool"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.dtype not in _AVERAGED_DTYPES:
@@ -89,17 +123,18 @@ class Options:
         return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)
 
     def to_json(self) -> dict[str, Any]:
-        """The options that change the averaged values, for the digest and the manifest."""
+        """The recorded options, for the manifest and the comparison of the ranks."""
         return {
-            "interval": self.interval,
-            "interval_correction": self.interval_correction,
-            "update_buffers": self.update_buffers,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "include": list(self.include),
-            "exclude": list(self.exclude),
-            "skip_nonfinite": self.skip_nonfinite,
-            "compensated": self.compensated,
+            field.name: _json(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.metadata["recorded"]
         }
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value
 
 
 def matches_any(fqns: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ rm -rf "$out"/checkpoint-1000 "$out"/checkpoint-1500
 rm -f "$out"/{loss.csv,model.json,export.json,curves.png}
 
 # Small batches at a high constant rate: the live weights keep jumping around, and the average does not.
-run=(launch/pretrain.py --sharding fsdp2 --out "$out" --seed 0
+run=(launch/pretrain/pretrain.py --sharding fsdp2 --out "$out" --seed 0
      --width 128 --depth 2 --heads 4 --context 64 --batch-size 16
      --steps 1500 --lr 3e-3 --warmup-steps 30 --momentum 0.05 --end-momentum 0.01
      --eval-every 100 --save-every 1000)
@@ -36,8 +36,8 @@ echo "== 2/3: one process goes on from step 1000"
 OMP_NUM_THREADS=2 "$torchrun" --standalone --nproc_per_node 1 "${run[@]}" --resume "$out/checkpoint-1000"
 
 echo "== 3/3: a fresh process, safetensors alone"
-OMP_NUM_THREADS=2 "$python" launch/evaluate_export.py "$out/checkpoint-1500/ema/model.safetensors" \
+OMP_NUM_THREADS=2 "$python" launch/pretrain/evaluate_export.py "$out/checkpoint-1500/ema/model.safetensors" \
     --model "$out/model.json" --json "$out/export.json"
-"$python" launch/curves.py "$out/loss.csv" "$out/curves.png"
+"$python" launch/pretrain/curves.py "$out/loss.csv" "$out/curves.png"
 echo "curves: $out/curves.png, numbers: $out/loss.csv"
-"$python" launch/verdict.py "$out/loss.csv" "$out/export.json"
+"$python" launch/pretrain/verdict.py "$out/loss.csv" "$out/export.json"

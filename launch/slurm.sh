@@ -32,7 +32,7 @@ srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --rdzv_id "$SLURM_JOB_ID" \
     --rdzv_endpoint "$first_host:$port" \
     --max-restarts 0 \
-    launch/pretrain.py \
+    launch/pretrain/pretrain.py \
     --sharding fsdp2 --mixed-precision bf16 \
     --width 1024 --depth 16 --heads 16 --context 1024 --batch-size 512 --lr 3e-4 --warmup-steps 500 \
     --steps 20000 --momentum 0.004 --end-momentum 0.0008 \

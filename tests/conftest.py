@@ -19,6 +19,14 @@ def world() -> Iterator[Callable[[int], World]]:
         each.stop()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes a world runs on ranks; one that starts processes by other means has the marker itself."""
+    for item in items:
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ranks)
+
+
 def pytest_sessionfinish() -> None:
     """What tests average is not meant to be used."""
     watch = sys.modules.get("dist_ema.integrations.watch")

@@ -44,7 +44,7 @@ def test_links_point_at_something(page) -> None:
 
 
 def test_every_trap_names_tests_that_exist() -> None:
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "traps.md").read_text() + (ROOT / "CHANGELOG.md").read_text())
     assert len(named) >= 35
     assert [name for name in named if f"def {name}(" not in tests] == []

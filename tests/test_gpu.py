@@ -1,6 +1,6 @@
 """What only a GPU can show: no host sync, no allocation, and an order of streams that no slow update can upset.
 
-The same code paths run on a CPU in test_rank_streams.py and test_update.py.
+The same code paths run on a CPU in averaging/test_streams.py and averaging/test_update.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ less than 32768 elements, which torch does in the calling thread. No communicati
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -111,6 +112,7 @@ def _wait_for(helping: Sequence[_End]) -> None:
 def _threads() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
+        _watch_forks()
         _pool = ThreadPoolExecutor(_MOST_WORKERS - 1, thread_name_prefix="dist_ema-update")
     return _pool
 
@@ -121,4 +123,7 @@ def _forget() -> None:
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget)
+@functools.cache
+def _watch_forks() -> None:
+    """Once for each process, and not at import."""
+    os.register_at_fork(after_in_child=_forget)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from dist_ema.messages import tell
 from dist_ema.schedules.base import Schedule
-from dist_ema.schedules.combinators import steps_of
+from dist_ema.schedules.nesting import steps_of
 
 __all__ = ["Standstill"]
 

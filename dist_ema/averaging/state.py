@@ -1,4 +1,6 @@
-"""The averages of one rank, their counter, and what may be done with them now. No communication.
+"""The averages of one rank, their counter, and what may be done with them now.
+
+Only `restore` and `take_over` communicate, and only for a teacher that several ranks hold alike.
 
 `ShardedEMA` is this state plus the calls that communicate. Where the averages lie in the tensors of a teacher module,
 `TeacherState` (live/teacher_state.py) takes the place of this class, and overrides the methods that differ.

@@ -13,6 +13,7 @@ On a CPU the same calls run one after the other: torch's CPU streams do nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -112,6 +113,7 @@ class HostThread(SideStream):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._running: Future[None] | None = None
+        _watch_forks()
         _host_threads.add(self)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -241,4 +243,7 @@ def _forget() -> None:
         host_thread._running = None
 
 
-os.register_at_fork(after_in_child=_forget)
+@functools.cache
+def _watch_forks() -> None:
+    """Once for each process, and not at import."""
+    os.register_at_fork(after_in_child=_forget)

@@ -20,6 +20,7 @@ __all__ = [
     "Box",
     "Form",
     "Held",
+    "NoForm",
     "Place",
     "Shard",
     "TensorSpec",
@@ -100,6 +101,13 @@ class Form(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class NoForm:
+    """Why a held piece cannot stand in a state dict: how a sentence goes on that begins with the tensor's name."""
+
+    reason: str
+
+
 class Place(NamedTuple):
     """Where the model keeps a tensor: `table[key]`."""
 
@@ -117,7 +125,7 @@ class Held:
         view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. Called
             anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
             again only while that still stands for the same memory, dtype and strides.
-        form: how a state dict shows it; None where a piece cannot stand in one (the flat parameters of FSDP1).
+        form: how a state dict shows it, or why it cannot.
         place: where the model keeps the tensor that `view` shows whole; None where `view` alone can tell if its memory
             was replaced.
     """
@@ -125,7 +133,7 @@ class Held:
     spec: TensorSpec
     box: Box
     view: Callable[[], torch.Tensor]
-    form: Form | None = None
+    form: Form | NoForm
     place: Place | None = dataclasses.field(default=None, compare=False)
 
     @property

@@ -7,6 +7,7 @@ calls. Saves go one at a time: the next call waits for the thread first, and rai
 from __future__ import annotations
 
 import atexit
+import functools
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -67,6 +68,7 @@ class Background:
 
         # The thread is not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
+        _watch_exit()
         _under_way.append(self)
         self._thread.start()
 
@@ -91,10 +93,15 @@ class Background:
 _under_way: list[Background] = []
 
 
-@atexit.register
 def _wait_at_exit() -> None:
     while _under_way:
         try:
             _under_way[0].wait()
         except Exception:
             traceback.print_exc()
+
+
+@functools.cache
+def _watch_exit() -> None:
+    """Once for each process, and not at import."""
+    atexit.register(_wait_at_exit)

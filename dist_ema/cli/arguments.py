@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from dist_ema._version import __version__
 from dist_ema.cli import commands
 from dist_ema.errors import DistEMAError
+from dist_ema.schedules.records import SCHEDULES
 
 __all__ = ["main"]
 
@@ -118,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, default=Path("schedule.png"), help="the picture (default: schedule.png)")
     plot.add_argument("--steps", type=int, help="updates along the axis (default: as long as the schedules tell)")
     plot.add_argument(
-        "--schedule", action="append", default=[], metavar="TEXT", help=f"a schedule, {_TOLD_SCHEDULE}; may be repeated"
+        "--schedule",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"a schedule, {_told_schedule()}; may be repeated",
     )
     plot.add_argument("--sigma-rel", type=float, metavar="X", help="SRC is a folder of snapshots: draw this profile")
     plot.set_defaults(refuse=plot.error)
@@ -152,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("out", metavar="OUT", type=Path, help="folder to write; a former export is replaced")
     wanted = synthesize.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--sigma-rel", type=float, metavar="X", help="width of a power-function profile, such as 0.15")
-    wanted.add_argument("--schedule", metavar="TEXT", help=f"any other schedule, {_TOLD_SCHEDULE}")
+    wanted.add_argument("--schedule", metavar="TEXT", help=f"any other schedule, {_told_schedule()}")
     synthesize.add_argument(
         "--num-updates", type=int, metavar="N", help="of the average (default: the latest snapshot's)"
     )
@@ -161,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_TOLD_SCHEDULE = "such as 'after(100, EqualSchedule())'"
+def _told_schedule() -> str:
+    return f"such as 'after(100, EqualSchedule())', made of {', '.join(sorted(SCHEDULES))}"
 
 
 def _add_export_options(command: argparse.ArgumentParser, kept: str) -> None:

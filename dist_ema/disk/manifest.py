@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import re
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from dist_ema.checks import file_name, folder_name, shown
+from dist_ema.disk import manifest_fields as fields
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import told_kind
 from dist_ema.disk.formats.headers import LARGEST_RECORD_BYTES, read_small
+from dist_ema.disk.manifest_fields import Agreement, SavedFile, SavedTensor
 from dist_ema.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -23,9 +23,18 @@ from dist_ema.errors import (
     ConfigError,
     UnsupportedModelError,
 )
-from dist_ema.schedules.records import check_record, schedule_text
+from dist_ema.schedules.records import schedule_text
 
-__all__ = ["MANIFEST_NAME", "Manifest", "SavedFile", "SavedTensor", "find_saved", "read_manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "Agreement",
+    "Manifest",
+    "SavedFile",
+    "SavedTensor",
+    "find_saved",
+    "read_manifest",
+    "read_summed",
+]
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = "dist_ema"
@@ -33,31 +42,9 @@ _FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedTensor:
-    """A whole tensor of the checkpoint; `averaged` is False where it is a copy of the live one."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    averaged: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedFile:
-    """A file of the checkpoint.
-
-    Attributes:
-        size_bytes: of the whole file.
-        checksum: CRC-32 of the header (length included) of a safetensors file, of the whole of an index.
-    """
-
-    size_bytes: int
-    checksum: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The record beside the tensors.
+    """The record beside the tensors. A field is declared here and nowhere else: see `manifest_fields.Rule`.
 
     Attributes:
         num_updates: calls of `update` so far.
@@ -71,15 +58,25 @@ class Manifest:
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
     """
 
-    num_updates: int
-    options: Mapping[str, Any]
-    tracks: Mapping[str, Mapping[str, Any]]
-    tensors: Mapping[str, SavedTensor]
-    aliases: Mapping[str, str]
-    written_by: Mapping[str, Any]
-    num_refused: int = 0
-    files: Mapping[str, SavedFile] = dataclasses.field(default_factory=dict)
-    checksums: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    num_updates: int = field(metadata=fields.rule(fields.counter, since=1, compared=Agreement.NONE))
+    options: Mapping[str, Any] = field(metadata=fields.rule(fields.json_object, since=1, compared=Agreement.RUN))
+    tracks: Mapping[str, Mapping[str, Any]] = field(
+        metadata=fields.rule(fields.tracks, since=1, compared=Agreement.RUN)
+    )
+    tensors: Mapping[str, SavedTensor] = field(
+        metadata=fields.rule(fields.tensors, write=fields.written_tensors, since=1, compared=Agreement.MODEL)
+    )
+    aliases: Mapping[str, str] = field(metadata=fields.rule(fields.aliases, since=1, compared=Agreement.MODEL))
+    written_by: Mapping[str, Any] = field(metadata=fields.rule(fields.json_object, since=1, compared=Agreement.RUN))
+    num_refused: int = field(default=0, metadata=fields.rule(fields.counter, since=None, compared=Agreement.NONE))
+    files: Mapping[str, SavedFile] = field(
+        default_factory=dict,
+        metadata=fields.rule(fields.files, write=fields.written_files, since=2, compared=Agreement.NONE),
+    )
+    checksums: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict,
+        metadata=fields.rule(fields.checksums, write=fields.written_checksums, since=2, compared=Agreement.NONE),
+    )
 
     def folder_of(self, track: str) -> str:
         """Sub-folder of the track's files: the top for a single track, else its name."""
@@ -104,18 +101,21 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, without its own checksum."""
-        record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
-        for file in record["files"].values():
-            file["checksum"] = _hex(file["checksum"])
-        record["checksums"] = {
-            track: {fqn: _hex(value) for fqn, value in of_track.items()} for track, of_track in self.checksums.items()
-        }
-        return record
+        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **self._written(*Agreement)}
+
+    def compared(self, agreement: Agreement) -> dict[str, Any]:
+        """The fields that the ranks compare under that heading, as JSON."""
+        return self._written(agreement)
+
+    def _written(self, *agreements: Agreement) -> dict[str, Any]:
+        rules = {each.name: fields.rule_of(each) for each in dataclasses.fields(self)}
+        return {name: rule.write(getattr(self, name)) for name, rule in rules.items() if rule.compared in agreements}
 
     def to_bytes(self) -> bytes:
         """The file's content: the record, and the CRC-32 of the record's canonical text."""
         record = self.to_json()
-        return json.dumps({**record, "checksum": _hex(_record_checksum(record))}, indent=1).encode() + b"\n"
+        own_checksum = fields.hexadecimal(_record_checksum(record))
+        return json.dumps({**record, "checksum": own_checksum}, indent=1).encode() + b"\n"
 
     def check_size(self) -> None:
         """See that the file will not be longer than a reader takes. No communication.
@@ -172,7 +172,15 @@ _OF_A_FILE = ". One file has no manifest: begin an average at its weights with S
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a saved average. No communication.
+    """Read the manifest of a saved average: as `read_summed`, without its checksum. No communication."""
+    return read_summed(folder)[0]
+
+
+def read_summed(folder: Path) -> tuple[Manifest, int]:
+    """Read the manifest of a saved average, and the CRC-32 of the bytes that it was read from. No communication.
+
+    The file is read once: a save between two reads would pair the manifest of one average with the checksum of
+    another.
 
     Raises:
         CheckpointCorruptError: there is none, or it cannot be understood.
@@ -184,8 +192,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_NAME}, expected a folder written by ShardedEMA.save: it is another kind "
             "of folder, or its writing was cut off"
         )
+    content = read_small(path)
     try:
-        record = json.loads(read_small(path))
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
@@ -200,20 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
         _check_depth(record)
         if version >= 2:
             _check_record(record)
-        manifest = Manifest(
-            num_updates=_counter(record["num_updates"]),
-            num_refused=_counter(record.get("num_refused", 0)),
-            options=_object(record["options"]),
-            tracks={folder_name("track name", name): _schedule(saved) for name, saved in _filled(record["tracks"])},
-            tensors={_name(fqn): _tensor(saved) for fqn, saved in _filled(record["tensors"])},
-            aliases={_name(alias): _name(fqn) for alias, fqn in _object(record["aliases"]).items()},
-            written_by=_object(record["written_by"]),
-            files={_path(name): _file(saved) for name, saved in _object(record.get("files", {})).items()},
-            checksums={
-                track: {fqn: _from_hex(value) for fqn, value in _object(of_track).items()}
-                for track, of_track in _object(record.get("checksums", {})).items()
-            },
-        )
+        manifest = Manifest(**_values(record, version))
         if version >= 2 and any(
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
@@ -226,7 +222,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointCorruptError(
             f"{path} is not as it was written: {lacks[:300]}. Restore it from a copy, or use an older checkpoint"
         ) from error
-    return manifest
+    return manifest, checksum(content)
+
+
+def _values(record: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """The fields that a record has, read; a field that is in no declaration is overlooked."""
+    values = {}
+    for each in dataclasses.fields(Manifest):
+        rule = fields.rule_of(each)
+        if each.name in record or (rule.since is not None and version >= rule.since):
+            values[each.name] = rule.read(record[each.name])
+    return values
 
 
 def _check_depth(value: object, depth: int = 0) -> None:
@@ -240,52 +246,12 @@ def _check_depth(value: object, depth: int = 0) -> None:
 def _check_record(record: dict[str, Any]) -> None:
     """Refuse a record that is not the one that was written."""
     told = record.pop("checksum")
-    if told != _hex(_record_checksum(record)):
+    if told != fields.hexadecimal(_record_checksum(record)):
         raise ValueError("its checksum does not fit its content: it was damaged, or edited")
 
 
 def _record_checksum(record: Mapping[str, Any]) -> int:
     return checksum(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _hex(value: int) -> str:
-    return f"{value:08x}"
-
-
-def _from_hex(value: object) -> int:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{8}", value):
-        raise ValueError(f"a checksum is {str(value)[:80]!r}, expected eight hexadecimal digits")
-    return int(value, 16)
-
-
-def _path(name: str) -> str:
-    """A file in the folder or in the folder of a track; no way out of it."""
-    *folders, file = name.split("/")
-    if len(folders) > 1:
-        raise ValueError(f"a file has the path {name[:80]!r}")
-    for folder in folders:
-        folder_name("track name", folder)
-    file_name("files", file)
-    return name
-
-
-def _name(value: object) -> str:
-    """The name of a tensor: text that a file can carry."""
-    if not isinstance(value, str):
-        raise ValueError(f"a name is {shown(value)}, expected text")
-    value.encode()  # half of a surrogate pair is a ValueError
-    return value
-
-
-def _file(value: object) -> SavedFile:
-    saved = dict(_filled(value))
-    return SavedFile(_counter(saved["size_bytes"]), _from_hex(saved["checksum"]))
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
 
 
 def _as_saved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -304,34 +270,4 @@ def _total_steps(schedule: Mapping[str, Any]) -> int | None:
     return total_steps if type(total_steps) is int else None
 
 
-_LARGEST_SIZE = 2**62
 _DEEPEST = 32
-
-
-def _filled(value: object) -> list[tuple[Any, Any]]:
-    if not isinstance(value, dict) or not value:
-        raise ValueError(f"expected an object with entries, found {type(value).__name__}")
-    return list(value.items())
-
-
-def _schedule(value: object) -> dict[str, Any]:
-    schedule = dict(_filled(value))
-    check_record(schedule)
-    return schedule
-
-
-def _tensor(value: object) -> SavedTensor:
-    saved = dict(_filled(value))
-    shape, dtype, averaged = saved["shape"], saved["dtype"], saved["averaged"]
-    sizes_are_fine = isinstance(shape, list) and all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape)
-    if not sizes_are_fine or math.prod(shape) >= _LARGEST_SIZE:
-        raise ValueError(f"a tensor has the shape {str(shape)[:80]}")
-    if not isinstance(dtype, str) or not isinstance(averaged, bool):
-        raise ValueError(f"a tensor has dtype {str(dtype)[:80]} and averaged {str(averaged)[:80]}")
-    return SavedTensor(tuple(shape), dtype, averaged)
-
-
-def _counter(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"a count is {str(value)[:80]}, expected an integer of at least 0 (and below 2^63)")
-    return value

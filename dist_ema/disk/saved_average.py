@@ -22,7 +22,7 @@ from dist_ema.disk.formats.headers import (
     read_model_folder,
     read_small,
 )
-from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_manifest
+from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_summed
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 
 __all__ = [
@@ -96,8 +96,7 @@ def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverag
 
 def _read_saved(source: Path, tracks: Sequence[str] | None) -> SavedAverage:
     folder = find_saved(source)
-    manifest_checksum = checksum(read_small(folder / MANIFEST_NAME))
-    manifest = read_manifest(folder)
+    manifest, manifest_checksum = read_summed(folder)
     models = {}
     check_files(folder, manifest)
     for track in manifest.tracks if tracks is None else tracks:

@@ -17,7 +17,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -35,6 +35,11 @@ from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.topology.names import unwrapped
 from dist_ema.topology.planning import trained_parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dist_ema.options import OptionArguments
 
 __all__ = ["attach"]
 
@@ -70,7 +75,7 @@ def attach(
     name: str = "ema",
     on_missing: Literal["error", "live"] = "error",
     background: bool = False,
-    **options: Any,
+    **options: Unpack[OptionArguments],
 ) -> ShardedEMA:
     """Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
 
@@ -87,7 +92,7 @@ def attach(
             average anew from the loaded weights, at the first update. With `into` attach after `load_state` instead.
         background: have `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
             complete only once `ema.wait()`, or the next save, has returned.
-        **options: the options of `ShardedEMA`.
+        **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Raises:
         AttachError: something was not prepared, the optimizer is not the model's, or the name is taken.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -67,6 +68,7 @@ class Watch:
         if self._tells and ends:
             # A process that goes on to another average (a sweep, a test) has done with those that are gone.
             _records[:] = [each for each in _records if each.gone_at is None]
+            _watch_exit()
             _records.append(record)
             weakref.finalize(ema, lambda: setattr(record, "gone_at", time.monotonic())).atexit = False
             ema.on_detach(self.forget)
@@ -105,10 +107,15 @@ class Watch:
             _records.remove(self._record)
 
 
-@atexit.register
 def _at_exit() -> None:
     if getattr(sys, "last_type", None) is None:  # set where the process ends with a traceback
         _tell_unused([record for record in _records if not record.is_past])
+
+
+@functools.cache
+def _watch_exit() -> None:
+    """Once for each process, and not at import."""
+    atexit.register(_at_exit)
 
 
 def _tell_unused(records: list[_Record]) -> None:

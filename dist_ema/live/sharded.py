@@ -9,7 +9,7 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.plan import Plan
-from dist_ema.boxes.shards import Form, Held
+from dist_ema.boxes.shards import Form, Held, NoForm
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
 from dist_ema.live.replicas import Replicas
@@ -112,9 +112,6 @@ def _all_held(plan: Plan) -> list[Held]:
 
 
 def _form(held: Held) -> Form:
-    if held.form is None:
-        raise UnsupportedModelError(
-            f"{held.spec.fqn} lies in a flat parameter of FSDP1, whose shards have no form in a state dict: use save, "
-            "or shard the model with FSDP2 (fully_shard)"
-        )
+    if isinstance(held.form, NoForm):
+        raise UnsupportedModelError(f"{held.spec.fqn} {held.form.reason}")
     return held.form

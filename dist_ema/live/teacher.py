@@ -27,7 +27,7 @@ __all__ = ["Teacher", "TeacherAverages", "copy_pairs"]
 
 
 class Teacher:
-    """A module that is laid out like the student, tensor by tensor. No communication.
+    """A module that is laid out like the student, tensor by tensor. Of its methods only `gather` communicates.
 
     Attributes:
         plan: the student's plan, whose `settle` and `verify` are also for the teacher.

@@ -47,7 +47,9 @@ _COMMON_ERRORS = ("builtins", "torch", "numpy", "json", "struct", "zlib", "pickl
 
 
 class Exchange:
-    """Control traffic among all ranks of the default process group; trivial when there is none. No communication.
+    """Control traffic among all ranks of the default process group; trivial when there is none.
+
+    Making one sends nothing to other ranks: it may connect to the store that they share.
 
     Args:
         link: the link of a thread that communicates beside the calls; None for the link of the calls.

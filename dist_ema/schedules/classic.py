@@ -9,10 +9,12 @@ from typing import Any
 from dist_ema.checks import positive_integer, real_number, shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import checked_momentum, fraction_between, warn_if_large
+from dist_ema.schedules.registry import registered
 
 __all__ = ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"]
 
 
+@registered(example="CosineSchedule(total_steps=10_000)")
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class CosineSchedule:
     """Momentum that falls from `momentum` to `end_momentum` along half a cosine.
@@ -68,6 +70,7 @@ class CosineSchedule:
         }
 
 
+@registered(example="ConstantSchedule(decay=0.999)")
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class ConstantSchedule:
     """The same momentum at every update; give one of `decay`, `momentum = 1 - decay`, and `half_life_steps`.
@@ -125,6 +128,7 @@ class ConstantSchedule:
         return {"momentum": self.constant}
 
 
+@registered(example="AnnealedSchedule(0.0002, gamma=100)")
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class AnnealedSchedule:
     """Momentum that falls like `gamma / (gamma + k)` to a floor: `m(k) = max(momentum, gamma / (gamma + k))`.
@@ -193,6 +197,7 @@ class _WarmUp:
         return dataclasses.asdict(self)
 
 
+@registered(example="InverseGammaSchedule(power=0.75)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InverseGammaSchedule(_WarmUp):
     """Decay that grows as `1 - (1 + t / inv_gamma)^-power`, t = k - update_after_step, within bounds.
@@ -224,6 +229,7 @@ class InverseGammaSchedule(_WarmUp):
         return float(1.0 - (1.0 + elapsed_steps / self.inv_gamma) ** -self.power)
 
 
+@registered(example="RampSchedule(max_decay=0.999)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RampSchedule(_WarmUp):
     """Decay that grows as `(1 + t) / (10 + t)`, t = k - update_after_step, within bounds.

@@ -9,12 +9,11 @@ from typing import Any
 from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, fraction_between
+from dist_ema.schedules.nesting import Combined
+from dist_ema.schedules.registry import registered
 
-__all__ = ["DEEPEST", "After", "Every", "ScaledBatch", "after", "every", "scaled_batch", "steps_of"]
+__all__ = ["after", "every", "scaled_batch"]
 
-
-# Schedules within each other. Whoever reads a record, or draws one, walks down as many levels.
-DEEPEST = 20
 
 # Of `every`: the momentum of one update is made of as many of the inner schedule.
 _MOST_STEPS = 10**6
@@ -47,24 +46,9 @@ def scaled_batch(kappa: float, schedule: Schedule) -> ScaledBatch:
     return ScaledBatch(kappa, schedule)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Combined:
-    schedule: Schedule
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule) or isinstance(self.schedule, type):
-            raise ConfigError(
-                f"schedule is {self.schedule!r}, expected a schedule such as ConstantSchedule(decay=0.999)"
-            )
-        depth, inner = 1, self.schedule
-        while isinstance(inner, _Combined) and depth <= DEEPEST:
-            depth, inner = depth + 1, inner.schedule
-        if depth > DEEPEST:
-            raise ConfigError(f"there are more than {DEEPEST} schedules within each other, expected at most that many")
-
-
+@registered(example="after(100, EqualSchedule())", call=after)
 @dataclasses.dataclass(frozen=True, init=False)
-class After(_Combined):
+class After(Combined):
     """See `after`. Update number `start_step` copies the live weights: it is update number 0 of the inner schedule."""
 
     start_step: int
@@ -85,9 +69,14 @@ class After(_Combined):
         """The arguments that rebuild this schedule."""
         return {"start_step": self.start_step}
 
+    def steps_around(self, inner_steps: int) -> int:
+        """Number of updates until so many of the inner schedule are over."""
+        return self.start_step + inner_steps
 
+
+@registered(example="every(10, ConstantSchedule(decay=0.999))", call=every)
 @dataclasses.dataclass(frozen=True, init=False)
-class Every(_Combined):
+class Every(Combined):
     """See `every`: `1 - m = (1 - m(k - n + 1)) ... (1 - m(k))` where n divides k, else 0.
 
     For a constant decay rho it is rho^n (the linear-time correction): 0.9999 applied every 10 steps without it would
@@ -119,9 +108,14 @@ class Every(_Combined):
         """The arguments that rebuild this schedule."""
         return {"num_steps": self.num_steps}
 
+    def steps_around(self, inner_steps: int) -> int:
+        """Number of updates until the one that takes in the inner update number `inner_steps - 1`, the last to move."""
+        return -(-(inner_steps - 1) // self.num_steps) * self.num_steps + 1
 
+
+@registered(example="scaled_batch(8, ConstantSchedule(decay=0.999))", call=scaled_batch)
 @dataclasses.dataclass(frozen=True, init=False)
-class ScaledBatch(_Combined):
+class ScaledBatch(Combined):
     """See `scaled_batch`: decay rho becomes rho^kappa (Busbridge et al., arXiv 2307.13813, definition 1.2).
 
     The optimizer's own scaling rule must be applied too. The inner schedule counts the updates of the new batch size.
@@ -145,22 +139,3 @@ class ScaledBatch(_Combined):
     def to_json(self) -> dict[str, Any]:
         """The arguments that rebuild this schedule."""
         return {"kappa": self.kappa}
-
-
-def steps_of(schedule: Schedule) -> int | None:
-    """Number of updates until the `total_steps` of a schedule, or of the one that it is made of, are over.
-
-    Of `every(n, ...)` until the last update that its inner schedule moves. None where there are no `total_steps`.
-    """
-    if isinstance(schedule, _Combined):
-        steps = steps_of(schedule.schedule)
-        if steps is None:
-            return None
-        if isinstance(schedule, After):
-            return schedule.start_step + steps
-        if isinstance(schedule, Every):
-            # The update that takes in the inner update number steps - 1, the last one that moves.
-            return -(-(steps - 1) // schedule.num_steps) * schedule.num_steps + 1
-        return steps
-    total_steps = getattr(schedule, "total_steps", None)
-    return total_steps if type(total_steps) is int else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import fraction_between
+from dist_ema.schedules.registry import registered
 
-__all__ = ["EqualSchedule", "HalfLifeSchedule", "PowerSchedule", "gamma_of_sigma_rel", "sigma_rel_of_gamma"]
+__all__ = ["EqualSchedule", "HalfLifeSchedule", "PowerSchedule"]
 
 # Relative width of the flattest profile, gamma = 0: equal weights.
 _WIDEST_SIGMA_REL = 12.0**-0.5
@@ -45,6 +47,13 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
     return max(gamma, 0.0)
 
 
+def _by_width(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record of `PowerSchedule` by the number that users choose."""
+    gamma = fields.get("gamma")
+    return {"sigma_rel": sigma_rel_of_gamma(gamma)} if isinstance(gamma, float) and gamma >= 0.0 else fields
+
+
+@registered(example="PowerSchedule(sigma_rel=0.1)", told=_by_width)
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PowerSchedule:
     """The average of a power-function profile: an observation of time tau has a weight in proportion to tau^gamma.
@@ -92,6 +101,7 @@ class PowerSchedule:
         return {"gamma": self.gamma}
 
 
+@registered(example="HalfLifeSchedule(fraction=0.05)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfLifeSchedule:
     """A half-life that is a fraction of the steps so far: `decay = 2^(-1 / (fraction * t))` for the t-th step.
@@ -131,6 +141,7 @@ class HalfLifeSchedule:
         return dataclasses.asdict(self)
 
 
+@registered(example="EqualSchedule()")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EqualSchedule:
     """Equal weights of every n-th observation: `m(k) = 1 / (k / n + 1)` where n divides k, else 0. SWA.

@@ -6,54 +6,42 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+import dist_ema.schedules.catalog  # noqa: F401, it registers them
 from dist_ema.checks import shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, rebuilding
-from dist_ema.schedules.classic import (
-    AnnealedSchedule,
-    ConstantSchedule,
-    CosineSchedule,
-    InverseGammaSchedule,
-    RampSchedule,
-)
-from dist_ema.schedules.combinators import DEEPEST, After, Every, ScaledBatch, after, every, scaled_batch
-from dist_ema.schedules.profiles import EqualSchedule, HalfLifeSchedule, PowerSchedule, sigma_rel_of_gamma
+from dist_ema.schedules.nesting import DEEPEST
+from dist_ema.schedules.registry import SCHEDULES, is_registered, registration_of
 
-__all__ = ["check_record", "is_known", "schedule_from_json", "schedule_from_text", "schedule_text", "schedule_to_json"]
+__all__ = [
+    "SCHEDULES",
+    "check_record",
+    "is_known",
+    "schedule_from_json",
+    "schedule_from_text",
+    "schedule_text",
+    "schedule_to_json",
+]
 
-_SIMPLE: dict[str, Any] = {
-    each.__name__: each
-    for each in (
-        AnnealedSchedule,
-        ConstantSchedule,
-        CosineSchedule,
-        EqualSchedule,
-        HalfLifeSchedule,
-        InverseGammaSchedule,
-        PowerSchedule,
-        RampSchedule,
-    )
-}
-_COMBINED: dict[str, Any] = {"after": After, "every": Every, "scaled_batch": ScaledBatch}
-_CALLS: dict[str, Any] = {**_SIMPLE, "after": after, "every": every, "scaled_batch": scaled_batch}
 _LONGEST_TEXT = 1000  # characters
 _LARGEST_NUMBER = 2.0**53
 
 
 def is_known(schedule: Schedule) -> bool:
     """Whether it can be rebuilt from its JSON: one of ours, made of ours."""
-    if type(schedule) in _COMBINED.values():
-        return is_known(schedule.schedule)  # type: ignore[attr-defined]
-    return type(schedule) in _SIMPLE.values()
+    registration = registration_of(schedule)
+    if registration is None:
+        return False
+    return is_known(schedule.schedule) if registration.is_combinator else True  # type: ignore[attr-defined]
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """A JSON object that tells `schedule`; one of ours can be rebuilt from it, another is told by its repr."""
-    for name, kind in _COMBINED.items():
-        if type(schedule) is kind:
-            return {"type": name, **schedule.to_json(), "schedule": schedule_to_json(schedule.schedule)}  # type: ignore[attr-defined]
-    if type(schedule) in _SIMPLE.values():
-        return {"type": type(schedule).__name__, **schedule.to_json()}  # type: ignore[attr-defined]
+    registration = registration_of(schedule)
+    if registration is not None:
+        ours: Any = schedule
+        inner = {"schedule": schedule_to_json(ours.schedule)} if registration.is_combinator else {}
+        return {"type": registration.name, **ours.to_json(), **inner}
     # The default repr holds a memory address, which differs over the ranks and runs.
     told = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
     return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": told}
@@ -62,10 +50,12 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 def schedule_text(saved: Mapping[str, Any]) -> str:
     """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
     kind = str(saved.get("type"))  # a record within another may say anything
-    if kind == PowerSchedule.__name__ and isinstance(saved.get("gamma"), float) and saved["gamma"] >= 0.0:
-        return f"{kind}(sigma_rel={sigma_rel_of_gamma(saved['gamma']):.6g})"  # as users choose it
-    told = {name: _value_text(value) for name, value in saved.items() if name != "type"}
-    parts = told.values() if kind in _COMBINED else (f"{name}={value}" for name, value in told.items())
+    fields: Mapping[str, Any] = {name: value for name, value in saved.items() if name != "type"}
+    is_combinator = False
+    if is_registered(kind):
+        fields, is_combinator = SCHEDULES[kind].told(fields), SCHEDULES[kind].is_combinator
+    told = {name: _value_text(value) for name, value in fields.items()}
+    parts = told.values() if is_combinator else (f"{name}={value}" for name, value in told.items())
     return f"{kind}({', '.join(parts)})"
 
 
@@ -92,7 +82,14 @@ def check_record(saved: Mapping[str, Any]) -> None:
         ConfigError: it is not what `schedule_to_json` writes.
     """
     with rebuilding():
-        _rebuilt(saved, 0, EqualSchedule())
+        _rebuilt(saved, 0, _Unknown())
+
+
+class _Unknown:
+    """Stands for a schedule that only its author can rebuild."""
+
+    def momentum(self, step: int) -> float:
+        raise NotImplementedError
 
 
 def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
@@ -102,18 +99,15 @@ def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
     if depth > DEEPEST:
         raise ConfigError(f"a schedule has more than {DEEPEST} schedules within each other")
     kind, arguments = saved["type"], {name: _argument(value) for name, value in saved.items() if name != "type"}
-    if kind not in _COMBINED and kind not in _SIMPLE:
+    if not is_registered(kind):
         if unknown is not None:
             return unknown
-        raise ConfigError(
-            f"schedule type {shown(kind)} cannot be rebuilt, expected one of {sorted((*_SIMPLE, *_COMBINED))}"
-        )
+        raise ConfigError(f"schedule type {shown(kind)} cannot be rebuilt, expected one of {sorted(SCHEDULES)}")
     try:
-        if kind in _SIMPLE:
-            rebuilt: Schedule = _SIMPLE[kind](**arguments)
-            return rebuilt
-        rebuilt = _COMBINED[kind](**{**arguments, "schedule": _rebuilt(arguments.get("schedule"), depth + 1, unknown)})
-        return rebuilt
+        inner = {}
+        if SCHEDULES[kind].is_combinator:
+            inner = {"schedule": _rebuilt(arguments.get("schedule"), depth + 1, unknown)}
+        return SCHEDULES[kind].kind(**{**arguments, **inner})
     except (TypeError, KeyError, ValueError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -145,15 +139,15 @@ def schedule_from_text(text: str) -> Schedule:
 
 
 def _schedule_of(node: ast.expr, text: str, depth: int) -> Schedule:
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _CALLS:
-        raise _refusal(node, text, f"a call of one of {', '.join(sorted(_CALLS))}")
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not is_registered(node.func.id):
+        raise _refusal(node, text, f"a call of one of {', '.join(sorted(SCHEDULES))}")
     names = {each.arg for each in node.keywords}
     if depth > DEEPEST or None in names or len(names) < len(node.keywords):
         raise _refusal(node, text, f"each argument once, no '**', at most {DEEPEST} schedules within each other")
     arguments = [_argument_of(each, text, depth) for each in node.args]
     named = {str(each.arg): _argument_of(each.value, text, depth) for each in node.keywords}
     try:
-        found: Schedule = _CALLS[node.func.id](*arguments, **named)
+        found: Schedule = SCHEDULES[node.func.id].call(*arguments, **named)
     except TypeError as error:
         raise ConfigError(f"the schedule {text[:200]!r} has wrong arguments: {error}") from None
     return found

@@ -1,9 +1,10 @@
 """From a model to boxes: the only package that knows the parallelisms. No communication.
 
-    planning   every tensor placed -> Plan
-      plain, dtensor, fsdp1   the boxes of one kind of live tensor, and the ranks that hold them alike
+    planning   every tensor placed by the first layout that claims it -> Plan; LAYOUTS has one line for each
+      plain, dtensor, fsdp1, extra   a layout each: its boxes, and the ranks that hold them alike
     names      every tensor of the model, once, with all its canonical names
-    placed     the records they exchange
+    values     which tensors a file can hold
+    layout     what a layout is: a Protocol of four methods, and the records that they exchange
 
 | live tensor | box | ranks that hold it alike |
 |---|---|---|
@@ -13,5 +14,5 @@
 | in a flat parameter of FSDP1 | at most a few boxes | none; the ranks across the hybrid group; all, for NO_SHARD |
 | buffer | everything | all ranks, owned by rank 0: its copy is the one DDP broadcasts |
 
-A further parallelism is one more file here and one more branch in `planning`.
+A further parallelism is one more file here and one more line in `LAYOUTS`: docs/extending.md.
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,45 +15,47 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.placed import Holders, Named, Piece
+from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer, View
 from dist_ema.topology.runs import local_runs
 
-__all__ = ["is_dtensor", "place_dtensor", "reshard_fsdp2"]
+__all__ = ["DTensors"]
 
 
-def is_dtensor(value: object) -> bool:
-    """Whether `value` is a DTensor."""
-    return isinstance(value, DTensor)
+class DTensors(Layout):
+    """DTensors: a rank holds its local box; the ranks along the Replicate axes of the mesh hold it alike."""
 
+    def claims(self, named: Named) -> bool:
+        """Whether it is a DTensor."""
+        return isinstance(named.source, DTensor)
 
-def reshard_fsdp2(model: nn.Module, views: Iterable[Callable[[], torch.Tensor]] = ()) -> None:
-    """Make the parameters' names resolve to the sharded DTensors again. No communication.
+    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+        """The placer refuses a mesh that leaves ranks out, a Partial placement, and a part of several boxes."""
+        return functools.partial(_place, world_size=world_size)
 
-    After a forward without gradients the root group stays gathered: its names then yield plain tensors that are
-    dropped at the next reshard, so reads through them are stale and writes are lost. After a forward that an exception
-    cut off, `reshard()` does nothing until the iteration is reset.
+    def settle(self, model: nn.Module, views: Sequence[View] = ()) -> None:
+        """Make the parameters' names resolve to the sharded DTensors again. No communication.
 
-    Args:
-        model: the wrapped model.
-        views: of the planned tensors; each is checked to be sharded again.
+        After a forward without gradients the root group of FSDP2 stays gathered: its names then yield plain tensors
+        that are dropped at the next reshard, so reads through them are stale and writes are lost. After a forward that
+        an exception cut off, `reshard()` does nothing until the iteration is reset.
 
-    Raises:
-        ModelChangedError: a group cannot be resharded.
-    """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        _finish_gathers(module)
-        module.reshard()
-    sharded = [view for view in views if isinstance(view, _LocalValues)]
-    if all(view.is_sharded() for view in sharded):
-        return
-    for module in modules:
-        _end_forward(module)
-    if not all(view.is_sharded() for view in sharded):
-        raise ModelChangedError(
-            "FSDP still holds gathered weights: a forward or backward of this model is under way, or was cut off. Run "
-            "one whole forward (and backward, if with gradients) before swapping or saving"
-        )
+        Raises:
+            ModelChangedError: a group cannot be resharded.
+        """
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            _finish_gathers(module)
+            module.reshard()
+        sharded = [view for view in views if isinstance(view, _LocalValues)]
+        if all(view.is_sharded() for view in sharded):
+            return
+        for module in modules:
+            _end_forward(module)
+        if not all(view.is_sharded() for view in sharded):
+            raise ModelChangedError(
+                "FSDP still holds gathered weights: a forward or backward of this model is under way, or was cut off. "
+                "Run one whole forward (and backward, if with gradients) before swapping or saving"
+            )
 
 
 def _finish_gathers(module: FSDPModule) -> None:
@@ -88,12 +91,7 @@ def _groups(module: FSDPModule) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
-def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
-    """The local box of a DTensor, and the ranks that hold the same one. No communication.
-
-    Raises:
-        UnsupportedModelError: the mesh leaves ranks out, a placement is Partial, or this rank's part is several boxes.
-    """
+def _place(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
     tensor: DTensor = named.source
     fqn, mesh, placements = named.fqns[0], tensor.device_mesh, tensor.placements
     if mesh.size() != world_size:
@@ -118,7 +116,8 @@ def place_dtensor(named: Named, world_size: int) -> tuple[Piece, Holders]:
     alike = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
     ranks = tuple(alike.flatten().tolist())
     groups = tuple(mesh.get_group(axis) for axis in axes)
-    return Piece(box, _LocalValues(named), _DTensorForm(tensor)), Holders(ranks, ranks.index(mesh.get_rank()), groups)
+    holders = Holders(ranks, ranks.index(mesh.get_rank()), groups)
+    return [Piece(box, _LocalValues(named), _DTensorForm(tensor))], holders
 
 
 def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
@@ -151,7 +150,7 @@ def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
 class _LocalValues:
     """The local tensor of the sharded parameter, taken anew at each use.
 
-    By name it may be a gathered copy (see `reshard_fsdp2`), so the DTensor is kept. Another DTensor under the name is
+    By name it may be a gathered copy (see `DTensors.settle`), so the DTensor is kept. Another DTensor under the name is
     followed if it lies alike: then it has replaced the first (`load_state_dict(assign=True)`). Over tensor
     parallelism a gathered copy is a DTensor too, on the smaller mesh.
     """

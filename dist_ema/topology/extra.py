@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.topology.layout import Layout, Named, Piece, Placer
 from dist_ema.topology.names import canonical_prefix
-from dist_ema.topology.placed import Named, Piece
-from dist_ema.topology.plain import PlainForm
+from dist_ema.topology.plain import PlainForm, holders_of_plain
 from dist_ema.topology.values import foreign_kind
 
-__all__ = ["extra_states", "place_extra"]
+__all__ = ["ExtraStates", "extra_states"]
 
 
 def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
@@ -48,12 +48,26 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
                 f"out of them by choice with exclude={f'*{EXTRA_STATE}'!r} and keep it yourself, or have "
                 "get_extra_state() return a tensor"
             )
-        found[id(module)] = Named([fqn], tuple(state.shape), state.dtype, state, True, module, EXTRA_STATE)
+        found[id(module)] = Named(
+            [fqn], tuple(state.shape), state.dtype, state, True, module, EXTRA_STATE, is_extra_state=True
+        )
     return list(found.values()), left_out
 
 
-def place_extra(named: Named) -> Piece:
-    """The whole tensor, asked for anew at each use."""
+class ExtraStates(Layout):
+    """Extra state: every rank has its own whole tensor, asked for anew at each use."""
+
+    def claims(self, named: Named) -> bool:
+        """Whether a module gave it as its extra state."""
+        return named.is_extra_state
+
+    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+        """Raises UnsupportedModelError if DDP spans some ranks only."""
+        holders = holders_of_plain(model, rank, world_size)
+        return lambda named: ([_whole(named)], holders)
+
+
+def _whole(named: Named) -> Piece:
     return Piece(Box(named.fqns[0], (0,) * len(named.shape), named.shape), _ExtraValues(named), PlainForm())
 
 

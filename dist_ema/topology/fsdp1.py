@@ -8,13 +8,15 @@ is a few boxes: a partial row, whole rows, a partial row.
     rank 1 holds                     [..................]            weight: its last elements, bias, part of next
 
 FSDP1 tells of this only through private attributes of its handle. All of them are read in `_flat_slices`,
-`reshard_fsdp1` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
+`FSDP1.settle` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +25,21 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema.boxes.owners import boxes_of_run
-from dist_ema.boxes.shards import Box, same_memory
+from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.placed import Holders, Named, Piece
+from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer, View, Where
 
-__all__ = ["FlatSlice", "find_flat_slices", "place_flat", "reshard_fsdp1"]
+__all__ = ["FSDP1"]
+
+_FLAT_PARAMETER = "_flat_param"
+_NO_FORM = NoForm(
+    "lies in a flat parameter of FSDP1, whose shards have no form in a state dict: use save, or shard the model with "
+    "FSDP2 (fully_shard)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatSlice:
+class _FlatSlice:
     """One original parameter within a flat parameter.
 
     Attributes:
@@ -56,22 +64,61 @@ class FlatSlice:
         return _local_shard(self.handle).dtype
 
 
-def find_flat_slices(model: nn.Module) -> dict[tuple[int, str], FlatSlice]:
-    """(identity of a module, attribute) -> the slice in which that parameter lies; tied ones repeatedly.
+class FSDP1(Layout):
+    """Runs of flat parameters: the ranks of a hybrid group hold a run alike, and all ranks with NO_SHARD."""
 
-    Empty for a model without FSDP1. No communication.
+    def find(self, model: nn.Module) -> Mapping[Where, Any]:
+        """The original parameters, and the flat ones to be hidden. No communication.
 
-    Raises:
-        UnsupportedModelError: a parameter is flattened in another than row-major order, or is a DTensor.
-    """
-    found: dict[tuple[int, str], FlatSlice] = {}
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel):
-            found.update(_flat_slices(module))
-    return found
+        Raises:
+            UnsupportedModelError: a parameter is flattened in another than row-major order, or is a DTensor.
+        """
+        found: dict[Where, Any] = {}
+        for module in model.modules():
+            if isinstance(module, FullyShardedDataParallel):
+                found.update(_flat_slices(module))
+        if not found:
+            return {}
+        return dict.fromkeys(((id(module), _FLAT_PARAMETER) for module in model.modules()), None) | found
+
+    def claims(self, named: Named) -> bool:
+        """Whether it lies in a flat parameter."""
+        return isinstance(named.source, _FlatSlice)
+
+    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+        """The placer refuses process groups that leave ranks out."""
+        return functools.partial(_place, world_size=world_size)
+
+    def settle(self, model: nn.Module, views: Sequence[View] = ()) -> None:
+        """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
+
+        FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients,
+        and would go on with it though the shards have changed.
+
+        Raises:
+            ModelChangedError: called within `summon_full_params`.
+        """
+        handles = [
+            module._handle
+            for module in model.modules()
+            if isinstance(module, FullyShardedDataParallel) and module._handle is not None
+        ]
+        if any(handle._training_state.name == "SUMMON_FULL_PARAMS" for handle in handles):
+            raise ModelChangedError(
+                "this call was made within FSDP.summon_full_params(), where the parameters are whole and will be "
+                "written back: leave that block first"
+            )
+        for handle in handles:
+            if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
+                if handle._use_orig_params:
+                    # `parameter.data = ...`, which FSDP1 takes over at the next forward
+                    handle._writeback_orig_params()
+                handle.reshard(handle.uses_sharded_strategy)
+                handle.post_reshard()
+                handle._prefetched = False
 
 
-def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], FlatSlice]:
+def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _FlatSlice]:
     handle = module._handle
     if handle is None:
         return {}
@@ -87,9 +134,9 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], Flat
             "FSDP1 over tensor parallelism or on a slice of a larger mesh is not served: use FSDP2 there"
         )
     replicate_group = getattr(module, "_inter_node_pg", None)
-    found: dict[tuple[int, str], FlatSlice] = {}
+    found: dict[tuple[int, str], _FlatSlice] = {}
     for info, shape, local in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
-        found[id(info.module), info.param_name] = FlatSlice(
+        found[id(info.module), info.param_name] = _FlatSlice(
             handle=handle,
             replicate_group=replicate_group,
             shape=tuple(shape),
@@ -102,44 +149,11 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], Flat
     return found
 
 
-def reshard_fsdp1(model: nn.Module) -> None:
-    """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
-
-    FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients, and
-    would go on with it though the shards have changed.
-
-    Raises:
-        ModelChangedError: called within `summon_full_params`.
-    """
-    handles = [
-        module._handle
-        for module in model.modules()
-        if isinstance(module, FullyShardedDataParallel) and module._handle is not None
-    ]
-    if any(handle._training_state.name == "SUMMON_FULL_PARAMS" for handle in handles):
-        raise ModelChangedError(
-            "this call was made within FSDP.summon_full_params(), where the parameters are whole and will be written "
-            "back: leave that block first"
-        )
-    for handle in handles:
-        if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
-            if handle._use_orig_params:
-                handle._writeback_orig_params()  # `parameter.data = ...`, which FSDP1 takes over at the next forward
-            handle.reshard(handle.uses_sharded_strategy)
-            handle.post_reshard()
-            handle._prefetched = False
-
-
-def place_flat(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
-    """The boxes of a flattened parameter that this rank holds, and the ranks that hold them alike.
-
-    Raises:
-        UnsupportedModelError: the process groups leave ranks out.
-    """
-    piece: FlatSlice = named.source
+def _place(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
+    piece: _FlatSlice = named.source
     whole = Box(named.fqns[0], (0,) * len(piece.shape), piece.shape)
     pieces = [
-        Piece(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes))
+        Piece(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes), _NO_FORM)
         for skipped, box in boxes_of_run(whole, piece.start, piece.numel)
     ]
     shard_group = piece.handle.process_group

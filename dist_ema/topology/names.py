@@ -12,8 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.fsdp1 import FlatSlice
-from dist_ema.topology.placed import Named
+from dist_ema.topology.layout import Named, Where
 
 __all__ = [
     "canonical_prefix",
@@ -29,22 +28,21 @@ __all__ = [
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # Wrappers known by their type, as their child has a name that a user's own module may have: `module`.
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
-_FLAT_PARAMETER = "_flat_param"
 
 
-def named_tensors(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSlice]) -> list[Named]:
+def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
     """Every parameter, then every persistent buffer, each in the order of the model. No communication.
 
     Args:
         model: the wrapped model.
-        flat_slices: the parameters that FSDP1 has flattened.
+        elsewhere: what the layouts have found in places where the modules do not show it; see `Layout.find`.
 
     Raises:
         UnsupportedModelError: two different tensors have the same canonical name.
     """
     found: dict[int, Named] = {}
     taken: dict[str, int] = {}
-    for fqn, owner, attribute, source, is_buffer in (*_parameters(model, flat_slices), *_buffers(model)):
+    for fqn, owner, attribute, source, is_buffer in (*_parameters(model, elsewhere), *_buffers(model)):
         if taken.setdefault(fqn, id(source)) != id(source):
             raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
         named = found.get(id(source))
@@ -61,16 +59,16 @@ def named_tensors(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSl
 _Met = tuple[str, nn.Module, str, Any, bool]
 
 
-def _parameters(model: nn.Module, flat_slices: Mapping[tuple[int, str], FlatSlice]) -> Iterator[_Met]:
-    flattened: dict[int, list[str]] = {}
-    for module_id, attribute in flat_slices:
-        flattened.setdefault(module_id, []).append(attribute)
+def _parameters(model: nn.Module, elsewhere: Mapping[Where, Any]) -> Iterator[_Met]:
+    found: dict[int, list[str]] = {}
+    for module_id, attribute in elsewhere:
+        found.setdefault(module_id, []).append(attribute)
     for prefix, module in _modules(model):
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        for attribute in [*own, *(name for name in flattened.get(id(module), ()) if name not in own)]:
-            source = flat_slices.get((id(module), attribute))
-            if source is not None or attribute != _FLAT_PARAMETER:
-                yield prefix + attribute, module, attribute, own[attribute] if source is None else source, False
+        for attribute in [*own, *(name for name in found.get(id(module), ()) if name not in own)]:
+            source = elsewhere.get((id(module), attribute), own.get(attribute))
+            if source is not None:
+                yield prefix + attribute, module, attribute, source, False
 
 
 def _buffers(model: nn.Module) -> Iterator[_Met]:

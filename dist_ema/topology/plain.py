@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box, Place, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.placed import Holders, Named, Piece
+from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer
 
-__all__ = ["PlainForm", "holders_of_plain", "place_plain"]
+__all__ = ["Plain", "PlainForm", "holders_of_plain"]
 
 
 def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
@@ -34,7 +34,20 @@ def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
     return Holders(tuple(range(world_size)), rank, (groups[0] if groups else None,))
 
 
-def place_plain(named: Named) -> Piece:
+class Plain(Layout):
+    """Whole tensors, in one process, in DDP, ignored by FSDP, or buffers: all ranks hold them alike."""
+
+    def claims(self, named: Named) -> bool:
+        """Whether it is a tensor; what is more than that belongs to a layout before this one."""
+        return isinstance(named.source, torch.Tensor)
+
+    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+        """Raises UnsupportedModelError if DDP spans some ranks only."""
+        holders = holders_of_plain(model, rank, world_size)
+        return lambda named: ([_whole(named)], holders)
+
+
+def _whole(named: Named) -> Piece:
     """The whole tensor, looked up by name at each use: buffers are often assigned anew in the forward, and
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """

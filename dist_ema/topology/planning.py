@@ -6,22 +6,24 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Held, TensorSpec
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.topology.dtensor import is_dtensor, place_dtensor, reshard_fsdp2
-from dist_ema.topology.extra import extra_states, place_extra
-from dist_ema.topology.fsdp1 import FlatSlice, find_flat_slices, place_flat, reshard_fsdp1
+from dist_ema.topology.dtensor import DTensors
+from dist_ema.topology.extra import ExtraStates, extra_states
+from dist_ema.topology.fsdp1 import FSDP1
+from dist_ema.topology.layout import Holders, Layout, Named, View, Where
 from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
-from dist_ema.topology.placed import Holders, Named, Piece
-from dist_ema.topology.plain import holders_of_plain, place_plain
+from dist_ema.topology.plain import Plain
 from dist_ema.topology.values import check_tensor, foreign_kind
 
-__all__ = ["plan_model", "trained_parameters"]
+__all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
+
+# Every layout. Of those that claim a tensor the first has it, so the last takes what is nothing but a tensor.
+LAYOUTS: tuple[Layout, ...] = (FSDP1(), DTensors(), ExtraStates(), Plain())
 
 
 def plan_model(
@@ -50,28 +52,27 @@ def plan_model(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
 
-    reshard_fsdp1(model)
-    reshard_fsdp2(model)
-    flat_slices = find_flat_slices(model)
-    found = named_tensors(model, flat_slices)
+    _settle(model)
+    elsewhere = _elsewhere(model)
+    found = named_tensors(model, elsewhere)
     stored, left_out = _storable(found, excludes)
     extra, extra_left_out = extra_states(model, excludes)
     left_out += extra_left_out
-    if not flat_slices:  # FSDP1's state_dict() communicates: its names are compared in the tests only
+    if not elsewhere:  # else state_dict() communicates: its names are compared in the tests only
         names = [fqn for named in (*stored, *extra) for fqn in named.fqns]
         left_out += check_against_state_dict(model, names, left_out, excludes)
-    plain = holders_of_plain(model, rank, world_size)
+    placers = [(layout, layout.placer(model, rank, world_size)) for layout in LAYOUTS]
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
     members: dict[tuple[Any, ...], list[Held]] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
-    for named, is_extra in [*((each, False) for each in stored), *((each, True) for each in extra)]:
-        wanted = not is_extra and averages(named.fqns) and (update_buffers or not named.is_buffer)
+    for named in [*stored, *extra]:
+        wanted = not named.is_extra_state and averages(named.fqns) and (update_buffers or not named.is_buffer)
         spec = _spec(named, wanted)
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
-        pieces, held_by = ([place_extra(named)], plain) if is_extra else _place(named, plain, world_size)
-        key = (held_by.ranks, spec.averaged, spec.is_buffer, is_extra)
+        pieces, held_by = next(place for layout, place in placers if layout.claims(named))(named)
+        key = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
         members.setdefault(key, []).extend(
             Held(spec, piece.box, piece.view, piece.form, piece.place) for piece in pieces
         )
@@ -83,16 +84,15 @@ def plan_model(
     planned_extra = [dataclasses.replace(named, source=None) for named in extra]
 
     def settle() -> None:
-        reshard_fsdp1(model)
-        reshard_fsdp2(model, views)
+        _settle(model, views)
 
     def verify() -> None:
         settle()
-        check_unchanged(planned, named_tensors(model, find_flat_slices(model)))
+        check_unchanged(planned, named_tensors(model, _elsewhere(model)))
 
     def remains() -> Remains:
         settle()
-        now = named_tensors(model, find_flat_slices(model)) + extra_states(model, excludes)[0]
+        now = named_tensors(model, _elsewhere(model)) + extra_states(model, excludes)[0]
         return unchanged_names([*planned, *planned_extra], now)
 
     divisions = tuple(
@@ -120,8 +120,7 @@ def plan_model(
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:
     """Identity -> raw name of every parameter that requires a gradient, as an optimizer holds them."""
-    reshard_fsdp1(model)
-    reshard_fsdp2(model)
+    _settle(model)
     return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -153,11 +152,11 @@ def _spec(named: Named, wanted: bool) -> TensorSpec:
     return TensorSpec(fqn, named.shape, named.dtype, wanted and named.dtype.is_floating_point, named.is_buffer)
 
 
-def _place(named: Named, plain: Holders, world_size: int) -> tuple[list[Piece], Holders]:
-    if isinstance(named.source, FlatSlice):
-        return place_flat(named, world_size)
-    if is_dtensor(named.source):
-        piece, held_by = place_dtensor(named, world_size)
-        return [piece], held_by
-    assert isinstance(named.source, torch.Tensor)  # the only other kind there is
-    return [place_plain(named)], plain
+def _settle(model: nn.Module, views: Sequence[View] = ()) -> None:
+    for layout in LAYOUTS:
+        layout.settle(model, views)
+
+
+def _elsewhere(model: nn.Module) -> dict[Where, Any]:
+    """What the layouts find where the modules do not show it."""
+    return {where: source for layout in LAYOUTS for where, source in layout.find(model).items()}

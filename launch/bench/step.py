@@ -29,7 +29,7 @@ from torch import nn
 
 from dist_ema import CosineSchedule, attach
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "pretrain"))
 from byte_lm import NUM_SYMBOLS, ByteLM, ByteLMConfig, next_byte_loss
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ class Claim:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _watch_forks()
         _held[path] = self
 
     def take(self) -> bool:
@@ -88,7 +90,10 @@ def _forget() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+@functools.cache
+def _watch_forks() -> None:
+    """Once for each process, and not at import."""
+    os.register_at_fork(after_in_child=_forget)
 
 
 def is_dead(path: Path) -> bool:

@@ -1,0 +1,364 @@
+"""An interrupt (Ctrl-C, a handler that raises) leaves everything whole: as before the call, or as after it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import interrupts
+import pytest
+import torch
+from interrupts import ROWS, Alarm, Row, sweep_lines, sweep_signals
+from torch import nn
+
+from dist_ema import (
+    ConstantSchedule,
+    DistEMAError,
+    ShardedEMA,
+    SwapError,
+)
+from dist_ema.averaging.streams import HostThread
+from dist_ema.live import swap as swapping
+from dist_ema.live.spreading import LiveBackup
+from dist_ema.uninterrupted import Job, Lane, Once, Steps, insist
+
+BY_NAME = {row.name: row for row in ROWS}
+ALL_LINES = ["update, two tracks", "update, threads", "update, host thread", "swap"]
+
+
+@pytest.mark.parametrize("name", ALL_LINES)
+def test_an_interrupt_at_any_line_leaves_nothing_half_done(tmp_path: Path, name: str) -> None:
+    points, bad = sweep_lines(BY_NAME[name], tmp_path, 1 if name != "swap" else 3)
+    assert points > 50 and not bad
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ALL_LINES], ids=lambda row: row.name)
+def test_an_interrupt_at_some_line_leaves_nothing_half_done(tmp_path: Path, row: Row) -> None:
+    """Other lines for each row; `launch/crash/interrupts.py` tries them all."""
+    every = 11 if row.name.startswith(("update", "restart")) else 67
+    points, bad = sweep_lines(row, tmp_path, every, 1 + len(row.name) % every)
+    assert points > 0 and not bad
+
+
+@pytest.mark.parametrize("name", ["update, two tracks", "update, default device", "update, threads", "swap", "load"])
+def test_a_signal_at_any_time_and_a_second_one_leave_nothing_half_done(tmp_path: Path, name: str) -> None:
+    points, bad = sweep_signals(BY_NAME[name], tmp_path, 40, seed=len(name))
+    assert points > 0 and not bad, bad
+
+
+def made(schedule: Any = None) -> tuple[nn.Linear, ShardedEMA]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    ema = ShardedEMA(model, schedule or ConstantSchedule(momentum=0.5))
+    ema.update()
+    nn.init.ones_(model.weight)
+    ema.update()
+    return model, ema
+
+
+def moving(steps: Steps, value: torch.Tensor, *, interrupted: bool) -> None:
+    """A step that moves `value` by 1; at first with an interrupt as it returns, as in a torch function mode."""
+    raised = [KeyboardInterrupt] if interrupted else []
+
+    def move() -> None:
+        value.add_(1.0)
+        if raised:
+            raise raised.pop()
+
+    steps.once(move, value)
+
+
+@pytest.mark.parametrize("interrupted", range(3))
+def test_a_step_that_had_moved_its_tensor_when_the_interrupt_came_is_not_done_again(interrupted: int) -> None:
+    values = [torch.zeros(2) for _ in range(3)]
+
+    def make(worker: int) -> Steps:
+        steps = Steps()
+        for index, value in enumerate(values):
+            moving(steps, value, interrupted=index == interrupted)
+        return steps
+
+    job = Job([Lane(make)])
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    assert all(torch.equal(value, torch.ones(2)) for value in values)
+
+
+def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out in the middle: what is left is not forgotten, and nothing is moved twice."""
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(3, 4)) for name in "abc"})
+    twin = copy.deepcopy(model)
+    runs = []
+    for each in (model, twin):
+        ema = ShardedEMA(each, ConstantSchedule(momentum=0.5), compensated=True)
+        ema.update()
+        for parameter in each.parameters():
+            parameter.data.add_(1.0)
+        runs.append(ema)
+    from dist_ema.averaging import update
+
+    calls, is_short = [], [True]
+
+    def failing(*arguments: Any) -> None:
+        calls.append(1)
+        if is_short and len(calls) > 1:
+            raise torch.OutOfMemoryError("no more")
+        compensated(*arguments)
+
+    compensated = update._compensated
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError, match="no more"):
+        patched.setattr(update, "_compensated", failing)
+        runs[0].update()
+    assert runs[0].num_updates == 1
+    is_short.clear()
+    found = runs[0].full_state_dict()  # completes it
+    runs[1].update()
+    assert runs[0].num_updates == 2
+    assert all(torch.equal(value, found[name]) for name, value in runs[1].full_state_dict().items())
+
+
+def test_insisting_survives_a_storm_of_signals() -> None:
+    done: list[int] = []
+    chance = random.Random(0)
+
+    def raising(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1e-3))
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, raising)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
+            insist(lambda: (time.sleep(0.02), done.append(threading.get_ident()))[1])  # type: ignore[func-returns-value]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    deadline = time.monotonic() + 5
+    while not done and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert done and done[0] != threading.get_ident()
+
+
+def test_a_restore_that_fails_leaves_the_swap_open_and_the_next_call_tries_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else averaged weights would be saved, and stepped, as live ones."""
+    model, ema = made()
+    live = model.weight.detach().clone()
+    from dist_ema.live.spreading import LiveBackup
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveBackup, "_put_back", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as caught, ema.average_parameters():
+            raise ValueError("in the body")
+        assert "in the body" in str(chain(caught.value))
+        assert not torch.equal(model.weight, live)
+        with pytest.raises(DistEMAError, match="ZeroDivisionError"):
+            ema.save(tmp_path / "ema")
+    ema.save(tmp_path / "ema")
+    assert torch.equal(model.weight, live) and ema._state.swapped is None
+
+
+def test_a_second_signal_before_the_restoring_thread_has_begun_does_not_leave_the_average_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ema = made()
+    live = copy.deepcopy(model.state_dict())
+    calls: list[str] = []
+
+    def interrupted(self: LiveBackup, *, anyway: bool = False) -> None:
+        if not calls:
+            calls.append("restore")
+            raise KeyboardInterrupt
+        restore(self, anyway=anyway)
+
+    def not_begun(work: Any) -> None:
+        calls.append("thread")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        insist(work)
+
+    restore = LiveBackup.restore
+    monkeypatch.setattr(LiveBackup, "restore", interrupted)
+    monkeypatch.setattr(swapping, "insist", not_begun)
+    with pytest.raises(KeyboardInterrupt), ema.average_parameters():
+        pass
+    assert calls == ["restore", "thread", "thread"]
+    assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
+    ema.update()
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__context__
+    return found
+
+
+def test_a_swap_is_a_context_manager_in_all_the_ways_it_was() -> None:
+    model, ema = made()
+    live = model.weight.detach().clone()
+    averaged = ema.full_state_dict()["weight"]
+    ema.average_parameters("no such track")  # nothing happens before it is entered
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ema.average_parameters())
+        assert torch.equal(model.weight, averaged)
+        with pytest.raises(SwapError), ema.average_parameters():
+            pass
+        assert torch.equal(model.weight, averaged)
+    assert torch.equal(model.weight, live)
+
+    @ema.average_parameters()
+    def evaluate(scale: float) -> torch.Tensor:
+        """Told."""
+        return model.weight.detach() * scale
+
+    assert torch.equal(evaluate(1.0), averaged) and torch.equal(evaluate(scale=2.0), averaged * 2.0)
+    assert evaluate.__doc__ == "Told." and torch.equal(model.weight, live)
+    again = ema.average_parameters()
+    for _ in range(2):
+        with again:
+            assert torch.equal(model.weight, averaged)
+        assert torch.equal(model.weight, live)
+    left = ema.average_parameters()
+    left.__enter__()
+    del left, again
+    gc.collect()
+    assert torch.equal(model.weight, live)
+
+
+def test_an_interrupt_at_the_entry_of_the_exit_restores_the_live_weights() -> None:
+    """The first line of an `__exit__` in Python would be too late; here are all lines outside the package too."""
+    number = 0
+    while True:
+        number += 1
+        model, ema = made()
+        live = model.weight.detach().clone()
+        left = [number]
+
+        def called(frame: Any, event: str, argument: object, left: list[int] = left) -> Any:
+            if "test_interrupts" in frame.f_code.co_filename:
+                return None
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return called
+
+        try:
+            with ema.average_parameters():
+                sys.settrace(called)
+            sys.settrace(None)
+            break
+        except KeyboardInterrupt:
+            sys.settrace(None)
+        assert torch.equal(model.weight, live) and ema._state.swapped is None
+    assert number > 30
+
+
+def test_an_update_that_a_host_thread_has_not_begun_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = HostThread(torch.device("cpu"))
+    monkeypatch.setattr("dist_ema.averaging.state.stream_beside", lambda live, averaged: stream)
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5), overlap=True)
+    ema.update()
+    before = ema.full_state_dict()["weight"]
+    nn.init.zeros_(model.weight)
+
+    class Interrupted:
+        def submit(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("dist_ema.averaging.streams._thread", Interrupted)
+        ema.update()
+    assert ema.num_updates == 1
+    assert torch.equal(ema.full_state_dict()["weight"], before)
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["weight"], before * 0.5)
+
+
+class Counter:
+    value = 0
+
+
+def test_what_counts_is_set_once() -> None:
+    counter = Counter()
+    count = Once(counter, "value", 1)
+    count.call()
+    counter.value = 5
+    count.call()
+    assert counter.value == 5
+
+
+PREEMPTED = """
+import os, signal, sys, threading, time, torch
+from dist_ema import ConstantSchedule, ShardedEMA
+number = getattr(signal, sys.argv[1])
+if number != signal.SIGINT:
+    def handler(*_): raise {kind}("preempted")
+    signal.signal(number, handler)
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+ema = ShardedEMA(model, {{"a": ConstantSchedule(momentum=0.5), "b": ConstantSchedule(momentum=0.5)}})
+count, naive = 0, None
+print("ready", flush=True)
+try:
+    while True:
+        with torch.no_grad():
+            for parameter in model.parameters(): parameter.fill_(float(count))
+        ema.update()
+        count += 1
+        with ema.average_parameters("a"): pass
+except BaseException as error:
+    raised = type(error).__name__
+expected, done = 0.0, ema.num_updates
+for step in range(1, done): expected += 0.5 * (step - expected)
+ok = done - count in (0, 1)
+for track in ema.tracks:
+    ok &= all(bool((value == expected).all()) for value in ema.full_state_dict(track).values())
+ok &= all(bool((value == value.flatten()[0]).all()) and float(value.flatten()[0]) in (count, count - 1)
+          for value in model.state_dict().values())
+print(raised, bool(ok), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "RuntimeError"), ("SIGUSR1", "SystemExit")]
+)
+def test_a_process_that_is_signalled_twice_keeps_whole_averages_and_its_live_weights(name: str, kind: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREEMPTED.format(kind=kind), name], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(random.Random(name).uniform(0.05, 0.2))
+    process.send_signal(getattr(signal, name))
+    told = process.communicate(timeout=60)[0]
+    assert told == f"{kind} True\n"
+
+
+@pytest.fixture(autouse=True)
+def untraced() -> Iterator[None]:
+    """A coverage tool, say, gets its trace back."""
+    former = sys.gettrace()
+    yield
+    sys.settrace(former)
+
+
+def test_the_sweep_sees_what_is_cut_in_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That it can fail: without the thread that finishes, tracks are at odds."""
+    monkeypatch.setattr(Job, "finish", lambda self, again=False: None)
+    assert sweep_lines(BY_NAME["update, compensated"], tmp_path, 3)[1]
+    assert Alarm(1.0, 0.0, KeyboardInterrupt).num_raised == 0
+    assert interrupts.main(["--rows", "update, counted only", "--every", "9"]) == 0
