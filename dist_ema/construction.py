@@ -1,4 +1,4 @@
-"""Building an average: each rank plans alone, then all see that they planned the same."""
+"""Building an average: every rank plans alone, then all compare their plans."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Built(NamedTuple):
 
     Attributes:
         state: the averages of this rank.
-        replicas: what several ranks hold alike.
-        small_files: what the model wants beside its weights in a folder.
+        replicas: the tensors that several ranks hold alike.
+        small_files: gives the small files that the model wants beside its weights.
     """
 
     state: AveragedState
@@ -62,9 +62,9 @@ def build(
     Args:
         exchange: the control traffic of all ranks.
         model: the prepared model.
-        schedule: a schedule, or one for each track.
-        into: the teacher that is to hold the averages, or None.
-        options: as `ShardedEMA` has them.
+        schedule: a schedule, or one for every track.
+        into: the module that is to hold the averages, or None.
+        options: the options of `ShardedEMA`.
 
     Returns:
         The averages of this rank, allocated.
@@ -76,26 +76,26 @@ def build(
     """
 
     def prepare() -> tuple[AveragedState, SmallFiles]:
-        chosen, schedules = _checked(**options), checked_schedules(schedule)
+        checked, schedules = _checked(**options), checked_schedules(schedule)
         plan_one = functools.partial(
             plan_model,
-            averages=chosen.averages,
-            excludes=chosen.excludes,
-            update_buffers=chosen.update_buffers,
+            averages=checked.averages,
+            excludes=checked.excludes,
+            update_buffers=checked.update_buffers,
             rank=exchange.rank,
             world_size=exchange.world_size,
         )
         plan = plan_one(model)
-        chosen.check_patterns(plan.names)
+        checked.check_patterns(plan.names)
         plan.check_not_empty()
-        if chosen.overlap:
+        if checked.overlap:
             _check_overlap(plan, into)
-        model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # all of it can be stored
+        model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # raises if a tensor cannot be stored
         if into is None:
-            state = AveragedState(plan, chosen, schedules)
+            state = AveragedState(plan, checked, schedules)
         else:
-            _check_teacher(into, chosen, schedules)
-            state = TeacherState(Teacher(plan, plan_one(into), chosen.dtype), chosen, schedules)
+            _check_teacher(into, checked, schedules)
+            state = TeacherState(Teacher(plan, plan_one(into), checked.dtype), checked, schedules)
         manifest_of(state, exchange.world_size).check_size()
         inner = unwrapped(model)
         return state, functools.partial(config_files, inner, class_of(inner).__name__)
@@ -143,7 +143,7 @@ def _warn_of_coarse_averages(dtype: object) -> None:
 
 def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]) -> None:
     """Collective: every rank must call it."""
-    own = [schedule_text(schedule_to_json(each)) for each in schedules if not is_known(each)]
+    own = [schedule_text(schedule_to_json(schedule)) for schedule in schedules if not is_known(schedule)]
     if own:
         exchange.warn(
             f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
@@ -151,10 +151,10 @@ def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]
         )
 
 
-def _compare_models(exchange: Exchange, told: Mapping[str, Any]) -> None:
+def _compare_models(exchange: Exchange, record: Mapping[str, Any]) -> None:
     """Collective: every rank must call it. Refuses ranks whose models have other names, shapes or dtypes."""
     try:
-        exchange.compare(told)
+        exchange.compare(record)
     except RankMismatchError as error:
         raise RankMismatchError(
             f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does "

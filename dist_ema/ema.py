@@ -1,4 +1,4 @@
-"""`ShardedEMA`: the facade. Every public method is here; what it does is in the rooms below."""
+"""`ShardedEMA`: the facade. Every public method is here; its work is in the rooms below."""
 
 from __future__ import annotations
 
@@ -45,45 +45,46 @@ def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch
         standstill.tell(step)
 
 
-# A compiled optimizer step traces its hooks too; the lists and counters of an update are nothing to trace.
+# A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
 _update = torch.compiler.disable(_count_update)
 
 
 class ShardedEMA:
     """An exponential moving average of a model's weights, each element kept by exactly one rank.
 
-    Collective: every rank of the default process group must construct it. Works on a plain, DDP, FSDP1, FSDP2,
+    Collective: every rank of the default process group must construct it. The model is a plain, DDP, FSDP1, FSDP2,
     HSDP or tensor-parallel module, with or without a process group; see docs/layouts.md.
 
-    The rule: `averaged <- (1 - m) * averaged + m * live`, m the schedule's momentum. Call number 0 of `update`
-    copies the live values; until then the average is the live model.
+    The rule is `averaged <- (1 - m) * averaged + m * live`, where m is the schedule's momentum. Call number 0 of
+    `update` copies the live values; until then the average is the live model.
 
     Args:
         model: the prepared (wrapped) model.
-        schedule: a schedule, or `{track_name: schedule}` for several averages at once; one is the track "ema".
-        interval: average on calls number 0, n, 2n, ... of `update`; the others only count.
+        schedule: a schedule, or `{track_name: schedule}` for several averages at once. One schedule makes the track
+            "ema".
+        interval: with n, calls number 0, n, 2n, ... of `update` average; the others only count.
         interval_correction: use 1 - (1 - m)^n in place of m, so that `interval` does not lengthen the average.
-        update_buffers: average floating-point buffers too; otherwise, and for all other buffers, the averaged
-            side shows the live values of rank 0.
-        dtype: dtype of the averaged values.
-        device: where they are kept; None for the device of each live tensor.
+        update_buffers: average floating-point buffers too. Without it, and for all other buffers, the averaged side
+            shows the live values of rank 0.
+        dtype: the dtype of the averaged values.
+        device: the device of the averaged values; None for the device of the live tensor.
         include: glob pattern or patterns of names to average; None for all.
-        exclude: glob pattern or patterns of names not to average; wins over `include`. What is not averaged is
-            shown live, in the model as in the files; what a file cannot hold (quantised weights, extra state that is no
-            tensor) has to be named here, and is left out of the files.
-        skip_nonfinite: a live value that is infinite or not a number never enters an average, element by element; the
-            first copy takes 0 for it. Decided on the device, without a host sync, through a bounded scratch. Masks are
-            no overflow and do enter: infinities of frozen parameters, and of buffers if they are minus infinity, or
-            were there at the first copy.
-        compensated: keep what rounding takes from each update in bfloat16, and add it to the next: for decays of 0.9999
-            and more, where an fp32 average loses a part of its motion. 2 more bytes for each element, and slower
-            updates (docs/performance.md). Files hold the fp32 values, so a resume begins anew with nothing kept.
-        overlap: on a GPU have updates run beside the next forward and backward, on a stream of their own, or on a host
-            thread for device="cpu". Every torch optimizer's next step waits for the update, and so does every call here
-            that uses the averages; what else writes to the weights must call `wait` first. On a CPU it changes nothing.
-        into: a teacher: keep the average in this module's parameters, so that it can run forward at every step. It has
-            the model's names, shapes and layout (what is excluded it need not have), the averaged dtype, and takes no
-            gradient. It begins as a copy of the model; every rank averages all that it holds of it.
+        exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
+            live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
+            be named here, and is left out of the files.
+        skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
+            takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
+            and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
+            at the first copy.
+        compensated: keep in bfloat16 what rounding takes from an update, and add it to the next: for decays of 0.9999
+            and more, where an fp32 average loses a part of its motion. It takes 2 more bytes for an element, and slower
+            updates (docs/performance.md). Files have the fp32 values alone, so a resume loses what was kept.
+        overlap: on a GPU, run updates beside the next forward and backward, on a stream of their own, or on a host
+            thread for device="cpu". Code that writes to the weights must call `wait` first; the next step of every
+            torch optimizer, and every call here that uses the averages, wait anyway. On a CPU it changes nothing.
+        into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
+            the model's names (excluded ones it may lack), shapes and layout, and the averaged dtype, and must take no
+            gradient. It begins as a copy of the model; every rank averages all that it holds of the teacher.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -94,7 +95,7 @@ class ShardedEMA:
         >>> from dist_ema import CosineSchedule, ShardedEMA
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = ShardedEMA(model, CosineSchedule(total_steps=100))
-        >>> ema.update()  # after each optimizer step
+        >>> ema.update()  # after every optimizer step
         >>> ema.num_updates
         1
     """
@@ -151,12 +152,12 @@ class ShardedEMA:
 
     @property
     def num_updates(self) -> int:
-        """How many times `update` was called, less the steps that were skipped; saved and restored."""
+        """The number of calls of `update`, without those for skipped steps; it is saved and restored."""
         return self._state.num_updates
 
     @property
     def tracks(self) -> tuple[str, ...]:
-        """Names of the averages."""
+        """The names of the averages."""
         return tuple(self._state.schedules)
 
     @property
@@ -166,24 +167,25 @@ class ShardedEMA:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of averaged values on this rank, all tracks together."""
+        """The bytes of averaged values on this rank, of all tracks together."""
         return self._state.nbytes
 
     @property
     def use(self) -> Use:
-        """What has been done with the averages; for integrations that have something to say of it."""
+        """The use of the averages so far; for integrations that warn about it."""
         return self._state.use
 
     def update(self, *, found_inf: torch.Tensor | None = None) -> None:
-        """Average the live weights; call it once after each optimizer step. No communication.
+        """Average the live weights; call it once after every optimizer step. No communication.
 
-        No host sync, unless the averages are in host memory and do not overlap; the second update waits for the first.
-        Whole or not at all: an interrupt (Ctrl-C) goes on when all tracks have moved and are counted, or none.
+        There is no host sync, unless the averages are in host memory and do not overlap; the second update waits for
+        the first. An update is whole or not done: an interrupt (Ctrl-C) is raised when all tracks have moved and are
+        counted, or none.
 
         Args:
-            found_inf: overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0 if
-                the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has its
-                cost. `attach` passes it by itself.
+            found_inf: the overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0
+                if the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has
+                the cost. `attach` passes the flag by itself.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -195,30 +197,30 @@ class ShardedEMA:
     def average_parameters(self, track: str | None = None) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
-        Every rank must enter it. Communicates where ranks hold the same tensors (DDP, Replicate axes): each
-        owner broadcasts its run, and every rank sees the persistent buffers that the files hold, those of rank 0.
-        Under FSDP nothing is sent, and each rank sees its own. Needs memory for one copy of the averaged tensors as
-        this rank's model holds them. The live weights, and each rank's own persistent buffers, are restored bit for
-        bit, also after an exception or an interrupt, which goes on once they are.
+        Every rank must enter it. It communicates where ranks hold the same tensors (DDP, Replicate axes): an owner
+        broadcasts its run, and every rank gets the persistent buffers of rank 0, which are those of the files. Under
+        FSDP nothing is sent, and every rank keeps its own buffers. It needs memory for one copy of the averaged tensors
+        that this rank's model holds. The live weights, and the rank's own persistent buffers, are restored bit for bit,
+        also after an exception or an interrupt, which is raised after that.
 
         Args:
-            track: which average; may be left out if there is one.
+            track: the name of the average; may be left out if there is one.
 
         Raises:
             SwapError: an average is in the model already.
             ConfigError: there is no such track.
-            UnsupportedModelError: ranks that should hold the same weights do not (found before the first swap).
+            UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
         return Swap(self._calls, self._state, self._replicas, track)
 
     def copy_to_model(self, track: str | None = None) -> None:
-        """Put the averaged weights into the model for good. Communicates like `average_parameters`.
+        """Put the averaged weights into the model for good. It communicates as `average_parameters` does.
 
-        Where that communicates, every rank then has the persistent buffers of rank 0 as well.
-        Needs memory for one copy where ranks hold the same tensors: if it is cut off, the live weights come back.
+        Where that communicates, every rank then has the persistent buffers of rank 0 as well. Where ranks hold the same
+        tensors it needs memory for one copy: after an interrupt the live weights are put back.
 
         Args:
-            track: which average; may be left out if there is one.
+            track: the name of the average; may be left out if there is one.
 
         Raises:
             SwapError: an average is in the model already.
@@ -229,16 +231,16 @@ class ShardedEMA:
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
 
-        Reads both sides once, in pieces, in float64; waits for the device; sends two numbers for each group.
+        It reads both sides once, in chunks, in float64; waits for the device; and sends two numbers for a group.
 
         Args:
-            track: which average; may be left out if there is one.
+            track: the name of the average; may be left out if there is one.
             groups: group -> glob pattern or patterns of names, such as `{"norms": "*norm*"}`; None for the model's
                 children.
 
         Returns:
-            `||live - averaged|| / ||live||` of all averaged tensors as "all", and of each group; the same on every
-            rank. Not a number if a live value is none.
+            `||live - averaged|| / ||live||` of all averaged tensors as "all", and of every group; the same on every
+            rank. It is nan if a live value is infinite or nan.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -250,7 +252,7 @@ class ShardedEMA:
         """Collective: every rank must call it. For a tracker: `accelerator.log(ema.metrics(), step=step)`.
 
         Args:
-            prefix: of the names.
+            prefix: the beginning of the names.
             groups: as in `distance`.
 
         Returns:
@@ -264,14 +266,14 @@ class ShardedEMA:
         return self._calls("metrics", lambda call: distance.metrics(call, self._state, prefix, groups))
 
     def full_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
-        """Collective: every rank must call it. The average as whole CPU tensors. For small models and tests.
+        """Collective: every rank must call it. The average as whole CPU tensors, for small models and tests.
 
         Args:
-            track: which average; may be left out if there is one.
+            track: the name of the average; may be left out if there is one.
 
         Returns:
-            On rank 0 the averaged parameters (in the averaged dtype) and the buffers under the model's own names,
-            tied tensors under each of theirs; elsewhere {}.
+            On rank 0 the averaged parameters (in the averaged dtype) and the buffers under the model's own names, tied
+            tensors under all of their names; elsewhere {}.
 
         Raises:
             ConfigError: there is no such track.
@@ -283,15 +285,16 @@ class ShardedEMA:
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.
 
-        For `dcp.save`, `dcp.async_save` and `set_model_state_dict` in somebody's own pipeline. Takes new memory for one
-        copy of what this rank's model holds; under FSDP2 nothing is sent, along Replicate axes each owner broadcasts.
+        It is for a pipeline of your own with `dcp.save`, `dcp.async_save` and `set_model_state_dict`. It takes new
+        memory for one copy of what this rank's model holds. Under FSDP2 nothing is sent; along Replicate axes owners
+        broadcast.
 
         Args:
-            track: which average; may be left out if there is one.
+            track: the name of the average; may be left out if there is one.
 
         Returns:
             Averaged parameters (in the averaged dtype) and the other tensors under the model's own names, tied ones
-            under each: DTensors under FSDP2, HSDP and TP, whole tensors under DDP.
+            under all of them: DTensors under FSDP2, HSDP and TP, whole tensors under DDP.
 
         Raises:
             UnsupportedModelError: the model is under FSDP1, whose flat shards have no such form.
@@ -304,13 +307,13 @@ class ShardedEMA:
     def load_sharded_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], *, track: str | None = None, num_updates: int | None = None
     ) -> None:
-        """Collective: every rank must call it. Take over what `dcp.load` put into a `sharded_state_dict`.
+        """Collective: every rank must call it. Take over what `dcp.load` has read into a `sharded_state_dict`.
 
         Args:
-            state_dict: of the layout that `sharded_state_dict` gives now.
-            track: which average; may be left out if there is one.
-            num_updates: the counter, which the state dict does not hold: save `ema.num_updates` beside it. If left out,
-                the present one stays, or becomes 1.
+            state_dict: a dict laid out as `sharded_state_dict` gives it now.
+            track: the name of the average; may be left out if there is one.
+            num_updates: the counter, which the state dict does not have: save `ema.num_updates` beside it. If left out,
+                the present counter stays, or becomes 1.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -331,18 +334,18 @@ class ShardedEMA:
     ) -> None:
         """Collective: every rank must call it. Write a checkpoint folder that is also a model folder.
 
-        The folder holds `manifest.json` and the averages as safetensors under the model's own names: at the top
-        for one track, in one sub-folder per track for several. It is staged beside `path` and committed by
-        rename; what was there stays until then. See docs/checkpoint_format.md.
+        The folder has `manifest.json` and the averages as safetensors under the model's own names: at the top for one
+        track, in one sub-folder per track for several. It is staged beside `path` and committed by rename; what was
+        there stays until then. See docs/checkpoint_format.md.
 
         Args:
-            path: the folder; one that an average was saved in before is replaced.
+            path: the folder; a former average there is replaced.
             max_shard_size: bytes (or "5GB") of a file before the next one begins.
             background: return as soon as this rank's values are copied to host memory (which is kept for the next such
                 save), and write behind training. `wait`, the next call that saves or loads, or the end of the process
-                joins it and raises its error.
-            only_unchanged: of a model that has changed since the average was built write the tensors that are as they
-                were, and warn of the others; a new average of the changed model goes on from it by `load(..., new=)`.
+                waits for the save and raises its error.
+            only_unchanged: if the model has changed since the average was built, write the tensors that have not, and
+                warn of the others. A new average of the changed model goes on from such a save by `load(..., new=)`.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -369,21 +372,21 @@ class ShardedEMA:
     ) -> None:
         """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
 
-        Any number of ranks and any layout may have written it; each rank reads the bytes of its own boxes. If
-        anything fails on any rank, nothing has changed on any rank.
+        Any number of ranks and any layout may have written it; every rank reads the bytes of its own boxes. If the load
+        fails on any rank, nothing has changed on any rank.
 
         Args:
-            path: what `save` wrote, or the checkpoint that holds it.
-            new: glob patterns of tensors that the checkpoint need not have, or not in this shape: their average
-                starts from the live weights at its next use.
-            dropped: glob patterns of tensors in the checkpoint that this model need not have.
-            verify: compare the checksums of what is read.
+            path: a folder that `save` wrote, or the checkpoint that holds it.
+            new: glob patterns of tensors that the checkpoint may lack, or have in another shape: their average starts
+                from the live weights at its next use.
+            dropped: glob patterns of tensors in the checkpoint that this model may lack.
+            verify: whether the checksums of what is read are compared.
 
         Raises:
             SwapError: the averaged weights are in the model.
             CheckpointNotFoundError: there is nothing at `path`.
-            CheckpointMismatchError: it is of another model, other tracks or other options.
-            CheckpointCorruptError: it is damaged.
+            CheckpointMismatchError: the checkpoint is of another model, other tracks or other options.
+            CheckpointCorruptError: the checkpoint is damaged.
             CommunicationError: some rank did not make the call.
         """
         self._calls("load", lambda call: load_calls.load(call, self._state, path, new, dropped, verify=verify))
@@ -396,14 +399,14 @@ class ShardedEMA:
         new: Patterns = None,
         dropped: Patterns = None,
     ) -> None:
-        """Collective: every rank must call it. Begin every track at somebody else's weights.
+        """Collective: every rank must call it. Begin every track at the weights of a file.
 
         Args:
             path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
-                or one such file. Floating-point values of any dtype; there is no checksum to compare. Of a checkpoint
-                that holds live weights and an average, the average is taken: give the file of the live ones.
-            num_updates: the number of updates that the average counts as having had, which is where its schedules go
-                on; at least 1, as the first update would copy the live weights.
+                or one such file. The values are floating-point ones of any dtype; there is no checksum to compare. Of a
+                checkpoint that holds live weights and an average, the average is read: give the file of the live ones.
+            num_updates: the counter of the average, where its schedules go on; at least 1, as update number 0 would
+                copy the live weights.
             new: as in `load`.
             dropped: as in `load`.
 
@@ -425,15 +428,15 @@ class ShardedEMA:
         max_shard_size: int | str = "5GB",
         background: bool = False,
     ) -> None:
-        """Collective: every rank must call it. Keep the averages of this moment, for `synthesize`.
+        """Collective: every rank must call it. Keep the averages of now, for `synthesize`.
 
-        Writes `path/updates-<num_updates>`, a folder as `save` writes it, besides those that are there. Warns once if
-        some of them are of more updates: another run's, or of steps that a resume took back.
+        It writes `path/updates-<num_updates>`, a folder as `save` writes it, beside the existing ones. It warns once if
+        some of these have more updates: they are of another run, or of steps that a resume took back.
 
         Args:
             path: the folder of all snapshots of a run.
-            dtype: floating-point tensors are stored in it, torch.bfloat16 say; None keeps the averaged dtype, and only
-                then `load` can go on from the snapshot.
+            dtype: the dtype of floating-point tensors in the files, torch.bfloat16 say. None keeps the averaged dtype;
+                `load` can go on only from such a snapshot.
             max_shard_size: as in `save`.
             background: as in `save`.
 
@@ -463,8 +466,8 @@ class ShardedEMA:
 
         Args:
             path: the folder; a former export is replaced.
-            track: which average; may be left out if there is one.
-            dtype: floating-point tensors are converted to it, piece by piece; None keeps the averaged dtype.
+            track: the name of the average; may be left out if there is one.
+            dtype: floating-point tensors are converted to it, in chunks; None keeps the averaged dtype.
             max_shard_size: bytes (or "5GB") of a file before the next one begins.
             only_unchanged: as in `save`.
 
@@ -484,7 +487,7 @@ class ShardedEMA:
     def wait(self) -> None:
         """Wait for a save in the background, if one is under way. Every rank must call it; no communication here.
 
-        Also have what comes next on the current stream wait for updates that run beside training, of any average.
+        The further work of the current stream also waits for updates that run beside training, of any average.
 
         Raises:
             CheckpointError: that save failed; the same on all ranks.
@@ -493,20 +496,20 @@ class ShardedEMA:
         self._saves.background.wait()
 
     def expect_updates(self) -> None:
-        """Have a save warn if the live weights are no longer those of now, and no update was made. No communication.
+        """Have a save warn if the live weights have changed since now, and no update was made. No communication.
 
-        For integrations whose hooks call `update`; to be called again where weights are loaded.
+        It is for integrations whose hooks call `update`; they call it again where weights are loaded.
         """
         self._saves.warnings.expect_updates(self._state.plan)
 
     def num_refused(self) -> int:
-        """Collective: every rank must call it. Live values that `skip_nonfinite` has left out, over all updates."""
+        """Collective: every rank must call it. How many live values `skip_nonfinite` has left out, over all updates."""
         return self._calls("num_refused", lambda call: self._saves.num_refused(call))
 
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.
 
-        A teacher becomes a copy of the model at once.
+        A teacher is a copy of the model at once.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -517,7 +520,7 @@ class ShardedEMA:
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""
-        with ExitStack() as stack:  # all of them, whatever one raises
+        with ExitStack() as stack:  # it calls all of them, whatever one raises
             for undo in self._on_detach:
                 stack.callback(undo)
             self._on_detach = []
@@ -533,11 +536,11 @@ class ShardedEMA:
         return habits.twin(self, self._copied())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedEMA:
-        """A copy in this process, which averages by itself."""
+        """A copy in this process, which averages on its own."""
         return habits.twin(self, self._copied(), memo)
 
     def _copied(self) -> dict[str, Any]:
-        return vars(self) | {"_on_detach": []}  # the hooks are those of the first, and stay so
+        return vars(self) | {"_on_detach": []}  # the hooks stay with the original
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse a pickle, which would hold one rank's slice and the model.

@@ -1,4 +1,4 @@
-"""What people reach for out of habit, and where to find it here. No communication."""
+"""The names of other libraries that users try out of habit, and the names here. No communication."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ __all__ = ["NO_PICKLE", "no_such_name", "twin"]
 
 A = TypeVar("A")
 
-# Name -> what to call instead. They stay missing (`hasattr` is False): no library shall take an average for a module.
+# Name -> what to call instead. The names stay missing (`hasattr` is False): no library shall take an average for a
+# module.
 _INSTEAD = {
     "state_dict": "save(path) for a checkpoint; full_state_dict() for whole tensors on rank 0, sharded_state_dict() "
     "for torch.distributed.checkpoint",
     "load_state_dict": "load(path); load_sharded_state_dict(...) for what torch.distributed.checkpoint has loaded, "
-    "start_from(path) for somebody else's weights",
+    "start_from(path) for the weights of another tool",
     "to": "device= and dtype= when it is built; the averages follow no later move",
     "module": "`with average_parameters():`, inside which the model itself shows the average",
     "ema_model": "`with average_parameters():`, inside which the model itself shows the average",
@@ -34,13 +35,13 @@ NO_PICKLE = (
 
 
 def no_such_name(average: object, name: str) -> AttributeError:
-    """The error of an attribute that an average has not; it tells where to find what other libraries call so."""
-    told = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-    return AttributeError(f"a {type(average).__name__} has no {name!r}{told}", name=name, obj=average)
+    """The error for an attribute that an average has not; it has the name here of what other libraries call so."""
+    instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+    return AttributeError(f"a {type(average).__name__} has no {name!r}{instead}", name=name, obj=average)
 
 
 def twin(average: A, attributes: Mapping[str, Any], memo: dict[int, Any] | None = None) -> A:
-    """A copy of an average with these attributes; a deep one, if a `memo` of `copy.deepcopy` is given."""
+    """A copy of an average with these attributes; with a `memo` of `copy.deepcopy`, a deep copy."""
     made = object.__new__(type(average))
     if memo is not None:
         memo[id(average)] = made

@@ -1,4 +1,4 @@
-"""Words for the caller: a warning at the line that called the package, and where two records differ.
+"""Texts for the caller: a warning at the line that called the package, and where two records differ.
 
 No communication.
 """
@@ -12,19 +12,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["level_of_caller", "tell", "told_difference"]
+__all__ = ["difference_text", "level_of_caller", "tell"]
 
-# Libraries that call our hooks: such a warning is about the hook, not about a line of theirs.
+# Libraries that call the hooks of this package: such a warning is about the hook, not about a line of the library.
 _HOSTS = ("accelerate.", "torch.", "transformers.")
-# What stands between our own frames: `torch.compiler.disable` wraps functions.
-_OURS = ("dist_ema.", "torch._dynamo.")
+# The frames of this package, and those between them: `torch.compiler.disable` wraps functions.
+_PACKAGE = ("dist_ema.", "torch._dynamo.")
 
 
 def tell(message: str) -> None:
-    """Warn, at the line that called this package, or at our own where the hook of another library did."""
+    """Warn at the line that called this package; at the line here if another library called a hook."""
     level, frame = 1, sys._getframe(1)
-    while _name(frame).startswith(_OURS) and frame.f_back is not None:
-        if _name(frame.f_back).startswith(_HOSTS) and not _name(frame.f_back).startswith(_OURS):
+    while _name(frame).startswith(_PACKAGE) and frame.f_back is not None:
+        if _name(frame.f_back).startswith(_HOSTS) and not _name(frame.f_back).startswith(_PACKAGE):
             break
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level + 1)
@@ -42,32 +42,35 @@ def level_of_caller() -> int:
     return level
 
 
-def told_difference(digests: Sequence[str], told: Sequence[tuple[str, str | None]]) -> str:
-    """What the ranks are told whose records differ.
+def difference_text(digests: Sequence[str], records: Sequence[tuple[str, str | None]]) -> str:
+    """The message for ranks whose records differ.
 
     Args:
-        digests: of the record of each rank.
-        told: of each rank, its record as JSON, and the working folder from which a path in it was taken.
+        digests: the digests of the records of all ranks.
+        records: for every rank its record as JSON, and the working folder to which a path in it is relative.
     """
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-    (ours, here), (theirs, there) = told[0], told[other]
-    difference = _first_difference(json.loads(ours), json.loads(theirs))
+    (first, first_folder), (second, second_folder) = records[0], records[other]
+    difference = _first_difference(json.loads(first), json.loads(second))
     cause = ""
-    if difference.startswith("path: ") and None not in (here, there) and here != there:
-        cause = f" (a relative path, taken from the working directories {here} and {there}: give an absolute one)"
+    if difference.startswith("path: ") and None not in (first_folder, second_folder) and first_folder != second_folder:
+        cause = (
+            f" (a relative path, taken from the working directories {first_folder} and {second_folder}: give an "
+            "absolute one)"
+        )
     return (
         f"rank 0 and rank {other} differ in {difference}{cause}. Build the same model, give the same schedule and "
         "options, and call the same methods on every rank"
     )
 
 
-def _first_difference(ours: Any, theirs: Any, prefix: str = "") -> str:
+def _first_difference(first: Any, second: Any, prefix: str = "") -> str:
     """Where two JSON values first differ, and how."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            if key not in ours or key not in theirs:
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in [*first, *(key for key in second if key not in first)]:
+            if key not in first or key not in second:
                 return f"{prefix}{key} (only on one of them)"
-            if ours[key] != theirs[key]:
-                return _first_difference(ours[key], theirs[key], f"{prefix}{key}: ")
-        return f"{prefix}the order of {len(ours)} entries"
-    return f"{prefix}{ours!r} against {theirs!r}"
+            if first[key] != second[key]:
+                return _first_difference(first[key], second[key], f"{prefix}{key}: ")
+        return f"{prefix}the order of {len(first)} entries"
+    return f"{prefix}{first!r} against {second!r}"

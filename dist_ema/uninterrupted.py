@@ -2,13 +2,13 @@
 
 [Note: interrupts]
 Python runs signal handlers between two of its own instructions, in the main thread. Ctrl-C raises there, and so may
-any handler. So what must not be cut in two is given as steps, and these are run by one call of C, which nothing comes
-between; each result is kept, so that it is known how many steps were done. Where an exception comes nevertheless (a
-step in Python, a torch function mode, an error), the steps that are left are done by a thread, which no signal handler
-interrupts, and then the exception goes on its way. Nothing that counts moves before the first step.
+any handler. So work that must not be cut in two is given as steps. One call of C runs the steps, and no handler runs
+between them; the results are kept, so that their number shows how many steps were done. If an exception comes
+nevertheless (in a step in Python, in a torch function mode, an error), a thread, which no signal handler interrupts,
+does the steps that are left; then the exception goes on. No value that counts moves before the first step.
 
-A step is either done again without harm (a copy into scratch), or it moves a tensor, and must be done once: the version
-that torch counts for each tensor tells whether one that was cut off has moved it.
+Some steps may be done again without harm (a copy into scratch). A step that moves a tensor must be done once: torch
+counts versions of a tensor, and these show whether a step that was cut off has moved it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 __all__ = ["Job", "Lane", "Once", "Steps", "insist", "version_of"]
 
-# Both are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
+# These two are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
 _call = operator.methodcaller("__call__")
 version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
@@ -36,14 +36,14 @@ _COUNTS_NOTHING = partial(bool)
 
 
 class Steps:
-    """What is done in turn, none of it yet."""
+    """Calls to be made in turn; none of them is made yet."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] = []
         self._moved: dict[int, torch.Tensor] = {}
 
     def again(self, step: Callable[[], Any]) -> None:
-        """Add a step that may be done again after it was cut off."""
+        """Add a step that may be done again after an interrupt cut it off."""
         self.calls.append(step)
 
     def once(self, step: Callable[[], Any], moved: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ class Steps:
         self.calls.append(step)
 
     def run(self, done: list[Any]) -> None:
-        """Do what is left, `done` being the results so far; each further one is added to them."""
+        """Do the steps that are left. `done` has the results so far; the further results are added to it."""
         cut_off = self._moved.get(len(done))
         if cut_off is not None and version_of(cut_off) != done[-1]:
             done.append(None)
@@ -62,7 +62,7 @@ class Steps:
 
 
 class Once:
-    """An attribute that is set by one call of C, when called first; further calls do nothing."""
+    """An attribute that the first `call` sets, by one call of C; further calls do nothing."""
 
     def __init__(self, owner: object, name: str, value: object) -> None:
         self.call: Callable[[], Any] = partial(deque, map(partial(setattr, owner, name), (value,)), 0)
@@ -72,7 +72,7 @@ class Lane:
     """Steps that one thread does.
 
     Args:
-        make: makes them for the worker of that number, and moves nothing.
+        make: returns the steps for the worker of that number, and moves nothing.
     """
 
     def __init__(self, make: Callable[[int], Steps]) -> None:
@@ -84,7 +84,7 @@ class Lane:
 
     @classmethod
     def of(cls, step: Callable[[], Any]) -> Lane:
-        """The lane of one step that may be done again."""
+        """A lane of one step, which may be done again."""
 
         def make(worker: int) -> Steps:
             steps = Steps()
@@ -100,7 +100,7 @@ class Lane:
             self._go_on(worker)
 
     def finish(self, interrupted: int) -> None:
-        """Do what is left; of what the thread `interrupted` has taken too, which does no more of it."""
+        """Do the steps that are left, also those that the thread `interrupted` has taken and does no more."""
         mine = threading.get_ident()
         owner = self._owner.setdefault("thread", mine)
         while owner not in (mine, interrupted) and not (self._is_done() or self._has_failed):
@@ -129,13 +129,13 @@ def _one_by_one(lanes: Sequence[Lane]) -> None:
 class Job:
     """Lanes that are done whole, and then counted; or none of it.
 
-    It may be called where and when a stream likes. Whoever handed it over calls `count` if that went well, else
-    `withdraw`.
+    A stream calls the job where and when it likes. The caller that gave it to a stream then calls `count`; if the
+    stream raised, it calls `withdraw`.
 
     Args:
-        lanes: done in any order.
-        count: tells that the job is done, or will be; None for one that is not counted.
-        share: has `Lane.run` done for all lanes; None for one after the other.
+        lanes: the lanes, which may be done in any order.
+        count: records that the job is done, or will be; None for a job that is not counted.
+        share: does `Lane.run` for all lanes; None does one lane after the other.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Job:
         self._has_failed = False
 
     def __call__(self) -> None:
-        """Do it, unless it was withdrawn. An exception leaves it done, or was raised by the work itself."""
+        """Do the job, unless it was withdrawn. An exception leaves it done, unless the work itself raised."""
         try:
             try:
                 if self._claim():
@@ -161,7 +161,7 @@ class Job:
             except BaseException:
                 self.finish()
                 raise
-        except BaseException:  # a second one, before the first was dealt with
+        except BaseException:  # a second exception, before the first was dealt with
             self.finish()
             raise
 
@@ -175,12 +175,12 @@ class Job:
         self._is_finished = True
 
     def count(self) -> None:
-        """Count it as done: somebody has taken it over."""
+        """Count the job as done: a stream has taken it over."""
         self._count()
 
     def withdraw(self) -> None:
-        """After an exception of whoever it was handed to: see that it is done and counted, or neither."""
-        owner = self._owner.setdefault("thread", 0)  # from now on nobody begins it
+        """After an exception of the stream that was given the job: have it done and counted, or neither."""
+        owner = self._owner.setdefault("thread", 0)  # from now on no thread begins it
         if owner == threading.get_ident():
             self.finish()
         elif owner:
@@ -188,20 +188,20 @@ class Job:
 
     @property
     def is_left(self) -> bool:
-        """Whether it was begun by this thread, and its work failed."""
+        """Whether this thread began the job, and its work failed."""
         return not self._is_finished and self._owner.get("thread") == threading.get_ident()
 
     def finish(self, *, again: bool = False) -> None:
-        """Have what is left done by a thread; what raises now is an error of the work, or a further interrupt.
+        """Have a thread do what is left. It raises an error of the work, or a further interrupt.
 
         Args:
-            again: try once more what has failed.
+            again: try again after a failure.
         """
         if (again or not self._has_failed) and not self._is_finished and self._claim():
             insist(partial(self._finish, threading.get_ident()))
 
     def _finish(self, interrupted: int) -> None:
-        with self._finishing:  # the thread of an earlier try may be at it
+        with self._finishing:  # the thread of an earlier try may still be at work
             self._has_failed = True
             for lane in self._lanes:
                 lane.finish(interrupted)
@@ -210,9 +210,9 @@ class Job:
 
 
 def insist(work: Callable[[], None]) -> None:
-    """Have `work` done by a thread that no signal handler interrupts, and wait for it whatever is raised meanwhile.
+    """Have a thread, which no signal handler interrupts, do `work`; wait for it, whatever is raised meanwhile.
 
-    Raises what the work raised, else the latest of what was raised while it was waited for.
+    It raises the exception of the work, else the latest exception that came while it waited.
     """
     ended = _thread.allocate_lock()
     ended.acquire()
@@ -245,7 +245,7 @@ def insist(work: Callable[[], None]) -> None:
 
 
 def _carried() -> Callable[[], Any]:
-    """What torch keeps for each thread, as a context for another one: without gradients, on the same stream."""
+    """The state of torch in this thread, as a context for another one: without gradients, on the same stream."""
     inference = torch.is_inference_mode_enabled()
     stream: Any = None
     kind = torch.accelerator.current_accelerator()

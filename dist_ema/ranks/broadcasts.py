@@ -1,8 +1,8 @@
-"""Values of one rank given to the other ranks that hold the same tensor, by training's own process groups.
+"""Broadcasts of values to the ranks that hold the same tensor, in training's own process groups.
 
-Nobody can leave these groups without spoiling them for training. So a broadcast that the ranks have agreed on is not
-cut off: it is given as steps (see [Note: interrupts] in uninterrupted.py), each begun by one call of C, which an
-interrupt cannot cut in two; what an interrupt leaves is done before it goes on.
+A rank that leaves these groups spoils them for training. So a broadcast that the ranks have agreed on is not cut off:
+it is given as steps (see [Note: interrupts] in uninterrupted.py), which one call of C begins; an interrupt cannot cut
+that in two. What an interrupt leaves is done before the interrupt is raised.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Passing:
     """One message of a group: begun once, by one call of C, and then waited for.
 
     Args:
-        begin: begins it, and returns torch's handle of it.
+        begin: begins the message, and returns torch's handle of it.
     """
 
     def __init__(self, begin: Callable[[], Any]) -> None:
-        self._works: list[Any] = []  # one, once it is begun; None in its place when it is through
+        self._works: list[Any] = []  # one handle, when the message is begun; None in its place when it is through
         self._has_failed = False
-        # The map ends with its first use, so a second call of it begins nothing; then nothing here holds the group.
+        # The map ends with its first use: a second call begins nothing, and no reference to the group is left here.
         self.begin: Callable[[], None] = partial(self._works.extend, map(_call, (begin,)))
 
     def wait(self) -> None:
-        """Wait until it is through; may be called again.
+        """Wait until the message is through; may be called again.
 
         Raises:
-            RuntimeError: it failed, or could not be begun.
+            RuntimeError: the message failed, or could not be begun.
         """
         if self._has_failed or not self._works:
             raise RuntimeError("the message was not begun, or has failed")
@@ -53,7 +53,7 @@ class Passing:
         self._works[0] = None
 
     def add_to(self, steps: Steps) -> None:
-        """Add what it takes to some steps."""
+        """Add the beginning and the wait to some steps."""
         steps.again(self.begin)
         steps.again(self.wait)
 
@@ -66,25 +66,25 @@ def broadcast_steps(
     groups: Sequence[dist.ProcessGroup | None],
     room: Callable[[int, torch.device], torch.Tensor],
 ) -> None:
-    """Collective: each of `ranks` must do the steps. Send the values of `owner` to all of them.
+    """Collective: every rank in `ranks` must do the steps. Send the values of `owner` to all of them.
 
-    With several groups (several Replicate axes of a mesh) the values travel along one axis after the other: first
+    With several groups (several Replicate axes of a mesh) the values are sent along one axis after the other: first
     within the owner's own line of the first axis, then from every rank of that line along the second, and so on.
 
     Args:
-        steps: the broadcast is added to them.
-        owner: global rank whose values are sent.
+        steps: the steps to which the broadcast is added.
+        owner: the global rank whose values are sent.
         values: contiguous bytes (uint8), read on the owner and overwritten elsewhere.
-        ranks: global ranks of all holders, laid out row-major over the axes of `groups`.
-        groups: this rank's process group along each axis; None is the default group.
-        room: scratch of so many bytes on a device, which is free again after the broadcast.
+        ranks: the global ranks of all holders, row-major over the axes of `groups`.
+        groups: this rank's process group along every axis; None is the default group.
+        room: returns scratch of so many bytes on a device, which is free again after the broadcast.
     """
     grid = torch.tensor(ranks, device="cpu").view([dist.get_world_size(group) for group in groups])
-    mine, owners = (_place_in(grid, rank) for rank in (dist.get_rank(), owner))
+    own_index, owner_index = (_index_in(grid, rank) for rank in (dist.get_rank(), owner))
     for axis, group in enumerate(groups):
-        # Lines in which nobody has the values yet sit this axis out; a later axis reaches them.
-        if mine[axis + 1 :] == owners[axis + 1 :]:
-            carrier = (*mine[:axis], owners[axis], *mine[axis + 1 :])
+        # A line in which no rank has the values yet does nothing for this axis; a later axis reaches it.
+        if own_index[axis + 1 :] == owner_index[axis + 1 :]:
+            carrier = (*own_index[:axis], owner_index[axis], *own_index[axis + 1 :])
             _add(steps, values, int(grid[carrier]), group, room)
 
 
@@ -97,7 +97,7 @@ def _add(
 ) -> None:
     sent = values
     if values.device.type == "cpu" and dist.get_backend(group) == "nccl":
-        # Parameters offloaded to the host, replicas reachable by NCCL only.
+        # The parameters are offloaded to the host, and only NCCL reaches the replicas.
         sent = room(values.numel(), torch.device("cuda", torch.cuda.current_device()))
         steps.again(partial(sent.copy_, values))
     target: Any = dist.group.WORLD if group is None else group
@@ -108,5 +108,5 @@ def _add(
         steps.again(partial(values.copy_, sent))
 
 
-def _place_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:
+def _index_in(grid: torch.Tensor, rank: int) -> tuple[int, ...]:
     return tuple((grid == rank).nonzero()[0].tolist())

@@ -3,11 +3,11 @@
 [Note: agreement]
 A rank that fails before a collective leaves the others waiting for the process group's timeout (30 minutes
 by default). So work that can fail is done locally first, inside `Exchange.agree`: the ranks then compare one
-integer, and if any of them failed every rank raises the same error, with each failed rank's reason in it.
-It costs one all-reduce of 8 bytes; the reasons travel only after a failure.
+integer, and if any of them failed every rank raises the same error, with the reasons of all failed ranks in it.
+It costs one all-reduce of 8 bytes; the reasons are sent only after a failure.
 
-What ends a call in any other way (an interrupt, a defect) makes its rank leave the group of the calls, which tells
-the others at once: see [Note: leaving] in groups.py, and calls.py.
+If a call ends in any other way (by an interrupt, or a defect), its rank leaves the group of the calls, which ends the
+call for the others at once: see [Note: leaving] in groups.py, and calls.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dist_ema.errors import (
     error_class,
     is_agreed,
 )
-from dist_ema.messages import level_of_caller, told_difference
+from dist_ema.messages import difference_text, level_of_caller
 from dist_ema.ranks.arrival import arrival_seconds, present_world, wait_for_all
 from dist_ema.ranks.groups import Farewell, Link, this_world
 
@@ -40,9 +40,9 @@ __all__ = ["Exchange"]
 
 T = TypeVar("T")
 
-# The making of a group for a thread, at a place where all ranks are already.
+# The limit for making a group for a thread; all ranks are in the call already.
 _BESIDE_SECONDS = 30.0
-# Modules whose exceptions are reasons of a failure; a class of the program's own (of a signal handler, say) goes on.
+# Modules whose exceptions count as failures; an exception of the program's own (of a signal handler, say) goes on.
 _COMMON_ERRORS = ("builtins", "torch", "numpy", "json", "struct", "zlib", "pickle", "_pickle")
 
 
@@ -52,12 +52,12 @@ class Exchange:
     Making one sends nothing to other ranks: it may connect to the store that they share.
 
     Args:
-        link: of a thread that communicates beside the calls of the main one; None for the link of the calls.
+        link: the link of a thread that communicates beside the calls; None for the link of the calls.
 
     Attributes:
-        world_size: how many ranks there are.
-        rank: of this process.
-        is_beside: whether it is that of a thread.
+        world_size: the number of ranks.
+        rank: the rank of this process.
+        is_beside: whether this is the exchange of a thread.
     """
 
     def __init__(self, link: Link | None = None) -> None:
@@ -69,23 +69,23 @@ class Exchange:
         self._world = this_world()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which comes to its calls by itself."""
+        """For a copy, which makes calls of its own."""
         return self.__dict__ | {"_link": None, "_world": None}
 
     def arrive(self, call: str, *, hurried: bool = True) -> None:
-        """Collective: every rank must call it. Waits until all ranks have come to the same place.
+        """Collective: every rank must call it. Waits until all ranks have come to the same call.
 
         Rank 0 logs for whom it waits, after `DIST_EMA_NOTICE_SECONDS`.
 
         Args:
-            call: what it is the beginning of.
-            hurried: end it after `DIST_EMA_ARRIVAL_SECONDS`, if that is set; otherwise, as without it, after the
+            call: the name of the call that begins.
+            hurried: whether the wait ends after `DIST_EMA_ARRIVAL_SECONDS`, if that is set. Else it ends after the
                 default group's timeout.
 
         Raises:
             CommunicationError: some rank did not come in time, or has left the call; the same on all ranks, also on
                 those that come later. The next call works.
-            ConfigError: one of the variables has a value that is none.
+            ConfigError: one of the environment variables is not a number of seconds.
         """
         limits: tuple[float, float] | DistEMAError
         try:
@@ -106,7 +106,7 @@ class Exchange:
         self._link = world.link
 
     def _leave(self, link: Link, kind: str, message: str, *, lives: bool) -> DistEMAError:
-        """Leave a link. Returns what all ranks raise."""
+        """Leave a link. Returns the error that all ranks raise."""
         num_calls = 0 if self._world is None else self._world.num_calls
         said = link.leave(Farewell(num_calls, kind, message, lives))
         if self._world is not None and link is self._world.link:
@@ -114,7 +114,7 @@ class Exchange:
         return agreed(error_class(said.kind)(said.message))
 
     def _left(self, call: str, error: BaseException) -> DistEMAError:
-        """Leave the call because of an error that only this rank may have. Returns what all ranks raise."""
+        """Leave the call because of an error that only this rank may have. Returns the error that all ranks raise."""
         if isinstance(error, DistEMAError):
             kind, message = described(error)
         else:
@@ -129,30 +129,30 @@ class Exchange:
         return self._leave(self._link, kind, message, lives=True)
 
     def abandon(self, call: str, error: BaseException) -> None:
-        """Tell the other ranks that this one ends a call by an error that they may not have; they end it too.
+        """End a call for the other ranks, because this one ends it by an error that they may not have.
 
         Raises:
-            DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+            DistEMAError: the error that the other ranks raise, in place of an error of Python, torch or numpy.
         """
         if self.world_size == 1 or is_agreed(error):
             return
-        told = self._left(call, error)
+        of_all = self._left(call, error)
         if isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _COMMON_ERRORS:
-            raise told from error
+            raise of_all from error
         if isinstance(error, DistEMAError):
-            raise told from error
+            raise of_all from error
 
     @property
     def num_calls(self) -> int:
-        """How many calls this process has come to."""
+        """The number of calls that this process has come to."""
         return 0 if self._world is None else self._world.num_calls
 
     @property
     def epoch(self) -> int:
         """A number that is the same on all ranks within a call, and another one after a call that was cut off.
 
-        What decides whether a call communicates further, and was set by an earlier call, counts in its epoch only: a
-        call that was cut off may have set it on some ranks and not on others.
+        A call that was cut off may have set a variable on some ranks and not on others. So a variable that an earlier
+        call set, and that decides whether a call communicates further, counts in its own epoch only.
         """
         return 0 if self._world is None else self._world.num_links
 
@@ -160,7 +160,7 @@ class Exchange:
         """Collective: every rank must call it, within a call. An exchange for a thread beside the calls.
 
         Raises:
-            CommunicationError: its group could not be made; other ranks are gone.
+            CommunicationError: the group of the thread could not be made; other ranks are gone.
         """
         if self.world_size == 1 or self._world is None:
             return self
@@ -178,7 +178,7 @@ class Exchange:
 
     @contextmanager
     def _together(self, action: str) -> Iterator[Link]:
-        """The link, where there are several ranks. Tells what a broken connection or a timeout means here."""
+        """The link, where there are several ranks. A broken connection or a timeout leaves it."""
         if not self.is_beside and (self._link is None or not self._link.is_made):
             self.arrive(action)
         link = self._link
@@ -200,13 +200,13 @@ class Exchange:
         """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
 
         Args:
-            action: what is being done, for the message.
-            work: must not communicate. See [Note: agreement].
+            action: a name of the work, for the message.
+            work: the work, which must not communicate. See [Note: agreement].
 
         Raises:
             CommunicationError: other ranks are gone, or did not call in time.
-            DistEMAError: the class the first failed rank raised, the same on every rank. An OSError becomes
-                `CheckpointError`, anything else the root class.
+            DistEMAError: of the class that the first failed rank raised; the same on every rank. An OSError becomes
+                a `CheckpointError`, any other exception the root class.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -220,23 +220,23 @@ class Exchange:
     def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` on rank 0 and gives its result, or its error, to all ranks.
 
-        For what one rank decides for all; `work` must not communicate, and its result must survive a pickle.
+        `work` must not communicate, and its result must survive a pickle.
 
         Raises:
             CommunicationError: other ranks are gone.
-            DistEMAError: what `work` raised, the same on every rank.
+            DistEMAError: the error of `work`, the same on every rank.
         """
-        told: tuple[Any, tuple[str, str] | None] = (None, None)
+        message: tuple[Any, tuple[str, str] | None] = (None, None)
         cause: Exception | None = None
         if self.rank == 0:
             try:
-                told = (work(), None)
+                message = (work(), None)
             except Exception as error:
-                kind, message = described(error)
+                kind, text = described(error)
                 known = isinstance(error, DistEMAError)
-                told = (None, (kind, message if known else f"{action}: rank 0 failed: {message}"))
+                message = (None, (kind, text if known else f"{action}: rank 0 failed: {text}"))
                 cause = None if known else error
-        result, failure = self.broadcast_object(told)
+        result, failure = self.broadcast_object(message)
         if failure is not None:
             raise agreed(error_class(failure[0])(failure[1])) from cause
         return result  # type: ignore[no-any-return]
@@ -267,9 +267,9 @@ class Exchange:
             return
         kind, message = reports[0][1:]
         if any(other[1:] != (kind, message) for other in reports) or len(reports) < self.world_size:
-            told = "; ".join(f"rank {rank}: {reason}" for rank, _, reason in reports)
-            message = f"{action} failed on {len(reports)} of {self.world_size} ranks: {told}"
-        # The cause is worth a second traceback only if the message does not tell it all.
+            reasons = "; ".join(f"rank {rank}: {reason}" for rank, _, reason in reports)
+            message = f"{action} failed on {len(reports)} of {self.world_size} ranks: {reasons}"
+        # The cause is worth a second traceback only if the message does not have all of it.
         raise agreed(error_class(kind)(message)) from (None if isinstance(failure, DistEMAError) else failure)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -286,24 +286,24 @@ class Exchange:
         with self._together("exchanging a message") as link:
             return link.broadcast(value)
 
-    def compare(self, told: Mapping[str, Any], working_folder: str | None = None) -> None:
-        """Collective: every rank must call it. Refuses if `told`, which must survive JSON, differs over the ranks.
+    def compare(self, record: Mapping[str, Any], working_folder: str | None = None) -> None:
+        """Collective: every rank must call it. Refuses a record that differs over the ranks.
 
-        Costs one gather of a digest; the texts themselves travel only where the digests differ.
+        It costs one gather of a digest; the records themselves are sent only where the digests differ.
 
         Args:
-            told: what must be alike.
-            working_folder: from which a path in `told` was taken; named where paths differ.
+            record: what must be alike; it must survive JSON.
+            working_folder: the folder to which a path in `record` is relative; the error has it where paths differ.
 
         Raises:
-            RankMismatchError: names the first difference; the same on all ranks.
+            RankMismatchError: it has the first difference; the same on all ranks.
         """
-        text = json.dumps(told)
+        text = json.dumps(record)
         digests = self.gather_objects(hashlib.sha256(text.encode()).hexdigest())
         if len(set(digests)) == 1:
             return
         texts = self.gather_objects((text, working_folder))
-        raise agreed(RankMismatchError(told_difference(digests, texts)))
+        raise agreed(RankMismatchError(difference_text(digests, texts)))
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The sums over the ranks, on every rank."""
@@ -328,16 +328,17 @@ class Exchange:
         if self.world_size > 1 and len(values):
             with self._together(action) as link:
                 link.reduce(combined, operation)
-        told: list[Any] = combined.tolist()
-        return told
+        numbers: list[Any] = combined.tolist()
+        return numbers
 
     def meeting(self, action: str) -> tuple[Callable[[], None], Callable[[], None]]:
         """Collective: every rank must do both steps. No rank passes the second before all have done the first.
 
-        For what must not begin on some ranks only: whoever ends the call before its first step ends it for all.
+        It comes before work that must not begin on some ranks only: a rank that ends the call before its first step
+        ends it for all.
 
         Returns:
-            Steps that may be cut off and done again (see `dist_ema.uninterrupted`): begin it, and wait for it.
+            Two steps that may be cut off and done again (see `dist_ema.uninterrupted`): the beginning and the wait.
         """
         if self.world_size == 1:
             return (lambda: None), (lambda: None)
@@ -358,7 +359,7 @@ class Exchange:
         return passing.begin, wait
 
     def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
-        """Collective: every rank must call it. Row r goes to rank r; row r of the answer came from rank r."""
+        """Collective: every rank must call it. Row r goes to rank r; row r of the result comes from rank r."""
         if self.world_size == 1:
             return rows
         with self._together("planning an exchange") as link:
@@ -379,7 +380,7 @@ class Exchange:
     def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
         """Point to point, both ways at once: `target` must receive what is `sent`, `source` send what is `received`.
 
-        CPU uint8 tensors; None where there is nothing to send or to receive.
+        Both are CPU uint8 tensors; None where there is nothing to send or to receive.
         """
         with self._together("exchanging tensors") as link:
             link.pass_on(sent, target, received, source)
