@@ -61,13 +61,13 @@ def told_difference(digests: Sequence[str], told: Sequence[tuple[str, str | None
     )
 
 
-def _first_difference(ours: Any, theirs: Any, place: str = "") -> str:
+def _first_difference(ours: Any, theirs: Any, prefix: str = "") -> str:
     """Where two JSON values first differ, and how."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             if key not in ours or key not in theirs:
-                return f"{place}{key} (only on one of them)"
+                return f"{prefix}{key} (only on one of them)"
             if ours[key] != theirs[key]:
-                return _first_difference(ours[key], theirs[key], f"{place}{key}: ")
-        return f"{place}the order of {len(ours)} entries"
-    return f"{place}{ours!r} against {theirs!r}"
+                return _first_difference(ours[key], theirs[key], f"{prefix}{key}: ")
+        return f"{prefix}the order of {len(ours)} entries"
+    return f"{prefix}{ours!r} against {theirs!r}"

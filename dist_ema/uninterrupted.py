@@ -130,7 +130,7 @@ class Job:
     """Lanes that are done whole, and then counted; or none of it.
 
     It may be called where and when a stream likes. Whoever handed it over calls `count` if that went well, else
-    `settle`.
+    `withdraw`.
 
     Args:
         lanes: done in any order.
@@ -178,7 +178,7 @@ class Job:
         """Count it as done: somebody has taken it over."""
         self._count()
 
-    def settle(self) -> None:
+    def withdraw(self) -> None:
         """After an exception of whoever it was handed to: see that it is done and counted, or neither."""
         owner = self._owner.setdefault("thread", 0)  # from now on nobody begins it
         if owner == threading.get_ident():

@@ -5,14 +5,19 @@ from __future__ import annotations
 import ast
 import collections
 import graphlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import dist_ema
 from dist_ema.schedules.records import SCHEDULES
 
 PACKAGE = Path(dist_ema.__file__).parent
+TESTS = Path(__file__).parent
 
 # Rooms, from the top of the house to the bottom. A room is a folder, or a module that lies beside the folders. A
 # module may import from rooms below its own, and within its room where no circle arises.
@@ -150,22 +155,220 @@ def test_only_exchange_and_topology_touch_process_groups() -> None:
         assert not uses_groups or room_of(name) in ("ranks", "topology"), name
 
 
-def test_private_torch_is_confined() -> None:
-    """The few private names, each in one place; every other leading underscore of torch is refused."""
-    allowed = {
-        "_foreach_lerp_": {"averaging.update"},
-        "_foreach_copy_": {"averaging.averages"},
+# Every private name of another library: module that may use it -> name -> test that fails when the library changes it.
+# Private is what begins with an underscore, as an attribute, a keyword, in a string or in an import, and is neither
+# Python's own nor defined by a class of the same module. Nothing else private may stand anywhere in the package.
+OF_FSDP2 = "test_the_private_names_of_fsdp2_are_what_a_reshard_takes_them_for"
+OF_FSDP1 = "test_the_private_names_of_fsdp1_are_what_a_flat_slice_takes_them_for"
+OF_WRAPPERS = "test_the_child_names_that_wrappers_reserve_are_these"
+OF_MODULES = "test_the_private_names_of_modules_are_these"
+OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
+PRIVATE_NAMES = {
+    "topology.dtensor": {
+        "_get_fsdp_state": OF_FSDP2,
+        "_fsdp_param_group": OF_FSDP2,
+        "_fsdp_param_groups": OF_FSDP2,
+        "_all_gather_result": OF_FSDP2,
+        "_training_state": OF_FSDP2,
+        "_parameters": OF_MODULES,
+        "_buffers": OF_MODULES,
+    },
+    "topology.fsdp1": {
+        "_handle": OF_FSDP1,
+        "_inter_node_pg": OF_FSDP1,
+        "_fsdp_extension": OF_FSDP1,
+        "_training_state": OF_FSDP1,
+        "_use_orig_params": OF_FSDP1,
+        "_writeback_orig_params": OF_FSDP1,
+        "_prefetched": OF_FSDP1,
+        "_local_shard": OF_FSDP1,
+        "_contiguities": OF_FSDP1,
+        "_fqns": OF_FSDP1,
+        "_param_infos": OF_FSDP1,
+        "_shapes": OF_FSDP1,
+        "_shard_param_infos": OF_FSDP1,
+        "_shared_param_infos": OF_FSDP1,
+        "_flat_param": OF_WRAPPERS,
+    },
+    "topology.names": {
+        "_orig_mod": OF_WRAPPERS,
+        "_checkpoint_wrapped_module": OF_WRAPPERS,
+        "_fsdp_wrapped_module": OF_WRAPPERS,
+        "_non_persistent_buffers_set": OF_MODULES,
+    },
+    "topology.plain": {"_parameters": OF_MODULES, "_buffers": OF_MODULES},
+    "topology.values": {
+        "__torch_dispatch__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",
+        "__tensor_flatten__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",
+    },
+    "boxes.shards": {"_extra_state": "test_a_tensor_of_extra_state_is_in_the_files_so_that_a_strict_load_works"},
+    "averaging.update": {"_foreach_lerp_": OF_TENSORS},
+    "averaging.averages": {"_foreach_copy_": OF_TENSORS},
+    "uninterrupted": {"_version": OF_TENSORS},
+    "integrations.accelerate": {
+        "_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted",
+        "_models": "test_detach_removes_the_hooks_and_frees_the_name",
+    },
+    # Of the file format: the key under which a safetensors file says what it is.
+    "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
+    "disk.formats.model_files": {
+        "__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"
+    },
+}
+# Our own mark on errors of any class.
+OURS = {"errors": {"_agreed"}}
+# Python's own: what every object, class, function and module has, and documented names of the standard library.
+OF_PYTHON = {name for each in (object, type, len, test_imports_point_downward, sys) for name in dir(each)}
+OF_PYTHON = {name for name in OF_PYTHON if name.startswith("__")} | {"__mro__", "__version__", "__post_init__"}
+OF_PYTHON |= {"_getframe", "_replace", "_fields", "_thread", "_pickle"}
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """The private names that a module and its classes define: variables, methods, attributes."""
+    own = {target.id for target in assigned_in(tree) if isinstance(target, ast.Name)}
+    for made in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(made):
+            if isinstance(node, ast.FunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                own.add(node.attr)
+        own |= {target.id for target in assigned_in(made) if isinstance(target, ast.Name)}
+    return own
+
+
+def assigned_in(made: ast.Module | ast.ClassDef) -> list[ast.expr]:
+    """What is assigned in the body of a module or a class, outside its functions."""
+    assigned = [node for node in made.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return [target for node in assigned for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+
+
+def is_self(node: ast.expr) -> bool:
+    """Whether it is the object whose class the code belongs to."""
+    is_super = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+    return is_super or (isinstance(node, ast.Name) and node.id in ("self", "cls"))
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Every name that a module uses of something else than `self`: attributes, keywords, strings and imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not is_self(node.value):
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # A name for getattr, or a path of modules for importlib; prose has blanks.
+            if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", node.value):
+                yield from node.value.split(".")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = (getattr(node, "module", None) or "").split(".")
+            parts = [part for alias in node.names for part in alias.name.split(".")]
+            if module[0] not in ("dist_ema", "__future__") and parts[0] != "dist_ema":
+                yield from (*module, *parts)
+
+
+def strange_names(module: str, tree: ast.Module) -> set[str]:
+    """The private names of other libraries that a module uses."""
+    # Within topology nothing private is ours but `self`: torch's `_handle` must not hide behind a `_handle` of our own.
+    own = OURS.get(module, set()) | (set() if room_of(module) == "topology" else own_names(tree))
+    return {
+        name for name in private_names(tree) if name.startswith("_") and name.strip("_") and name not in OF_PYTHON | own
     }
+
+
+def test_private_names_of_torch_are_each_in_one_place_and_guarded() -> None:
+    known = modules()
+    assert PRIVATE_NAMES.keys() <= known.keys()
+    used = {module: strange_names(module, tree) for module, tree in known.items()}
+    listed = {module: set(PRIVATE_NAMES.get(module, ())) for module in known}
+    unlisted = {module: names - listed[module] for module, names in used.items() if names - listed[module]}
+    assert unlisted == {}, "private names of other libraries without a row: use a public way, or add a row and a guard"
+    unused = {module: names - used[module] for module, names in listed.items() if names - used[module]}
+    assert unused == {}, "rows of names that are not used there any more"
+
+
+def test_every_private_name_has_a_test_that_guards_it() -> None:
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    defined = set(re.findall(r"^ *def (test_\w+)\(", tests, re.MULTILINE))
+    assert {guard for names in PRIVATE_NAMES.values() for guard in names.values()} <= defined
+
+
+def test_what_is_private_in_self_is_defined_by_a_class_of_the_package() -> None:
+    """Not by a class of torch that a class of ours inherits from."""
+    ours = set().union(*map(own_names, modules().values())) | OF_PYTHON
     for name, tree in modules().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in allowed:
-                assert name in allowed[node.attr], f"{name} uses {node.attr}"
-            of_torch = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            if of_torch and node.value.id in ("torch", "dist") and node.attr != "__version__":
-                assert not node.attr.startswith("_") or node.attr in allowed, f"{name} uses torch.{node.attr}"
-        for imported in imports(tree):
-            if imported.startswith("torch"):
-                assert not any(part.startswith("_") for part in imported.split(".")), f"{name} imports {imported}"
+        of_self = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
+        assert {attr for attr in of_self if attr.startswith("_")} <= ours, name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch._dynamo.reset()",
+        "import torch._dynamo",
+        "from torch._dynamo import config",
+        "from torch.distributed import _functional_collectives",
+        "importlib.import_module('torch._dynamo')",
+        "group._fsdp_param_group",
+        "self._handle.flat_param._sizes",
+        "getattr(handle, '_inter_node_pg', None)",
+        "setattr(handle, '_prefetched', False)",
+        "operator.attrgetter('_version')",
+        "dtensor.__create_chunk_list__()",
+        "torch._foreach_lerp_(one, other, 0.5)",
+        "DTensor.from_local(values, _shape=shape)",
+        "vars(module)['_parameters']",
+    ],
+)
+def test_a_private_name_is_seen_however_it_is_reached(line) -> None:
+    tree = ast.parse(f"class Ours:\n    def _ours(self):\n        self._own = 1\n        {line}\n")
+    assert len(strange_names("averaging.update", tree)) == 1
+
+
+def claims(node: ast.AST, above: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The docstring of everything in a module, with the docstrings of what it stands in."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+        docstring = ast.get_docstring(node) or ""
+        yield docstring, above
+        above = (*above, docstring)
+    for child in ast.iter_child_nodes(node):
+        yield from claims(child, above)
+
+
+def test_what_says_that_nothing_communicates_holds_nothing_that_does() -> None:
+    """Of a folder, a module or a class, "No communication" is said of all that is in it."""
+    collective, silent = re.compile(r"^(Collective|Point to point)|\. Collective\b"), "No communication."
+    for name, tree in modules().items():
+        folders = [PACKAGE.joinpath(*name.split(".")[:depth], "__init__.py") for depth in range(1, name.count(".") + 1)]
+        around = tuple(ast.get_docstring(ast.parse(folder.read_text())) or "" for folder in folders)
+        for docstring, above in claims(tree, around):
+            if collective.search(docstring.split("\n\n")[0]):
+                assert not any(silent in each for each in above), f"{name}: {docstring.splitlines()[0]}"
+                assert silent not in docstring, f"{name}: {docstring.splitlines()[0]}"
+
+
+# An arrow that is still there while `AveragedState` knows the teacher; nothing else may lead out of an update.
+LEADS_OUT = {("averaging.state", "live.teacher")}
+
+
+def test_nothing_that_an_update_runs_imports_what_communicates() -> None:
+    """The modules that `averaging` reaches, over any number of imports, know neither process groups nor their users."""
+    known, below = modules(), collections.defaultdict(set)
+    for name, imported in arrows():
+        below[name].add(imported)
+    assert all(imported in below[name] for name, imported in LEADS_OUT), "remove the arrow that is gone from LEADS_OUT"
+    reached: set[str] = set()
+    ahead = {name for name in known if room_of(name) == "averaging"}
+    while ahead:
+        reached |= ahead
+        ahead = {imported for name in ahead for imported in below[name] if (name, imported) not in LEADS_OUT} - reached
+    assert {
+        name for name in reached if room_of(name) in ("ranks", "live", "checkpoint", "integrations", "cli")
+    } == set()
+    for name in reached:
+        communicates = [imported for imported in imports(known[name]) if imported.startswith("torch.distributed")]
+        assert communicates == [], name
+        used = {ast.unparse(node) for node in ast.walk(known[name]) if isinstance(node, ast.Attribute)}
+        assert not any(each.startswith("torch.distributed") for each in used), name
 
 
 def test_public_names() -> None:
@@ -217,3 +420,14 @@ def test_every_error_is_exported_and_a_child_of_the_root() -> None:
 def test_importing_the_package_or_its_command_line_does_not_load_torch() -> None:
     code = "import sys, dist_ema, dist_ema.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tests_lie_in_the_folders_of_the_package() -> None:
+    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps."""
+
+    def folders(parent: Path) -> set[str]:
+        return {path.parent.name for path in parent.glob("*/*.py")}
+
+    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash"} == folders(PACKAGE)
+    tests = [path for path in TESTS.rglob("*.py") if "def test_" in path.read_text()]
+    assert [path for path in tests if not path.name.startswith("test_")] == [], "pytest does not collect these"

@@ -1,1 +1,1 @@
-"""One rank's averages, and what moves them. No communication."""
+"""One rank's averages, and what moves them. An update communicates nothing."""

@@ -1,7 +1,7 @@
 """The averaged values of one track on this rank: where they lie, and how they are set as a whole. No communication.
 
-Those of all shards lie in one flat buffer per device, on a CPU end to end; each averaged tensor is a view of it.
-The residuals of a compensated average (`dist_ema.averaging.update`) lie beside them in the same way.
+The values of all shards lie in one flat buffer per device; on a CPU they lie end to end. An averaged tensor is a view
+of that buffer. The residuals of a compensated average (`dist_ema.averaging.update`) lie beside them in the same way.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from dist_ema.boxes.shards import Held, Shard
 
-__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_each", "copying"]
+__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_pairwise", "copying"]
 
 # Elements; 32 bytes or more for every averaged dtype.
 ALIGNED_NUMEL = 16
 
 
 class Averages:
-    """Averaged values of one track, for the shards that this rank owns, in memory of their own."""
+    """The averaged values of one track, for the shards that this rank owns, in memory of their own."""
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class Averages:
     def _zeros(self, devices: Sequence[torch.device], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         flat: dict[torch.device, torch.Tensor] = {}
         for wanted in dict.fromkeys(devices):
-            owned = [shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted]
-            numel = sum(_room(each, wanted) for each in owned)
+            numels = [shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted]
+            total = sum(_room(numel, wanted) for numel in numels)
             with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
-                flat[wanted] = torch.zeros(numel, dtype=dtype, device=wanted)
+                flat[wanted] = torch.zeros(total, dtype=dtype, device=wanted)
         filled = dict.fromkeys(flat, 0)
         views = []
         for shard, device in zip(self._shards, devices, strict=True):
@@ -58,7 +58,7 @@ class Averages:
 
     @property
     def residuals(self) -> tuple[torch.Tensor, ...]:
-        """What the values lack, of the same sizes; empty unless the average is compensated."""
+        """The rounding errors of the values, of the same sizes; empty unless the average is compensated."""
         return self._residuals
 
     @property
@@ -66,17 +66,17 @@ class Averages:
         """Bytes of averaged values and residuals on this rank."""
         return sum(tensor.nbytes for tensor in (*self.values, *self.residuals))
 
-    def held(self) -> Sequence[Held]:
-        """The tensors of somebody's module that `values` lie in, whose memory may be replaced; ours have their own."""
+    def held_by_teacher(self) -> Sequence[Held]:
+        """The tensors of a teacher module that `values` lie in; their memory may be replaced. Else empty."""
         return ()
 
     @torch.no_grad()
     def copy_live(self, fqns: Collection[str] | None = None) -> None:
-        """Set the averaged values to the live ones: of all tensors, or of those of these names. No communication."""
-        chosen = [index for index, shard in enumerate(self._shards) if fqns is None or shard.fqn in fqns]
+        """Set the averaged values of all tensors, or of those of these names, to the live ones. No communication."""
+        indices = [index for index, shard in enumerate(self._shards) if fqns is None or shard.fqn in fqns]
         values, residuals = self.values, self.residuals
-        copy_each([values[index] for index in chosen], [self._shards[index].live() for index in chosen])
-        for index in chosen if residuals else ():
+        copy_pairwise([values[index] for index in indices], [self._shards[index].live() for index in indices])
+        for index in indices if residuals else ():
             residuals[index].zero_()
 
     @torch.no_grad()
@@ -90,21 +90,23 @@ class Averages:
 
 
 def _room(numel: int, device: torch.device) -> int:
-    """Elements that a tensor takes in a flat buffer: on a device the next one begins where its vector loads do."""
+    """Elements that a tensor takes in a flat buffer; on a GPU tensors are aligned, so that they load as vectors."""
     return numel if device.type == "cpu" else aligned(numel, ALIGNED_NUMEL)
 
 
 def aligned(size: int, grain: int) -> int:
-    """The multiple of `grain` from `size` on."""
+    """The least multiple of `grain` that is at least `size`."""
     return -(-size // grain) * grain
 
 
 def copying(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Callable[[], Any]:
-    """The call of C that copies tensors pairwise, converted on the way; there is one at least."""
+    """The call of C that copies tensors pairwise, converted on the way. The lists must not be empty."""
     return partial(torch._foreach_copy_, targets, sources)
 
 
-def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False) -> None:
+def copy_pairwise(
+    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False
+) -> None:
     """Copy tensors pairwise, converted on the way."""
-    if targets:  # an empty list raises
+    if targets:  # torch raises for an empty list
         torch._foreach_copy_(list(targets), list(sources), non_blocking)

@@ -2,8 +2,8 @@
 
 torch divides every tensor of a list among its threads on its own, and joins them before the next. Where another process
 is busy on the same cores, each join waits for a thread that is not running: an update of 161 tensors was seen to take
-12 times its time. Here threads take batches from a queue and meet once, at the end. A batch should hold pieces of less
-than 32768 elements, which torch does in the calling thread. No communication.
+12 times its time. Here threads take batches from a queue and meet once, at the end. The tensors of a batch should have
+less than 32768 elements, which torch does in the calling thread. No communication.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Elements that torch does not divide among threads (its grain is 32768), less a cache line's worth.
 SERIAL_NUMEL = 32768 - 64
 
-# More do not make memory faster, and each needs a scratch.
+# More threads do not make memory faster, and every thread needs a scratch.
 _MOST_WORKERS = 16
 
 _pool: ThreadPoolExecutor | None = None
@@ -38,7 +38,7 @@ def num_workers() -> int:
 
 
 def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int) -> None:
-    """Have `work(batch, worker)` done for every batch, by the calling thread (worker 0) and others, all without grad.
+    """Do `work(batch, worker)` for every batch, in the calling thread (worker 0) and others, all without grad.
 
     Raises whatever `work` raised first in the calling thread, else in another; the others finish their batch.
     """
@@ -71,7 +71,7 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
 
     helping: list[_End] = []
     try:
-        with suppress(RuntimeError):  # no more threads, or the interpreter is ending: those that there are do the work
+        with suppress(RuntimeError):  # no more threads, or the interpreter is ending: the existing threads do the work
             for worker in range(1, min(workers, len(batches))):
                 end = _End()
                 _threads().submit(help_out, worker, end)
@@ -85,7 +85,7 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
 
 
 class _End:
-    """The end of one thread's work. The lock is held until then."""
+    """The end of one thread's work. The lock is locked until then."""
 
     def __init__(self) -> None:
         self.has_come = False
@@ -94,9 +94,9 @@ class _End:
 
 
 def _wait_for(helping: Sequence[_End]) -> None:
-    """Wait for all of them, whatever a signal handler raises meanwhile, and raise the latest of it.
+    """Wait for all ends, whatever a signal handler raises meanwhile, and raise the latest of it.
 
-    Not by `Future.result`: its condition variable raises an error of its own where a handler does.
+    `Future.result` would not do: its condition variable raises an error of its own where a handler raises.
     """
     latest: BaseException | None = None
     for end in helping:

@@ -1,11 +1,11 @@
-"""Which tensors hold infinities, on either side of an average, so that only these are averaged with care for them.
+"""Which tensors hold infinities, live or averaged, so that only these are averaged with care. No communication.
 
-A mask of minus infinities, frozen or in a buffer, is to stay what it is; but `lerp(-inf, -inf)` is not a number. What
-is watched is averaged with a second pass, which ordinary tensors must not pay for. So all averages are looked at once,
-after they were copied or loaded. What trains is believed to stay as it was then: if it overflows later, it may spoil
-its average. What takes no gradient (a frozen parameter, a buffer) is watched from when it changes, which torch counts,
-until it has stood still for an update and was looked at again. Torch does not count what is written through `.data`:
-such an average may be spoilt until it is used, and is then mended. No communication.
+A mask of minus infinities, frozen or in a buffer, must stay what it is; but `lerp(-inf, -inf)` is not a number. Watched
+tensors are averaged with a second pass, which the other tensors must not pay for. So this package looks at all averages
+once, after they were copied or loaded. A tensor that trains counts as it was then: if it overflows later, it may spoil
+its average. A tensor that takes no gradient (a frozen parameter, a buffer) is watched from when it changes, which torch
+counts, until it has stood still for an update and was looked at again. Torch does not count what is written through
+`.data`: such an average may be spoilt until it is used, and is then mended.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from dist_ema.uninterrupted import version_of
 
 __all__ = ["Watch", "is_mask", "masks_of"]
 
-# Infinities that are values like others under `skip_nonfinite`, and not an overflow to be left out. Statistics in a
-# buffer overflow upwards.
+# The infinities that `skip_nonfinite` takes as values, and not as an overflow. Statistics in a buffer overflow upwards.
 _OF_TRAINED: tuple[float, ...] = ()
 _OF_BUFFER: tuple[float, ...] = (-math.inf,)
 _OF_FROZEN: tuple[float, ...] = (-math.inf, math.inf)
@@ -39,20 +38,20 @@ def masks_of(shard: Shard) -> tuple[float, ...]:
 
 def is_mask(live: torch.Tensor, masks: Sequence[float]) -> torch.Tensor:
     """Where the live values are one of `masks`."""
-    found = torch.zeros_like(live, dtype=torch.bool)
-    for each in masks:
-        found |= live == each
-    return found
+    at_mask = torch.zeros_like(live, dtype=torch.bool)
+    for infinity in masks:
+        at_mask |= live == infinity
+    return at_mask
 
 
 class _Untrained(NamedTuple):
-    """The shards that take no gradient, one entry of each list for each of them.
+    """The shards that take no gradient; every list has one entry for each of them.
 
     Attributes:
-        indices: which they are.
+        indices: the indices of these shards.
         views: the live tensors that they lie in.
-        looked: the versions of these when they were looked at; None if they were not.
-        latest: their versions at the latest update.
+        looked: the versions of the live tensors at the latest look; None before the first look.
+        latest: the versions of the live tensors at the latest update.
     """
 
     indices: list[int]
@@ -65,12 +64,12 @@ _NOTHING = _Untrained([], [], [], [])
 
 
 class Watch:
-    """What is to be watched now.
+    """The shards to be watched.
 
     Args:
-        shards: those of the averages.
+        shards: the shards of the averages.
         tracks: the averages.
-        is_free: watching costs nothing more, so what takes no gradient is watched always.
+        is_free: whether watching costs nothing more: then what takes no gradient is always watched.
 
     Attributes:
         due: shards to be looked at again after the update, and the versions of their live tensors.
@@ -80,23 +79,23 @@ class Watch:
         self._is_free = is_free
         self._shards = shards
         self._tracks = tracks
-        self._found: frozenset[int] = frozenset()
+        self._infinite: frozenset[int] = frozenset()
         self._look: _Look | None = None
         self._is_known = False
         self._untrained = _NOTHING  # replaced as a whole: an interrupt may come anywhere
         self.due: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy: it looks at everything anew, before its next update."""
+        """For a copy, which looks at everything anew before its next update."""
         return self.__dict__ | {"_look": None, "_is_known": False, "_untrained": _NOTHING, "due": {}}
 
     def forget(self) -> None:
-        """Averages are about to be copied or loaded: look at them all before the next update, unless that was done."""
+        """Before averages are copied or loaded: the next update looks at all of them, unless `look` has."""
         self._is_known = False
 
     @torch.no_grad()
     def look(self) -> None:
-        """Look at all averages, which were copied or loaded just now; the host does not wait."""
+        """Look at all averages, after they were copied or loaded; the host does not wait."""
         self.follow()
         versions = list(map(_version, self._untrained.views))
         look = _Look(
@@ -121,13 +120,15 @@ class Watch:
         self._untrained = now._replace(looked=looked)
 
     def follow(self) -> None:
-        """Take the live tensors of now: their memory may have been replaced, or they may train by now."""
+        """Take the live tensors anew: their memory may have been replaced, or they may train by now."""
         known = {index: (view, looked, latest) for index, view, looked, latest in zip(*self._untrained, strict=True)}
         indices = [index for index, shard in enumerate(self._shards) if masks_of(shard)]
         views = [self._shards[index].held.view() for index in indices]
         former = [known.get(index, (None, None, None)) for index in indices]
-        told = [each[1:] if each[0] is view else (None, None) for each, view in zip(former, views, strict=True)]
-        self._untrained = _Untrained(indices, views, [looked for looked, _ in told], [latest for _, latest in told])
+        versions = [entry[1:] if entry[0] is view else (None, None) for entry, view in zip(former, views, strict=True)]
+        self._untrained = _Untrained(
+            indices, views, [looked for looked, _ in versions], [latest for _, latest in versions]
+        )
 
     def watched(self) -> frozenset[int]:
         """The shards to be watched at the update that begins; waits for the device after a copy or load."""
@@ -135,30 +136,30 @@ class Watch:
             self.look()
         look = self._look
         if look is not None and (look.is_of_all or look.is_ready()):
-            self._found = self._found.difference(look.indices).union(look.found())
+            self._infinite = self._infinite.difference(look.indices).union(look.infinite())
             self._look = None
         now = self._untrained
         if not now.indices:
-            return self._found
+            return self._infinite
         if self._is_free:
-            return self._found.union(now.indices)
+            return self._infinite.union(now.indices)
         versions = list(map(_version, now.views))
         if versions == now.looked:
             self.due = {}
-            return self._found
-        told = list(zip(now.indices, versions, now.looked, now.latest, strict=True))
-        changed = [index for index, version, looked, _ in told if version != looked]
-        if any(not masks_of(self._shards[index]) for index in changed):  # it trains now
+            return self._infinite
+        rows = list(zip(now.indices, versions, now.looked, now.latest, strict=True))
+        changed = [index for index, version, looked, _ in rows if version != looked]
+        if any(not masks_of(self._shards[index]) for index in changed):  # one of them trains now
             self.follow()
             return self.watched()
-        still = {index: version for index, version, looked, latest in told if version == latest != looked}
+        still = {index: version for index, version, looked, latest in rows if version == latest != looked}
         self.due = {} if self._look is not None else still  # one look at a time
         self._untrained = now._replace(latest=versions)
-        return self._found.union(changed)
+        return self._infinite.union(changed)
 
     @torch.no_grad()
     def mend(self) -> None:
-        """Have averages that an unnoticed infinity has spoilt take the live values: of what takes no gradient."""
+        """Set averages that an unnoticed infinity has spoilt to the live values, if these take no gradient."""
         for track in self._tracks if self._untrained.indices else ():
             values = track.values
             for index in self._untrained.indices:
@@ -169,21 +170,21 @@ class Watch:
 
 
 class _Look:
-    """Whether tensors are all finite, on the way to the host. What is not a number may hide an infinity."""
+    """Whether tensors are all finite, on the way to the host. A NaN counts too: it may hide an infinity."""
 
     def __init__(
         self, indices: Iterable[int], values: Iterable[tuple[int, torch.Tensor]], *, is_of_all: bool = False
     ) -> None:
         self.indices = list(indices)
         self.is_of_all = is_of_all
-        self._told: list[tuple[list[int], torch.Tensor]] = []
+        self._ends: list[tuple[list[int], torch.Tensor]] = []
         self._arrivals: list[Any] = []
         of_devices: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
         for index, value in values:
             if value.numel():
                 of_devices.setdefault(value.device, []).append((index, value))
         for device, pairs in of_devices.items():
-            # The cheapest pass that no infinity escapes; a sum that overflows costs a second pass later, and no more.
+            # No infinity escapes a sum, and no pass is cheaper. A sum that overflows only costs a second pass later.
             ends = torch.stack([_sum(value).isfinite() for _, value in pairs])
             if device.type == "cuda":
                 host = torch.empty(ends.shape, dtype=ends.dtype, device="cpu", pin_memory=True)
@@ -192,19 +193,19 @@ class _Look:
                 of = torch.get_device_module(device)
                 self._arrivals.append(of.Event())
                 self._arrivals[-1].record(of.current_stream(device))
-            self._told.append(([index for index, _ in pairs], ends))
+            self._ends.append(([index for index, _ in pairs], ends))
 
     def is_ready(self) -> bool:
-        """Whether `found` would not wait."""
+        """Whether `infinite` would not wait."""
         return all(arrival.query() for arrival in self._arrivals)
 
-    def found(self) -> set[int]:
-        """The shards that may hold an infinity."""
+    def infinite(self) -> set[int]:
+        """The indices of the shards that may hold an infinity; waits for the device."""
         for arrival in self._arrivals:
             arrival.synchronize()
         return {
             index
-            for indices, ends in self._told
+            for indices, ends in self._ends
             for index, is_finite in zip(indices, ends.tolist(), strict=True)
             if not is_finite
         }

@@ -1,6 +1,6 @@
-"""An update made ready: the blocks that it moves, for the memory that live tensors have now, and room to work in.
+"""An update made ready: the blocks that it moves, for the memory that live tensors have now, and its scratch memory.
 
-Made at the first update, and anew whenever the guard finds that live memory was replaced. No communication.
+It is made at the first update, and anew whenever live memory was replaced. No communication.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_ema.uninterrupted import Lane, Steps
 
 __all__ = ["Prepared"]
 
-# Elements of a piece of a compensated average, so that its temporaries stay in a CPU's cache (measured: half the time).
+# Elements of a chunk of a compensated average, so that its temporaries stay in a CPU's cache (measured: half the time).
 _COMPENSATED_NUMEL = 2**17
 
 # Elements of all averages together that are worth waking other threads for.
@@ -36,9 +36,10 @@ class Prepared:
         watched: the shards that may hold infinities.
 
     Args:
-        shards: those of the averages.
+        shards: the shards of the averages.
         tracks: the averages, all of one dtype and on the same devices.
-        skip_nonfinite: the work takes temporaries of the size of a block, and counts: one block after the other.
+        skip_nonfinite: whether live values may be left out. Such work takes temporaries of the size of a block, and
+            counts: it goes one block after the other.
         uncounted: names of tensors of which another rank counts what is left out.
         watched: indices of the shards that may hold infinities.
     """
@@ -59,27 +60,28 @@ class Prepared:
         rows = [track.values for track in tracks] + [track.residuals for track in tracks if compensated]
         self._live = [live[index] for index in filled]
         self._averaged = [[row[index] for index in filled] for row in rows]
-        others = [held for track in tracks for held in track.held()]
+        others = [held for track in tracks for held in track.held_by_teacher()]
         self._guard = Guard(list(dict.fromkeys([*(shard.held for shard in shards), *others])))
         on_cpu = all(value.device.type == "cpu" for values in (self._live, *self._averaged) for value in values)
         numel = sum(value.numel() for values in self._averaged for value in values)
         self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not skip_nonfinite else 1
         if self._workers > 1:
-            # Versions of their own: by these an interrupted thread tells what it has moved, and all views share one.
+            # All views of a buffer share one version; every tensor needs its own, which shows an interrupted thread
+            # whether it has moved that tensor.
             with torch.inference_mode(False):
                 self._averaged = [[value.data for value in values] for values in self._averaged]
-        piece_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
+        chunk_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
         self._blocks: list[Block] = []
         kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
         for at, index in enumerate(filled):
             masks = masks_of(shards[index]) if index in watched else ()
             kinds.setdefault((shards[index].fqn not in uncounted, index in watched, masks), []).append(at)
-        for (counted, is_watched, masks), chosen in kinds.items():
+        for (counted, is_watched, masks), positions in kinds.items():
             self._blocks += make_blocks(
-                [self._live[at] for at in chosen],
-                [[row[at] for at in chosen] for row in self._averaged],
+                [self._live[at] for at in positions],
+                [[row[at] for at in positions] for row in self._averaged],
                 whole=len(rows) == 1 and not skip_nonfinite and not is_watched,
-                piece_numel=piece_numel,
+                chunk_numel=chunk_numel,
                 counted=counted,
                 watched=is_watched,
                 masks=masks,
@@ -97,24 +99,24 @@ class Prepared:
         return self._guard.holds()
 
     def used(self) -> Iterator[torch.Tensor]:
-        """All memory that the work reads or writes."""
+        """All tensors that the work reads or writes."""
         return itertools.chain(self._live, *self._averaged, *self._scratches.values())
 
     def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
-        """The blocks in lanes, `make(blocks, worker)` being the steps that move some of them."""
+        """Lanes for all blocks; `make(blocks, worker)` returns the steps that move some of the blocks."""
         if self._workers == 1:
             return [Lane(partial(make, self._blocks))]
         return [Lane(partial(make, [block])) for block in self._blocks]
 
     def share(self, lanes: Sequence[Lane]) -> None:
-        """Have lanes done by as many threads as are worth it."""
+        """Do the lanes, in as many threads as are worth it."""
         share_out(Lane.run, lanes, self._workers)
 
     def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:
         """The blocks, with tensors that hold the live values in the averages' dtype and on their device.
 
-        They do so after the steps added until then, and before those of the next block: a block that is fetched lands
-        where the one before the last has been used.
+        They hold these values after the steps that were added so far, and before the steps of the next block: every
+        second fetched block lands in the same host memory.
         """
         if self.is_fetched:
             steps.again(blocks[0].fetch)
@@ -124,7 +126,7 @@ class Prepared:
             yield block, block.bring(self._scratches[block.tracks[0][0].device][worker], steps)
 
     def _make_scratches(self) -> dict[torch.device, list[torch.Tensor]]:
-        """One for each thread, on each device."""
+        """Scratch memory for every thread, on every device."""
         numel = max((block.scratch_numel for block in self._blocks), default=0)
         wanted = {value.device: value.dtype for value in itertools.chain(*self._averaged[:1])}
         return {

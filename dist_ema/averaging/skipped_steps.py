@@ -1,10 +1,10 @@
-"""Steps that a fused optimizer skipped: known on the device first, and on the host one call later.
+"""Steps that a fused optimizer skipped: the device knows first, and the host one call later. No communication.
 
-A `GradScaler` hands a fused optimizer its overflow flag, `optimizer.found_inf`, and calls `step()` whatever it says.
+A `GradScaler` hands a fused optimizer its overflow flag, `optimizer.found_inf`, and calls `step()` in any case.
 Reading the flag at once would make the host wait for the device. So the update of that step is weighted by
 `1 - found_inf` on the device, the flag travels to the host meanwhile, and the counter is corrected before anything
-depends on it: at the next update at the latest. Cost: 4 bytes to the host, and one lerp per tensor instead of one for
-all.
+depends on it: at the next update at the latest. This costs 4 bytes to the host, and one lerp per tensor instead of one
+for all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An average that stands still, because its schedule is over: told once for each schedule. No communication."""
+"""An average that stands still, because its schedule is over: one warning for a schedule. No communication."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Standstill:
     """The ends of some schedules.
 
     Attributes:
-        next_step: number of the first update beyond the next of them; of no update if there is none.
+        next_step: the number of the first update beyond the next end; a number that no update has if there is none.
 
     Args:
         schedules: track name -> its schedule.
@@ -26,7 +26,7 @@ class Standstill:
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
         steps = {name: steps_of(schedule) for name, schedule in schedules.items()}
         self._schedules = schedules
-        # Update number total_steps is the last that a schedule speaks of: m(K) = end_momentum.
+        # Update number total_steps is the last of a schedule: m(K) = end_momentum.
         self._ends = {name: total_steps + 1 for name, total_steps in steps.items() if total_steps is not None}
         self.next_step = min(self._ends.values(), default=sys.maxsize)
 
@@ -38,15 +38,15 @@ class Standstill:
         self.next_step = min(self._ends.values(), default=sys.maxsize)
         still = [name for name in over if _is_still(self._schedules[name], step)]
         if still:
-            told = ", ".join(f"track {name!r} with {self._schedules[name]!r}" for name in still)
+            names = ", ".join(f"track {name!r} with {self._schedules[name]!r}" for name in still)
             tell(
                 f"update number {step} (counted from 0) and all later ones have a momentum of 0, so the average stands "
-                f"still from here on: {told}. total_steps is the number of optimizer steps of the whole run, over all "
+                f"still from here on: {names}. total_steps is the number of optimizer steps of the whole run, over all "
                 "resumes: give that number, or an end_momentum above 0"
             )
 
 
 def _is_still(schedule: Schedule, step: int) -> bool:
-    with suppress(Exception):  # somebody's own schedule may know no step beyond its end
+    with suppress(Exception):  # a schedule of the user may raise beyond its end
         return schedule.momentum(step) == 0.0 and schedule.momentum(step + 1) == 0.0
     return False

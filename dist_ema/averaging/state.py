@@ -1,7 +1,9 @@
-"""The averages of one rank, their counter, and what may be done with them now. No communication.
+"""The averages of one rank, their counter, and what may be done with them now.
+
+Only `restore` and `take_over` communicate, and only for a teacher that several ranks hold alike.
 
 `ShardedEMA` is this state plus the calls that communicate. Where the averages lie in the tensors of a teacher module,
-`TeacherState` (live/teacher_state.py) takes the place of this class; what differs there is one method each.
+`TeacherState` (live/teacher_state.py) takes the place of this class, and overrides the methods that differ.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ class Now(NamedTuple):
     """What changes with each update, besides the averages.
 
     Attributes:
-        num_updates: updates so far, with the latest if that is not known to be skipped.
-        last_skipped: tells whether it was, if that is not known yet.
-        not_started: fqns of tensors whose average a checkpoint did not have: the live values at their next use.
-        num_refused_before: live values that were left out before a checkpoint was loaded; on one rank, for all.
+        num_updates: the number of updates so far; the latest counts unless it is known to be skipped.
+        last_skipped: the flag of the latest update, while it is not known whether it was skipped; else None.
+        not_started: fqns of tensors whose average a checkpoint did not have: their next use copies the live values.
+        num_refused_before: how many live values were left out before a checkpoint was loaded; one rank has it for all.
     """
 
     num_updates: int = 0
@@ -48,7 +50,7 @@ class AveragedState:
 
     Attributes:
         plan: the model as boxes.
-        options: what the user chose.
+        options: the options of the user.
         schedules: track name -> schedule.
         shards: the boxes whose average this rank keeps.
         averages: track name -> averaged values; empty until `allocate`.
@@ -65,11 +67,11 @@ class AveragedState:
         self._updater = Updater((), ())
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
-        # Replaced as a whole by one assignment, so that its parts always agree.
+        # It is replaced as a whole by one assignment, so that its fields always agree.
         self._now = Now()
 
     def allocate(self) -> None:
-        """Make room for the averaged values."""
+        """Allocate the averaged values."""
         dtype, device = self.options.dtype, self.options.device
         residual_dtype = torch.bfloat16 if self.options.compensated else None
         self.averages = {
@@ -87,18 +89,18 @@ class AveragedState:
         return stream_beside({shard.live().device for shard in self.shards}, averaged)
 
     def join(self) -> None:
-        """See that what is done from now on, on the current stream, comes after an update that runs beside training."""
+        """Have the current stream do its further work after an update that runs beside training."""
         self._updater.stream.join()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which must not begin before averages and counter are what they are to be."""
+        """For a copy, which must not begin before averages and counter are up to date."""
         self.join()
         self._updater.complete()
-        _ = self.num_updates  # takes a skipped step back; the event that it waits for could not be copied
+        _ = self.num_updates  # takes a skipped step back; the event of its flag could not be copied
         return self.__dict__
 
     def stop_overlapping(self) -> None:
-        """Have further updates run in line."""
+        """Run further updates in line."""
         try:
             self.join()
         finally:
@@ -106,7 +108,7 @@ class AveragedState:
 
     @property
     def num_updates(self) -> int:
-        """Updates so far, less the steps that turned out to be skipped."""
+        """The number of updates so far, without those of skipped steps."""
         now = self._now
         if now.last_skipped is not None:
             counted = now.num_updates - now.last_skipped.is_set()
@@ -120,7 +122,7 @@ class AveragedState:
 
     @property
     def num_refused(self) -> int:
-        """Live values that were left out on this rank; waits for the device."""
+        """How many live values were left out on this rank; waits for the device."""
         return self._now.num_refused_before + self._updater.num_refused
 
     def update(self, found_inf: torch.Tensor | None) -> None:
@@ -134,7 +136,7 @@ class AveragedState:
         if step == 0:
             self._copy_live(count, first)
         elif step % options.interval == 0:
-            # All momenta before the first lerp: a schedule that fails must not leave the tracks at odds.
+            # All momenta come before the first lerp: a schedule that fails must not leave the tracks at odds.
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
             self._start_from_live()
             self._updater.lerp(momenta, count, unless=found_inf, first=first)
@@ -144,37 +146,37 @@ class AveragedState:
             self._updater.run(Job(first, count))
 
     def _begin_update(self) -> list[Lane]:
-        """What an update does first, besides its own work."""
+        """The lanes that an update does first, besides its own work."""
         return []
 
     @property
     def loaded(self) -> tuple[Shard, ...]:
-        """The shards to read from a checkpoint, the averaged ones first."""
+        """The shards that a load reads from a checkpoint, the averaged ones first."""
         return self.shards
 
     @property
     def loaded_fqns(self) -> set[str]:
-        """Names of the tensors that `loaded` has, on some rank."""
+        """The names of the tensors that `loaded` has on any rank."""
         return {spec.fqn for spec in self.plan.specs if spec.averaged}
 
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
-        """Where a checkpoint may be read to, per track and shard of `loaded`, before it is known to be good.
+        """The tensors to read a checkpoint into, per track and shard of `loaded`, before it is known to be good.
 
-        Before the first update the averages hold nothing that counts (`values` shows the live weights), so they are
-        filled in place and a resume needs no memory. Later it takes a second copy, on the host, until `restore`.
+        Before the first update the averages hold nothing that counts (`values` shows the live weights): they are filled
+        in place, and a resume needs no memory. Later a load needs a second copy, on the host, until `restore`.
         """
         if self.num_updates == 0:
             return {name: averages.values for name, averages in self.averages.items()}
         return {name: self._host_copies() for name in self.averages}
 
     def _host_copies(self) -> Sequence[torch.Tensor]:
-        """Room on the host for one track."""
+        """New tensors on the host for one track."""
         return [torch.empty(shard.sizes, dtype=self.options.dtype, device="cpu") for shard in self.shards]
 
     def restore(
         self,
         filled: Mapping[str, Sequence[torch.Tensor]],
-        found: set[str],
+        fqns: set[str],
         num_updates: int,
         *,
         num_refused: int | None = None,
@@ -182,27 +184,28 @@ class AveragedState:
         """Take over averages and a counter, whole or not at all.
 
         Args:
-            filled: what `targets` gave, now with the values of a checkpoint or, past the averaged shards, live ones.
-            found: fqns that the checkpoint had; the others start from the live weights.
-            num_updates: its counter.
-            num_refused: live values that were left out until then, to be told by this rank; None to go on counting.
+            filled: the tensors of `targets`, with the values of a checkpoint; of the shards behind the averaged ones
+                they may be the live values.
+            fqns: the names in the checkpoint; the averages of the others start from the live weights.
+            num_updates: the counter of the checkpoint.
+            num_refused: how many live values were left out until then, for this rank to count; None to go on counting.
         """
-        not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - found
+        not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - fqns
         before = self._now.num_refused_before
         if num_refused is not None:
             before = num_refused - self._updater.num_refused
         self._take(self._replacing_all(filled, not_started), Now(num_updates, None, not_started, before))
 
     def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
-        """What sets all averages to what `targets` gave, filled; those of the names `not_started` will be set later."""
+        """Lanes that set all averages to the filled `targets`; those of the names `not_started` are set later."""
         return [self._replacing(name, filled[name]) for name in self.averages]
 
     def _replacing(self, track: str, values: Sequence[torch.Tensor]) -> Lane:
-        """What sets the averages of one track."""
+        """The lane that sets the averages of one track."""
         return Lane.of(functools.partial(self.averages[track].replace, values))
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
-        """Take over the averages of one track; the others stay, or start from the live weights of this moment."""
+        """Take over the averages of one track; the others stay, or start from the live weights of now."""
         step, not_started = self.num_updates, self._now.not_started
         lanes = []
         if step == 0 or not_started:
@@ -211,7 +214,7 @@ class AveragedState:
         self._take(lanes, Now(num_updates, None, frozenset(), self._now.num_refused_before))
 
     def restart(self) -> None:
-        """Forget the averages: the next update copies the live weights, as the first."""
+        """Forget the averages: the next update copies the live weights, as the first does."""
         self._forgetting().call()
 
     def _forgetting(self) -> Once:
@@ -236,12 +239,12 @@ class AveragedState:
         self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))
 
     def _start_from_live(self) -> None:
-        """Set averages that have not started to the live values; at their next use again, until an update counts."""
+        """Set averages that have not started to the live values. Each use does so again, until an update counts."""
         if self._now.not_started:
             self._updater.set(Job([self._updater.copying_live(self._now.not_started, counted=False)]))
 
     def track(self, name: str | None) -> str:
-        """The track of that name, or the only one.
+        """The name of the track; for None that of the only one.
 
         Raises:
             ConfigError: there is no such track, or several to choose from.
@@ -253,9 +256,9 @@ class AveragedState:
         return name
 
     def values(self, track: str | None, fqns: Collection[str] | None = None) -> tuple[torch.Tensor, ...]:
-        """The averaged values of `shards`; before the first update these are the live ones of this moment.
+        """The averaged values of `shards`; before the first update these are the live ones of now.
 
-        With `fqns` only those of these names count.
+        With `fqns`, only the values of these names are valid.
         """
         self.use.is_given = True
         self._updater.complete()
@@ -266,7 +269,7 @@ class AveragedState:
         return averages.values
 
     def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
-        """Set averages that have not started to the live values of this moment; with `fqns` only those of these."""
+        """Set averages that have not started to the live values of now; with `fqns` only those of these names."""
         not_started = self._now.not_started
         if self.num_updates == 0:
             averages.copy_live(fqns)
@@ -274,11 +277,11 @@ class AveragedState:
             averages.copy_live(not_started if fqns is None else not_started.intersection(fqns))
 
     def pieces(self, track: str | None, part: Plan | None = None) -> list[tuple[Box, torch.Tensor]]:
-        """Every box this rank owns and its values: the averaged ones, then those that are always shown live.
+        """Every box this rank owns and its values: the averaged boxes, then those that always show the live values.
 
         Args:
-            track: which average.
-            part: what remains of `plan` (`Plan.only`), and is all that is wanted; None for the whole of it.
+            track: the name of the average; None for the only one.
+            part: the part of `plan` that is wanted (`Plan.only`); None for the whole plan.
         """
         join_all()
         fqns = {spec.fqn for spec in (part or self.plan).specs}
@@ -303,13 +306,13 @@ class AveragedState:
         join_all()
         self._updater.complete()
 
-    def verify(self) -> None:
-        """See that the model is as it was planned.
+    def check_model(self) -> None:
+        """Refuse a model that is not as it was planned.
 
         Raises:
-            ModelChangedError: it has other modules, names or shapes.
+            ModelChangedError: the model has other modules, names or shapes.
         """
-        self.plan.verify()
+        self.plan.check_model()
 
     @property
     def swapped(self) -> str | None:
@@ -317,11 +320,11 @@ class AveragedState:
         return self._swapped
 
     def swap_in(self, track: str) -> None:
-        """From now on the averaged weights of a track are in the model."""
+        """Record that the averaged weights of a track are in the model."""
         self._swapped = track
 
     def swap_ends_by(self, leave: Callable[[], None]) -> None:
-        """Have the next call put the live weights back by `leave`, if the end of the swap, now begun, is cut off."""
+        """Record that the end of the swap has begun; if an interrupt cuts it off, the next call calls `leave`."""
         self._leave = leave
 
     @property
@@ -330,7 +333,7 @@ class AveragedState:
         return self._leave is not None
 
     def swap_out(self) -> None:
-        """From now on the live weights are in the model."""
+        """Record that the live weights are in the model."""
         self._swapped = None
         self._leave = None
 

@@ -1,12 +1,12 @@
-"""Where an update runs: in line, or beside training until somebody joins it. No communication.
+"""Where an update runs: in line, or beside training until a call joins it. No communication.
 
     training stream   | step t |  forward, backward of t + 1    | step t + 1 |
                                v fork                           ^ join
     side stream                [ update of t ]
 
-The update reads what step t wrote, so it waits for the training stream when it begins; whoever writes the live weights
-or touches the averages next joins it: the training stream then waits on the device, the host does not. Averages kept
-in host memory are updated by a host thread; joining that one does block the host.
+The update reads what step t wrote, so it waits for the training stream when it begins. The next call that writes the
+live weights or touches the averages joins the update: the training stream then waits on the device, the host does not.
+A host thread updates averages that are kept in host memory; a call that joins the thread blocks the host.
 
 On a CPU the same calls run one after the other: torch's CPU streams do nothing.
 """
@@ -28,23 +28,23 @@ __all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "joi
 
 
 class Stream:
-    """Runs work in the order in which it is given. This one at once: nothing overlaps."""
+    """Runs work in the order in which it is given. This class runs it at once: nothing overlaps."""
 
     def run(self, work: Callable[[], None]) -> None:
-        """Have `work` done after all that the current stream has been given so far.
+        """Do `work` after all work that the current stream has been given so far.
 
-        It must touch tensors only: the modules that they are in may change meanwhile.
+        `work` must touch tensors only: the modules that have the tensors may change meanwhile.
         """
         work()
 
     def join(self) -> None:
-        """See that what the current stream is given from now on comes after all work. Raises what the work raised."""
+        """Have the current stream do its further work after all work given here. Raises what the work raised."""
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
-        """See that memory which work uses is not given to others before that is done, even if nobody refers to it."""
+        """Keep the memory of these tensors from further use until the work is done, even if no reference is left."""
 
     def hold(self, flag: torch.Tensor) -> torch.Tensor:
-        """The flag with its value of now, whatever becomes of the tensor before the work reads it."""
+        """The flag with its value of now; the caller may change its tensor before the work reads the flag."""
         return flag
 
 
@@ -52,7 +52,7 @@ class SideStream(Stream):
     """Work on a stream of its own, on the device of the live weights.
 
     Args:
-        device: of the live weights and of the averages; a CPU runs the work in line.
+        device: the device of the live weights and of the averages; a CPU runs the work in line.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,18 +63,18 @@ class SideStream(Stream):
         self._process = os.getpid()
 
     def __deepcopy__(self, memo: object) -> Stream:
-        """In line: a copy of an average has no hook that would join it."""
+        """A stream in line: a copy of an average has no hook that would join it."""
         return Stream()
 
     def run(self, work: Callable[[], None]) -> None:
-        """Have the device do `work` beside what the current stream is given next; the host only launches it."""
+        """Have the device do `work` beside the further work of the current stream; the host only launches it."""
         self._stream.wait_stream(self._of.current_stream(self._device))
         self._done = self._done or self._of.Event()
         try:
             with self._of.stream(self._stream):
                 work()
             self._done.record(self._stream)
-        except BaseException:  # what the device was given must be waited for, even if an interrupt follows another
+        except BaseException:  # join waits for what the device was given, even if a second interrupt comes
             try:
                 self._done.record(self._stream)
             finally:
@@ -83,31 +83,31 @@ class SideStream(Stream):
 
     def join(self) -> None:
         """Have the current stream wait for the work; the host does not."""
-        if self._done is None or os.getpid() != self._process:  # a forked one has no device
+        if self._done is None or os.getpid() != self._process:  # a forked process has no device
             return
         is_capturing = getattr(self._of, "is_current_stream_capturing", None)
-        if is_capturing is None or not is_capturing():  # what lies before a graph cannot be waited for within it
-            # Each time: the current stream may be another one than that which joined first.
+        if is_capturing is None or not is_capturing():  # a graph that is captured cannot wait for earlier work
+            # Every call waits: the current stream may be another one than that which joined first.
             self._of.current_stream(self._device).wait_event(self._done)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Tell the allocator, which knows only the stream that memory was taken for."""
+        """Record this stream with the allocator, which knows only the stream that the memory was allocated on."""
         for tensor in tensors:
             if tensor.device.type != "cpu":
                 tensor.record_stream(self._stream)
 
     def hold(self, flag: torch.Tensor) -> torch.Tensor:
         """A copy, made on the current stream."""
-        held = flag.clone()
-        self.keep([held])
-        return held
+        copy = flag.clone()
+        self.keep([copy])
+        return copy
 
 
 class HostThread(SideStream):
     """Work on a host thread, whose copies from the device run on a side stream: for averages in host memory.
 
     Args:
-        device: of the live weights.
+        device: the device of the live weights.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,20 +117,20 @@ class HostThread(SideStream):
         _host_threads.add(self)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Have the thread do `work`, once the device has done what it was given so far."""
+        """Have the thread do `work`, after the device has done what it was given so far."""
         self.join()
         fork = self._of.Event()
         fork.record(self._of.current_stream(self._device))
 
         @torch.no_grad()
         def on_thread() -> None:
-            # A new thread is on device 0; entering the stream alone would bring it back there, and take memory there.
+            # A new thread is on device 0. Without this, leaving the stream brings it back there and takes memory there.
             self._of.set_device(self._device)
             with self._of.stream(self._stream):
                 self._stream.wait_event(fork)
                 work()
 
-        # Known before the thread can have it: an interrupt may come between.
+        # An interrupt may come between: the future is set before the thread can have it.
         running: Future[None] = Future()
         try:
             self._running = running
@@ -153,7 +153,7 @@ class HostThread(SideStream):
 
 
 def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:
-    """Do the work of a promise that was not taken back."""
+    """Do the work of a promise that was not cancelled."""
     if not promise.set_running_or_notify_cancel():
         return
     try:
@@ -165,13 +165,13 @@ def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether torch offers streams for that kind of device; not for Apple's, say."""
+    """Whether torch offers streams for that kind of device; for Apple's it does not."""
     of = torch.get_device_module(device)
     return all(hasattr(of, name) for name in ("Stream", "Event", "current_stream", "stream"))
 
 
 def stream_beside(live: Collection[torch.device], averaged: Collection[torch.device]) -> Stream:
-    """A stream beside training, for live weights and averages on these devices; in line where they are on several."""
+    """A stream beside training, for live weights and averages on these devices; in line where these are several."""
     if len(set(live)) != 1 or len(set(averaged)) != 1:
         return Stream()
     (of_live,), (of_averages,) = set(live), set(averaged)
@@ -191,15 +191,15 @@ class Joinable(Protocol):
 
 
 def join_before_steps(averages: Joinable) -> Callable[[], None]:
-    """Have each torch optimizer of this process join the averages before each of its steps. No communication.
+    """Have every torch optimizer of this process join the averages before its steps. No communication.
 
-    Returns what undoes it; so does the end of `averages`, to which no reference is kept.
+    Returns a function that undoes this. The end of `averages`, to which no reference is kept, undoes it too.
     """
     global _hook
     _beside.add(averages)
     if _hook is None:
-        # One for all: removing one while a step walks through its hooks, as a finalizer might, would break that step. A
-        # compiled step traces its hooks too.
+        # There is one hook for all averages: a step breaks if one of its hooks is removed while it calls them, as a
+        # finalizer might. A compiled step traces its hooks too.
         _hook = register_optimizer_step_pre_hook(torch.compiler.disable(lambda *_: join_all()))
     alive = weakref.ref(averages)
 
@@ -216,7 +216,7 @@ def join_before_steps(averages: Joinable) -> Callable[[], None]:
 
 
 def join_all() -> None:
-    """Join all averages that `join_before_steps` was given: before live weights are written."""
+    """Join all averages that `join_before_steps` was given, before live weights are written."""
     for averages in list(_beside):
         averages.join()
 
@@ -228,7 +228,7 @@ _executor: ThreadPoolExecutor | None = None
 
 
 def _thread() -> ThreadPoolExecutor:
-    """One for all averages: they would wait for the same memory."""
+    """The one thread for all averages: several would wait for the same memory."""
     global _executor
     if _executor is None:
         _executor = ThreadPoolExecutor(1, thread_name_prefix="dist_ema-host")
@@ -239,8 +239,8 @@ def _forget() -> None:
     """A forked process has the records of the executor and of its work, but not its thread."""
     global _executor
     _executor = None
-    for each in _host_threads:
-        each._running = None
+    for host_thread in _host_threads:
+        host_thread._running = None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What an update is made of: blocks of live tensors, with the averaged tensors of each track. No communication."""
+"""The parts of an update: blocks of live tensors, with the averaged tensors of every track. No communication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_each, copying
+from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_pairwise, copying
 from dist_ema.averaging.streams import has_streams
 from dist_ema.uninterrupted import Steps
 
@@ -32,9 +32,9 @@ class Block:
     """Live tensors that are averaged together.
 
     Attributes:
-        tracks: of each track, averaged tensors shaped like what `bring` gives.
-        scratch_numel: elements of scratch that `bring` wants.
-        landing_bytes: host memory that `fetch` wants.
+        tracks: for every track its averaged tensors, shaped like those that `bring` gives.
+        scratch_numel: the elements of scratch that `bring` needs.
+        landing_bytes: the bytes of host memory that `fetch` needs.
         counted: whether this rank counts which live values are left out.
         watched: whether there may be infinities on either side (`dist_ema.averaging.infinities`).
         masks: the infinities of the live tensors that are no overflow.
@@ -54,7 +54,7 @@ class Block:
         """Have `fetch` use these bytes of host memory."""
 
     def fetch(self) -> None:
-        """Begin to bring live values that come from afar; the host does not wait. Before the steps of `bring`."""
+        """Begin to copy live values of another device; the host does not wait. It comes before the steps of `bring`."""
 
     def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
         """Tensors that hold the live values, in the averages' dtype and on their device, once these steps are done."""
@@ -68,7 +68,7 @@ class _Staged(Block):
         super().__init__(live, tracks)
         self._sizes = [aligned(value.numel(), ALIGNED_NUMEL) for value in live]
         self.scratch_numel = sum(self._sizes)
-        # The latest scratch, and that cut in parts: which takes longer than to copy a small tensor.
+        # The latest scratch and its parts: cutting it takes longer than copying a small tensor.
         self._cut: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
 
     def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
@@ -82,19 +82,19 @@ class _Staged(Block):
 
 
 class _Fetched(_Staged):
-    """Live tensors of a device, whose averages are in host memory: copied as they are, and converted there."""
+    """Live tensors of a device, whose averages are in host memory: they are copied as they are, and converted there."""
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         super().__init__(live, tracks)
         self._source = live
         if all(value.dtype == own.dtype for value, own in zip(live, tracks[0], strict=True)):
             self.scratch_numel = 0
-        # Each part begins where any dtype may.
+        # A part begins at a byte where a tensor of any dtype may.
         *self._starts, self.landing_bytes = itertools.accumulate(
             (aligned(value.nbytes, _ALIGNED_BYTES) for value in live), initial=0
         )
         modules = {value.device: torch.get_device_module(value.device) for value in live}
-        # Waited for by sleeping: the first comes only when the device has done the step.
+        # The host sleeps until an arrival: the first one comes only when the device has done the step.
         options = {device: {"blocking": True} if device.type == "cuda" else {} for device in modules}
         self._arrivals = [(of.Event(**options[device]), of, device) for device, of in modules.items()]
 
@@ -105,7 +105,7 @@ class _Fetched(_Staged):
         ]
 
     def fetch(self) -> None:
-        copy_each(self._live, self._source, non_blocking=True)
+        copy_pairwise(self._live, self._source, non_blocking=True)
         for arrival, of, device in self._arrivals:
             arrival.record(of.current_stream(device))
 
@@ -116,7 +116,7 @@ class _Fetched(_Staged):
 
 
 class _Packed(Block):
-    """Tiny live tensors, whose averaged ones lie end to end: one flat tensor of each track."""
+    """Tiny live tensors, whose averaged ones lie end to end: one flat tensor for every track."""
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         self.scratch_numel = sum(value.numel() for value in live)
@@ -128,7 +128,7 @@ class _Packed(Block):
         if self._live[0].dtype == packed.dtype:
             steps.again(partial(torch.cat, self._live, out=packed))
         else:
-            steps.again(lambda: packed.copy_(torch.cat(self._live)))  # into memory that is given, cat is slower
+            steps.again(lambda: packed.copy_(torch.cat(self._live)))  # cat with a conversion into `out` is slower
         return [packed]
 
 
@@ -137,7 +137,7 @@ def make_blocks(
     tracks: Sequence[Sequence[torch.Tensor]],
     *,
     whole: bool = False,
-    piece_numel: int | None = None,
+    chunk_numel: int | None = None,
     counted: bool = True,
     watched: bool = False,
     masks: tuple[float, ...] = (),
@@ -145,32 +145,32 @@ def make_blocks(
     """Blocks that cover these tensors.
 
     Args:
-        live: not empty, nor any of them.
-        tracks: of each track, averaged tensors of the same shapes; of one dtype, and lying alike.
-        whole: average all tensors that need no scratch as one block.
-        piece_numel: cut tensors in pieces of at most as many elements.
-        counted: of the blocks.
-        watched: of the blocks.
-        masks: of the blocks.
+        live: the live tensors; at least one, and none of them empty.
+        tracks: for every track its averaged tensors, of the same shapes; all of one dtype, and laid out alike.
+        whole: whether all tensors that need no scratch are one block.
+        chunk_numel: the most elements of a chunk, if tensors are to be cut.
+        counted: an attribute of the blocks.
+        watched: an attribute of the blocks.
+        masks: an attribute of the blocks.
     """
     packs, rest = _packs(live, tracks)
-    blocks: list[Block] = [_Packed(*_chosen(pack, live, tracks)) for pack in packs]
+    blocks: list[Block] = [_Packed(*_selected(pack, live, tracks)) for pack in packs]
     kinds: dict[type[Block], list[int]] = {Block: [], _Staged: [], _Fetched: []}
     for index in rest:
         kinds[_kind(live[index], tracks[0][index])].append(index)
     for kind, indices in kinds.items():
-        for chosen in by_strides(indices, live, tracks[0]):
-            if kind is Block and whole and piece_numel is None:
-                blocks.append(Block(*_chosen(chosen, live, tracks)))
+        for alike in by_strides(indices, live, tracks[0]):
+            if kind is Block and whole and chunk_numel is None:
+                blocks.append(Block(*_selected(alike, live, tracks)))
                 continue
-            numel = _BLOCK_NUMEL.get(tracks[0][chosen[0]].device.type, SCRATCH_NUMEL)
-            blocks += [kind(*group) for group in _groups(*_chosen(chosen, live, tracks), numel, piece_numel)]
+            numel = _BLOCK_NUMEL.get(tracks[0][alike[0]].device.type, SCRATCH_NUMEL)
+            blocks += [kind(*group) for group in _groups(*_selected(alike, live, tracks), numel, chunk_numel)]
     for block in blocks:
         block.counted, block.watched, block.masks = counted, watched, masks
     return blocks
 
 
-def _chosen(
+def _selected(
     indices: Sequence[int], live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]
 ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
     return [live[index] for index in indices], [[averaged[index] for index in indices] for averaged in tracks]
@@ -189,9 +189,9 @@ def _is_afar(live: torch.Tensor, averaged: torch.Tensor) -> bool:
 def by_strides(
     indices: Sequence[int], live: Sequence[torch.Tensor], averaged: Sequence[torch.Tensor]
 ) -> list[list[int]]:
-    """The indices in groups for one call each: off the CPU, tensors that lie like their averages apart from others.
+    """The indices in lists for one call: off the CPU, tensors whose strides differ from their averages' stand apart.
 
-    One pair that does not (channels_last, say) would have the whole list launched tensor by tensor.
+    One such pair (channels_last, say) in a list makes torch launch the whole list tensor by tensor.
     """
     alike: list[int] = []
     others: list[int] = []
@@ -202,7 +202,7 @@ def by_strides(
 
 
 def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:
-    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and all others."""
+    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and the indices of all other tensors."""
     runs: list[list[int]] = []
     rest: list[int] = []
     stop = numel = 0
@@ -234,29 +234,29 @@ def _groups(
     live: Sequence[torch.Tensor],
     tracks: Sequence[Sequence[torch.Tensor]],
     numel: int,
-    piece_numel: int | None,
+    chunk_numel: int | None,
 ) -> Iterator[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
-    """The tensors cut and grouped so that a group is at most `numel` elements, all tracks alike."""
+    """The tensors, cut and put together so that a list has at most `numel` elements, for all tracks alike."""
     live_group: list[torch.Tensor] = []
     track_groups: list[list[torch.Tensor]] = [[] for _ in tracks]
     room = numel
     for whole, *averaged in zip(live, *tracks, strict=True):
-        cuts = [list(cut_alike(each, whole, piece_numel or numel)) for each in averaged]
-        for pieces in zip(*cuts, strict=True):
-            piece = pieces[0][1]
-            if piece.numel() > room and live_group:
+        cuts = [list(cut_alike(of_track, whole, chunk_numel or numel)) for of_track in averaged]
+        for chunks in zip(*cuts, strict=True):
+            chunk = chunks[0][1]
+            if chunk.numel() > room and live_group:
                 yield live_group, track_groups
                 live_group, track_groups, room = [], [[] for _ in tracks], numel
-            live_group.append(piece)
-            for group, (own, _) in zip(track_groups, pieces, strict=True):
-                group.append(own)
-            room -= piece.numel()
+            live_group.append(chunk)
+            for group, (averaged_chunk, _) in zip(track_groups, chunks, strict=True):
+                group.append(averaged_chunk)
+            room -= chunk.numel()
     if live_group:
         yield live_group, track_groups
 
 
 def cut_alike(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut a pair of equal shape into pieces of at most `numel` elements, along dims in turn."""
+    """Cut a pair of equal shape into chunks of at most `numel` elements, along dims in turn."""
     if averaged.numel() <= numel:
         yield averaged, live
         return

@@ -3,8 +3,8 @@
 Live values of the averages' dtype and device are averaged in place by one `_foreach_lerp_` over prepared lists. Others
 (bfloat16 weights into float32 averages, averages kept on another device) pass through a bounded scratch; so do many
 tiny tensors on a CPU, which are packed end to end. Several tracks go block by block, so that a block of live values is
-read from memory once and from the cache after that. On several CPU threads blocks are shared out (workers.py). What
-comes from a device into host memory is fetched one block ahead. All of it may run beside training (streams.py).
+read from memory once and from the cache after that. On several CPU threads blocks are shared out (cpu_threads.py).
+Blocks that come from a device into host memory are fetched one ahead. An update may run beside training (streams.py).
 
 `lerp` and not `mul` + `add`: fp32(1 - m) + fp32(m) is not 1, so the second form drifts (3e-5 relative after
 2,000 updates at a decay of 0.9999, against 1e-6); and lerp in fp32 gives the same bits however a tensor is cut,
@@ -12,10 +12,10 @@ so every layout of the same weights gives the same average.
 
 [Note: compensation]
 An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is about a rounding unit of the average:
-much of it is lost. A compensated average also keeps what each step lost, in bfloat16, and adds it to the next (Kahan's
-sum). Its operations are single ones, not fused, so that the bits do not depend on how a tensor is cut either.
+much of it is lost. A compensated average also keeps what a step lost, in bfloat16, and adds it to the next (Kahan's
+sum). Its operations are not fused, so that the bits do not depend on how a tensor is cut either.
 
-An update is a job (whole.py): its steps first, all of them or none. Tensors that may hold infinities are watched
+An update is a job (uninterrupted.py): all of its steps are done, or none. Tensors that may hold infinities are watched
 (infinities.py), and averaged with care.
 """
 
@@ -44,11 +44,11 @@ class Updater:
     """Moves the averages of all tracks towards the live values.
 
     Args:
-        shards: those of the averages.
+        shards: the shards of the averages.
         tracks: the averages, all of one dtype and on the same devices.
-        skip_nonfinite: leave out live values that are infinite or not a number, element by element.
+        skip_nonfinite: whether live values that are infinite or not a number are left out, element by element.
         uncounted: names of tensors of which another rank counts what is left out.
-        stream: where the averages are moved; None for the current one.
+        stream: the stream on which the averages are moved; None for the current one.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Updater:
 
     @property
     def num_refused(self) -> int:
-        """Live values that were left out on this rank; waits for the device."""
+        """How many live values were left out on this rank; waits for the device."""
         self.stream.join()
         return sum(int(count.item()) for count in self._refused.values())
 
     def complete(self) -> None:
-        """Do what an exception, and a second one, have left undone of the latest job. No communication."""
+        """Do what two exceptions in a row have left undone of the latest job. No communication."""
         job = self._begun
         if job is not None:
             if job.is_left:
@@ -96,7 +96,7 @@ class Updater:
             self._begun = None
 
     def run(self, job: Job) -> None:
-        """Have a job done in line, after what `stream` has been given: whole, whatever is raised meanwhile."""
+        """Do a job in line, after what `stream` has been given: it is whole, whatever is raised meanwhile."""
         self.stream.join()
         self._run(Stream(), job)
 
@@ -104,14 +104,14 @@ class Updater:
         """As `run`, for a job that sets averages otherwise than by an update.
 
         Args:
-            job: sets them.
-            look_later: leave it to the next update to look for infinities, where it need not wait for a device.
+            job: the job that sets the averages.
+            look_later: whether the next update looks for infinities, where it need not wait for a device.
         """
         self._watch.forget()
         self.run(job)
         if look_later and all(value.device.type == "cpu" for track in self._tracks for value in track.values):
             return
-        with suppress(Exception):  # no memory, say: what is not looked at now is looked at before the next update
+        with suppress(Exception):  # there may be no memory: then the next update looks
             self._watch.look()
 
     def mend(self) -> None:
@@ -125,10 +125,10 @@ class Updater:
                 stream.run(lambda: self._move_all(job))
                 job.count()
             except BaseException:
-                job.settle()
+                job.withdraw()
                 raise
         except BaseException:  # a second one, before the first was dealt with
-            job.settle()
+            job.withdraw()
             raise
         self._begun = None
 
@@ -142,12 +142,12 @@ class Updater:
 
         Args:
             fqns: names of tensors; None for all.
-            counted: count what is left out; not where an average is only shown, and the next update copies again.
+            counted: whether what is left out counts; it does not where the next update copies again.
         """
         self.set(Job([self.copying_live(fqns, counted=counted)]))
 
     def copying_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> Lane:
-        """What `copy_live` does, as a part of a job for `set`."""
+        """The lane that does what `copy_live` does, for a job of `set`."""
         return Lane(lambda worker: self._steps_of_copy(fqns, counted=counted))
 
     def _steps_of_copy(self, fqns: Collection[str] | None, *, counted: bool) -> Steps:
@@ -171,9 +171,9 @@ class Updater:
         if self._skip_nonfinite and counted:
             for device in {value.device for track in self._tracks[:1] for value in track.values}:
                 counter = self._counter(device)
-                told = torch.zeros_like(counter)
-                steps.again(partial(_add_up, told, refused))
-                steps.once(partial(counter.add_, told), counter)
+                count = torch.zeros_like(counter)
+                steps.again(partial(_add_up, count, refused))
+                steps.once(partial(counter.add_, count), counter)
         return steps
 
     def _counter(self, device: torch.device) -> torch.Tensor:
@@ -195,13 +195,13 @@ class Updater:
     ) -> None:
         """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
 
-        Done when `stream` is joined; until then nobody may write to the live values.
+        It is done when `stream` is joined; until then no work may write to the live values.
 
         Args:
-            momenta: of each track, the weight of the live values, from 0 to 1.
-            count: tells that it is done, or will be.
-            unless: flag of one element; where it is not 0 nothing moves. Read on the device only.
-            first: what is done with it.
+            momenta: for every track the weight of the live values, from 0 to 1.
+            count: counts the update.
+            unless: a flag of one element; if it is not 0 nothing moves. Only the device reads it.
+            first: further lanes of the same job.
         """
         # 0 * (live - averaged) is not 0 where live is not finite, so a momentum of 0 does nothing.
         active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
@@ -222,7 +222,7 @@ class Updater:
             self._watch.follow()
         watched = self._watch.watched()
         if prepared is None or prepared.watched != watched:
-            self._prepared = prepared = None  # its memory goes before the new one comes
+            self._prepared = prepared = None  # its memory is freed before the new memory is made
             prepared = Prepared(
                 self._shards,
                 self._tracks,
@@ -250,7 +250,7 @@ class Updater:
         """The steps that move these blocks."""
         steps = Steps()
         if prepared.is_fetched and unless is not None:
-            # Told once, before copies are under way that the flag would come after.
+            # The host reads the flag before copies are under way, since it would wait for these too.
             if unless.item() != 0.0:
                 return steps
             unless = None
@@ -264,10 +264,10 @@ class Updater:
                 steps.again(partial(_take, taken, live, block.masks, known))
                 if block.counted:
                     counter = self._counter(live[0].device)
-                    told = torch.zeros_like(counter)
+                    count = torch.zeros_like(counter)
                     steps.again(partial(_refuse, refused, taken))
-                    steps.again(partial(_add_up, told, refused))
-                    steps.once(partial(counter.add_, told), counter)
+                    steps.again(partial(_add_up, count, refused))
+                    steps.once(partial(counter.add_, count), counter)
             for index, momentum in active:
                 averaged = block.tracks[index]
                 residuals = block.tracks[len(self._tracks) + index] if self._compensated else []
@@ -284,7 +284,7 @@ class Updater:
                         steps.again(partial(_compensated, results, value, residual, new, at, weights))
                         steps.once(copying([value, residual], results), value)
                 else:
-                    weight = momentum if unless is None else weights.of_each()
+                    weight = momentum if unless is None else weights.of_all()
                     steps.once(partial(torch._foreach_lerp_, averaged, new, weight), averaged[0])
                     for residual in residuals:  # the average is the live values themselves
                         steps.again(partial(residual.mul_, weights.left(residual)))
@@ -292,7 +292,7 @@ class Updater:
 
 
 class _Weights:
-    """The weight of the live values: the momentum, or 0 where the flag is set, which is read on the device only."""
+    """The weight of the live values: the momentum, or 0 where the flag is set. Only the device reads the flag."""
 
     def __init__(self, averaged: Sequence[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:
         self.momentum = momentum
@@ -306,11 +306,11 @@ class _Weights:
                 self._skips[device] = (unless.reshape(()) != 0).to(device)
 
     def of(self, value: torch.Tensor) -> torch.Tensor | float:
-        """For one averaged tensor."""
+        """The weight for one averaged tensor."""
         return self.momentum if self._unless is None else self._weights[value.device]
 
-    def of_each(self) -> list[torch.Tensor]:
-        """For each of them, where there is a flag."""
+    def of_all(self) -> list[torch.Tensor]:
+        """The weights for all averaged tensors, where there is a flag."""
         return [self._weights[value.device] for value in self._averaged]
 
     def left(self, residual: torch.Tensor) -> torch.Tensor | float:
@@ -330,7 +330,7 @@ def _take(
     masks: Sequence[float],
     averaged: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Where live values may enter an average that leaves out what is not finite: also what it has already."""
+    """Where live values may enter the average: where they are finite, a mask, or what the average has already."""
     taken[:] = [torch.isfinite(value) for value in live]
     for where, value, known in zip(taken, live, averaged or (), strict=averaged is not None):
         where |= is_mask(value, masks) | (value == known)
@@ -338,12 +338,12 @@ def _take(
 
 def _refuse(refused: dict[torch.device, list[torch.Tensor]], taken: Sequence[torch.Tensor]) -> None:
     refused.clear()
-    refused[taken[0].device] = [(~each).sum() for each in taken]
+    refused[taken[0].device] = [(~where).sum() for where in taken]
 
 
-def _add_up(told: torch.Tensor, refused: dict[torch.device, list[torch.Tensor]]) -> None:
-    if told.device in refused:
-        torch.sum(torch.stack(refused[told.device]), dim=0, out=told)
+def _add_up(count: torch.Tensor, refused: dict[torch.device, list[torch.Tensor]]) -> None:
+    if count.device in refused:
+        torch.sum(torch.stack(refused[count.device]), dim=0, out=count)
 
 
 def _keep(
@@ -352,7 +352,7 @@ def _keep(
     live: Sequence[torch.Tensor],
     averaged: Sequence[torch.Tensor],
 ) -> None:
-    # The averaged value stands for one that is left out: lerp(a, a, m) is a.
+    # The averaged value replaces a live one that is left out: lerp(a, a, m) is a.
     kept[:] = [torch.where(*three) for three in zip(taken, live, averaged, strict=True)]
 
 

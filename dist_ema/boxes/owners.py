@@ -1,6 +1,6 @@
 """Who owns what: tensors that several ranks hold alike are divided, one owner for each element. No communication.
 
-Ownership of tensors that several ranks hold alike is settled by laying them end to end and cutting the line in runs of
+Ownership of tensors that several ranks hold alike is decided by laying them end to end and cutting the line in runs of
 nearly equal numbers of elements; rank i of the holders owns run i:
 
     elements   0                                                        total

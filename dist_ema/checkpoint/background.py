@@ -1,7 +1,7 @@
 """A save behind training: the values of the call are copied to the host, and a thread writes them.
 
-The thread communicates on a process group of its own, so that it never meets the collectives of training or of our
-other calls. One save at a time: whoever comes next joins it first, and gets its error.
+The thread communicates on a process group of its own, so that it never meets the collectives of training or of other
+calls. Saves go one at a time: the next call waits for the thread first, and raises its error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Background:
 
     @torch.no_grad()
     def copied(self, tracks: Mapping[str, Pieces]) -> dict[str, Pieces]:
-        """The pieces with their values of this moment, in host memory. No communication; waits for the device."""
+        """The pieces with the values that they have now, in host memory. No communication; waits for the device."""
         pieces = [piece for of_track in tracks.values() for piece in of_track]
         starts, total = [], 0
         for _, values in pieces:
@@ -41,8 +41,8 @@ class Background:
             total += aligned(values.nbytes, _ALIGNMENT_BYTES)
         devices = {values.device for _, values in pieces if values.device.type != "cpu"}
         if self._host is None or self._host.numel() != total:
-            self._host = None  # the former one goes before the new one comes
-            pinned = any(each.type == "cuda" for each in devices)
+            self._host = None  # the former memory is freed before the new memory is made
+            pinned = any(device.type == "cuda" for device in devices)
             self._host = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         copies: list[tuple[Box, torch.Tensor]] = []
         for (box, values), start in zip(pieces, starts, strict=True):
@@ -58,7 +58,7 @@ class Background:
         before = _under_way[-1]._thread if _under_way else None
 
         def run() -> None:
-            # All saves share one process group: one after the other, on every rank in the order of the calls.
+            # All saves share one process group: they go one after the other, on every rank in the order of the calls.
             if before is not None and before.ident is not None:
                 before.join()
             try:
@@ -66,7 +66,7 @@ class Background:
             except BaseException as error:
                 self._failure = error
 
-        # Not a daemon: the interpreter waits for it at exit.
+        # The thread is not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
         _watch_exit()
         _under_way.append(self)
@@ -76,10 +76,10 @@ class Background:
         """Wait for the save that is under way, if there is one. No communication here.
 
         Raises:
-            CheckpointError: it failed; the same on all ranks.
+            CheckpointError: the save failed; the same on all ranks.
         """
         if self._thread is not None:
-            if self._thread.ident is not None:  # else an interrupt came before it was started
+            if self._thread.ident is not None:  # else an interrupt came before the thread began
                 self._thread.join()
             self._thread = None
             if self in _under_way:
@@ -89,7 +89,7 @@ class Background:
             raise failure
 
 
-# Those whose error nobody has seen yet, in the order of the calls. Kept alive until then.
+# The saves that no call has waited for yet, in the order of the calls. They are kept alive until then.
 _under_way: list[Background] = []
 
 

@@ -26,11 +26,11 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     exchange = call.exchange
     now = manifest_of(state, exchange.world_size)
     filled = exchange.agree(call.name, state.targets)
-    saved, found = load_average(exchange, source, state.loaded, state.loaded_fqns, now, escapes, filled, verify=verify)
+    saved, loaded = load_average(exchange, source, state.loaded, state.loaded_fqns, now, escapes, filled, verify=verify)
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(filled, found, saved.num_updates, num_refused=refused)
+    state.restore(filled, loaded, saved.num_updates, num_refused=refused)
     state.use.is_begun_on_purpose = True
 
 
@@ -39,11 +39,11 @@ def start_from(
 ) -> None:
     """Collective: every rank must call it. See `ShardedEMA.start_from`."""
     source, escapes = _agreed(call, path, new, dropped, num_updates=num_updates)
-    start = positive_integer("num_updates", num_updates)  # alike on all ranks by now
+    start = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
     filled = call.exchange.agree(call.name, state.targets)
     first = next(iter(filled.values()))
-    found = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
-    state.restore(dict.fromkeys(filled, first), found, start)
+    loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
+    state.restore(dict.fromkeys(filled, first), loaded, start)
     state.use.is_begun_on_purpose = True
 
 
@@ -55,9 +55,9 @@ def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **furt
 
     return call.together(
         prepare,
-        lambda found: {
-            "path": str(found[0]),
-            **dataclasses.asdict(found[1]),
+        lambda checked: {
+            "path": str(checked[0]),
+            **dataclasses.asdict(checked[1]),
             **{name: str(value) for name, value in further.items()},
         },
         after_saves=True,

@@ -1,11 +1,12 @@
 """Loading an average, on any layout and number of ranks.
 
-    1 rank 0    find the folder, check the manifest, the headers and that they fit this run; tell all ranks
-    2 all       read the bytes of their own boxes, with their checksums, to where the caller wants them
+    1 rank 0    find the folder, check the manifest, the headers and that they fit this run; send these to all ranks
+    2 all       read the bytes of their own boxes, with their checksums, into the tensors that the caller gives
     3 all       agree that all have read, and that the checksums of the whole tensors fit
-    4 all       look whether a save has replaced the folder meanwhile: then all begin again
+    4 all       look whether a save has replaced the folder meanwhile; if so, all begin again
 
-The caller sees to it that nothing that counts changes before the end of 4 (`AveragedState.targets`).
+A load that fails changes no average: the caller gives tensors that are not in use before the end of stage 4
+(`AveragedState.targets`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["Escapes", "load_average", "load_model"]
 
 T = TypeVar("T")
 
-# One tensor per shard to be filled; what the checkpoint does not have stays as it is.
+# One tensor per shard to be filled. A tensor that the checkpoint does not have stays as it is.
 Targets = Sequence[torch.Tensor]
 
 
@@ -67,31 +68,31 @@ def load_average(
     Args:
         exchange: the control traffic of all ranks.
         target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
-        shards: of this rank.
-        fqns: of the shards of all ranks, which together have every element of these tensors.
-        now: what this run would write; tracks and tensors must be the same in the checkpoint.
+        shards: the shards of this rank.
+        fqns: the names in the shards of all ranks, which together have every element of these tensors.
+        now: the manifest that this run would write; tracks and tensors must be the same in the checkpoint.
         escapes: the differences that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
-        verify: compare the checksums of what is read.
+        verify: whether the checksums of what is read are compared.
 
     Returns:
-        The checkpoint's manifest, and the fqns that it had values for.
+        The checkpoint's manifest, and the fqns whose values it has.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
-        CheckpointMismatchError: names, shapes, dtypes or tracks differ from what is expected.
+        CheckpointMismatchError: names, shapes, dtypes or tracks differ from those of this run.
         CheckpointCorruptError: files are missing or damaged.
     """
     action = f"loading {target}"
 
-    # One rank decides which folder counts: on shared file systems the others may see it later.
+    # Rank 0 decides which folder counts: on shared file systems the others may see a new one later.
     def find() -> tuple[SavedAverage, set[str]]:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
         return saved, _common_tensors(saved, now.tensors, escapes)
 
-    def fill(found: tuple[SavedAverage, set[str]], blind: Sequence[int]) -> None:
-        saved, common = found
+    def fill(record: tuple[SavedAverage, set[str]], blind: Sequence[int]) -> None:
+        saved, common = record
         wanted = common.intersection(fqns)
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
@@ -104,9 +105,9 @@ def load_average(
         exchange,
         target,
         lambda: exchange.on_rank_0(action, find),
-        sees=lambda found: _sees_average(found[0]),
+        sees=lambda record: _sees_average(record[0]),
         fill=fill,
-        replaced=lambda found: was_replaced(found[0]),
+        replaced=lambda record: was_replaced(record[0]),
     )
     return saved.manifest, common
 
@@ -123,14 +124,14 @@ def load_model(
 
     Args:
         exchange: the control traffic of all ranks.
-        source: a model folder or a file; of a checkpoint that holds an average, that average.
+        source: a model folder, a file, or a checkpoint that holds an average, which is read then.
         plan: the model as boxes; a tied tensor may be stored under any of its names.
         shards: the averaged shards this rank owns.
         escapes: the differences that are allowed.
         targets: one contiguous tensor per shard to be filled, converted to its dtype.
 
     Returns:
-        The fqns that the folder had values for.
+        The fqns whose values the folder has.
 
     Raises:
         CheckpointMismatchError: names or shapes differ from the model's.
@@ -138,28 +139,28 @@ def load_model(
     """
     action = f"loading {source}"
 
-    def find(check: Callable[[], None]) -> _FoundModel:
+    def find(check: Callable[[], None]) -> _ModelRecord:
         state = generation([source])
-        found = find_start(source)
-        return _FoundModel(found.folder, found.model, _stored_names(found.place, found.model, plan, escapes), state)
+        start = find_start(source)
+        return _ModelRecord(start.folder, start.model, _stored_names(start.path, start.model, plan, escapes), state)
 
-    found = _steadily(
+    record = _steadily(
         exchange,
         source,
         lambda: exchange.on_rank_0(action, lambda: steadily([source], find)),
-        sees=lambda found: _sees_model(found.folder, found.model),
-        fill=lambda found, blind: _Loading(exchange, action, found.folder, found.model, blind).run(
-            shards, found.names, targets, {}
+        sees=lambda record: _sees_model(record.folder, record.model),
+        fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
+            shards, record.names, targets, {}
         ),
-        # Headers are alike before and after: only rank 0 can tell, from what it saw first.
-        replaced=lambda found: exchange.rank == 0 and generation([source]) != found.state,
+        # The headers may be alike before and after: only rank 0 can see a replacement, by the generation of the folder.
+        replaced=lambda record: exchange.rank == 0 and generation([source]) != record.state,
     )
-    return set(found.names)
+    return set(record.names)
 
 
 @dataclasses.dataclass(frozen=True)
-class _FoundModel:
-    """A model folder, or a file, as rank 0 has found it; `state` is its generation."""
+class _ModelRecord:
+    """A model folder, or a file, as rank 0 sees it; `state` is its generation."""
 
     folder: Path
     model: StoredModel
@@ -176,36 +177,36 @@ def _steadily(
     fill: Callable[[T, Sequence[int]], None],
     replaced: Callable[[T], bool],
 ) -> T:
-    """Collective: every rank must call it. Find and read a folder; all again if a save has replaced it meanwhile.
+    """Collective: every rank must call it. Find and read a folder; begin again if a save has replaced it meanwhile.
 
     Args:
         exchange: the control traffic of all ranks.
-        source: for the message.
-        find: collective; what to read, the same on all ranks.
-        sees: whether this rank sees what was found.
+        source: the path, for the message.
+        find: collective; returns a record of what is to be read, the same on all ranks.
+        sees: whether this rank sees the files of the record.
         fill: collective; reads, for the given blind ranks too. Raises the same error on all ranks.
-        replaced: whether what was found is no longer there, as this rank sees it.
+        replaced: whether these files are no longer there, as this rank sees it.
 
     Raises:
-        CheckpointError: what `fill` raised while nothing was replaced, or every attempt met a save.
+        CheckpointError: `fill` raised it while no file was replaced; or every attempt met a save.
     """
     attempts = Attempts([source])
     while True:
-        found = find()
-        views = exchange.gather_objects((exchange.rank == 0 or sees(found), exchange.rank == 0 and replaced(found)))
+        record = find()
+        views = exchange.gather_objects((exchange.rank == 0 or sees(record), exchange.rank == 0 and replaced(record)))
         blind = [rank for rank, (seen, _) in enumerate(views) if not seen]
         failure: CheckpointError | None = None
-        if not (blind and views[0][1]):  # else they are not blind: it was replaced before they looked
+        if not (blind and views[0][1]):  # else no rank is blind: a save replaced the files before these ranks looked
             if blind:
                 _warn_of_blind_ranks(exchange, source, blind)
             try:
-                fill(found, blind)
+                fill(record, blind)
             except CheckpointError as error:
                 failure = error
-            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(found))):
+            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(record))):
                 if failure is not None:
                     raise failure
-                return found
+                return record
         attempts.count_one()
         if exchange.broadcast_object(attempts.are_enough):  # rank 0 has the clock
             raise attempts.refusal() from failure
@@ -225,11 +226,11 @@ class _Loading:
     def run(
         self, shards: Sequence[Shard], names: Mapping[str, str], values: Targets, expected: Mapping[str, int]
     ) -> None:
-        """Collective. Fill what the shards need.
+        """Collective. Fill the tensors of the shards.
 
         Args:
-            shards: of this rank.
-            names: fqn of a shard -> the name it is stored under, where there is one.
+            shards: the shards of this rank.
+            names: fqn of a shard -> its stored name, where there is one.
             values: one tensor per shard.
             expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
         """
@@ -241,10 +242,10 @@ class _Loading:
         ]
         partial = PartialChecksums(self._sizes_bytes)
         failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
-        self._exchange.settle(self._action, failure)
+        self._exchange.raise_together(self._action, failure)
         if expected:
-            found = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
-            damaged = [name for name, value in expected.items() if found[name] != value]
+            checksums = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
+            damaged = [name for name, value in expected.items() if checksums[name] != value]
             if damaged:  # the same on every rank
                 raise CheckpointCorruptError(damage_told(self._folder, damaged))
 
@@ -289,7 +290,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
-    """The averaged tensors of this run that the checkpoint has as this run expects them.
+    """The tensors of this run that the checkpoint has as this run expects them.
 
     Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it.
     """
@@ -302,13 +303,13 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
         raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
     common = set()
     for fqn, wanted in expected.items():
-        found = tensors.get(fqn)
-        # What is shown live may have another dtype: FSDP1 casts buffers at its first forward.
-        alike = found is not None and (found.shape, found.averaged) == (wanted.shape, wanted.averaged)
-        if found is not None and alike and (found.dtype == wanted.dtype or not wanted.averaged):
+        stored = tensors.get(fqn)
+        # A tensor that is not averaged may have another dtype: FSDP1 casts buffers at its first forward.
+        alike = stored is not None and (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
+        if stored is not None and alike and (stored.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
-        elif found is not None and not _matches(fqn, escapes.new):
-            different.append(f"{fqn} as {_told(found)}, expected {_told(wanted)}")
+        elif stored is not None and not _matches(fqn, escapes.new):
+            different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
             f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
@@ -326,12 +327,12 @@ def _other_model(folder: Path, missing: Sequence[str], extra: Sequence[str]) -> 
     )
 
 
-def _told(saved: SavedTensor) -> str:
+def _shown(saved: SavedTensor) -> str:
     return f"{saved.dtype}{list(saved.shape)}, {'averaged' if saved.averaged else 'live'}"
 
 
 def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes) -> dict[str, str]:
-    """Fqn -> stored name, of each averaged tensor that does not start from the live weights."""
+    """Fqn -> stored name of the averaged tensors that do not start from the live weights."""
     other_names = plan.names_of_tensors
     names, missing = {}, []
     for spec in plan.specs:
@@ -343,8 +344,8 @@ def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes
                 raise CheckpointMismatchError(f"{folder} has {name} as {model.tensors[name].dtype}, expected floats")
             names[spec.fqn] = name
         elif not _matches(spec.fqn, escapes.new):
-            found = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
-            missing.append(f"{spec.fqn} {list(spec.shape)} (found {found})")
+            existing = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
+            missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
     known = {name for group in other_names.values() for name in group}
     known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
     extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]

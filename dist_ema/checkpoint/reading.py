@@ -1,6 +1,6 @@
-"""Each rank reads the bytes of its own boxes, and of nothing else.
+"""Every rank reads the bytes of its own boxes, and no others.
 
-A rank that cannot see the folder (each node has its own disk) is served by rank 0, in bounded pieces.
+For a rank that cannot see the folder (where every node has its own disk), rank 0 reads, in bounded chunks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["Wanted", "read_boxes"]
 
-# Stored name of a tensor, the box of it to read, and a contiguous tensor of the box's sizes that is to be filled.
+# The stored name of a tensor, the box of it to read, and a contiguous tensor of the box's sizes that is to be filled.
 Wanted = Sequence[tuple[str, Box, torch.Tensor]]
 
-# Read, checked and (for a rank without the folder) sent at a time.
+# What is read, summed and (for a rank without the folder) sent at a time.
 _CHUNK_BYTES = 8 * 2**20
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -39,20 +39,20 @@ def read_boxes(
     blind: Sequence[int],
     checksums: PartialChecksums,
 ) -> Exception | None:
-    """Collective: every rank must call it; it communicates only with ranks that are `blind`.
+    """Collective: every rank must call it. Only rank 0 and the ranks in `blind` communicate.
 
-    Extra memory: one chunk.
+    The extra memory is one chunk.
 
     Args:
         exchange: the traffic of all ranks.
         folder: where the files lie.
         tensors: stored name -> place; the same on every rank.
-        wanted: what this rank needs; converted where the dtype is another.
+        wanted: the boxes that this rank needs; their values are converted to the dtype of the tensor to fill.
         blind: the ranks that cannot see the folder; the same on every rank, rank 0 not among them.
-        checksums: counts in what this rank reads.
+        checksums: sums what this rank reads.
 
     Returns:
-        What went wrong here; the caller must have the ranks agree on it.
+        The failure of this rank, if there was one; the caller must have the ranks agree on it.
 
     Raises:
         CommunicationError: other ranks are gone.
@@ -98,16 +98,16 @@ def _read(
                         part.copy_(host)
         source.close()
     except Exception as error:
-        with suppress(Exception):  # the first failure is told
+        with suppress(Exception):  # the first failure is the one to raise
             source.close()
         return error
     return None
 
 
 def _blocks(values: torch.Tensor, itemsize: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows of a 2-D tensor in blocks of bounded size, and the bytes of the file's dtype before each.
+    """Rows of a 2-D tensor in blocks of bounded size, and how many bytes of the file's dtype lie before the block.
 
-    Whole rows; long rows one by one, in pieces.
+    A block is of whole rows. A long row is cut into several blocks.
     """
     count, numel = values.shape
     if count == 1 or numel * itemsize > _CHUNK_BYTES:
@@ -127,10 +127,10 @@ class _Disk:
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self._folder = folder
         self._files = files
-        self._descriptors: dict[int, int] = {}  # at most one: tensors come file by file, nearly
+        self._descriptors: dict[int, int] = {}  # at most one: tensors come nearly file by file
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
-        """Read the rows, each `stride_bytes` after the one before."""
+        """Read the rows; a row begins `stride_bytes` after the former one."""
         if file not in self._descriptors:
             self.close()
             self._descriptors[file] = open_regular(self._folder / self._files[file])
@@ -143,16 +143,16 @@ class _Disk:
             os.close(self._descriptors.popitem()[1])
 
 
-# A request: file, start, stride_bytes, rows, bytes of a row; no rows end the service. The answer is the bytes.
+# A request: file, start, stride_bytes, number of rows, bytes of a row. 0 rows end the service. The answer is the bytes.
 _REQUEST_NUMEL = 5
 
 
 class _RankZero:
-    """The files, as rank 0 reads them for us."""
+    """The files, which rank 0 reads for this rank."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        # Now, since an answer that was asked for must be taken.
+        # A lack of memory must show here: an answer that was asked for must be received.
         self._request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
         self._answer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
 
@@ -168,7 +168,7 @@ class _RankZero:
         """Nothing is open here."""
 
     def finish(self) -> None:
-        """Tell rank 0 that we have all."""
+        """Tell rank 0 that this rank has all bytes."""
         self._request[:] = 0
         self._ask()
 
@@ -177,7 +177,7 @@ class _RankZero:
 
 
 def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
-    """Read for a rank that cannot; it gets answers of the right size even after a failure here."""
+    """Read for a blind rank; it gets answers of the right size even after a failure here."""
     failure: Exception | None = None
     request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
     answer = np.zeros(_CHUNK_BYTES, dtype=np.uint8)

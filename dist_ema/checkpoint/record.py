@@ -1,4 +1,4 @@
-"""What a checkpoint that is written now says of itself. No communication."""
+"""The manifest of a checkpoint that is written now. No communication."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["dtype_name", "manifest_of"]
 def manifest_of(
     state: AveragedState, world_size: int, floating: torch.dtype | None = None, part: Plan | None = None
 ) -> Manifest:
-    """The manifest of the averages as they stand; files and checksums are not in it yet.
+    """The manifest of the averages of now; files and checksums are not in it yet.
 
     Args:
         state: the averages of this rank.
-        world_size: how many ranks write them.
-        floating: dtype that replaces that of every floating-point tensor; None keeps it.
-        part: what remains of the plan (`Plan.only`), and is all that is written; None for the whole of it.
+        world_size: the number of ranks that write them.
+        floating: the dtype that every floating-point tensor gets; None keeps its own.
+        part: the part of the plan that is written (`Plan.only`); None for the whole plan.
     """
     plan = part or state.plan
     dtypes = state.dtypes(floating)

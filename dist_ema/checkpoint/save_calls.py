@@ -30,27 +30,27 @@ __all__ = ["SaveCalls", "SmallFiles"]
 
 PathLike = str | os.PathLike[str]
 
-# Dtype of the weights in a folder -> name and content of the small files that the model wants beside them.
+# Dtype of the weights in a folder -> name -> content of the small files that the model wants beside them.
 SmallFiles = Callable[[torch.dtype], Mapping[str, bytes]]
 
-# Sorted by name they are sorted by their number of updates.
+# The order of the names is the order of the numbers of updates.
 _SNAPSHOT = "updates-{:09d}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What one rank was asked to write.
+    """What the user asks one rank to write.
 
     Attributes:
-        path: as it was given.
+        path: the path, as the user gave it.
         target: returns the folder to write.
         is_export: whether one average is written, as a folder without a manifest, and not a checkpoint of all.
-        track: which one is exported; None for the only one.
-        dtype: of the floating-point tensors; None keeps the averaged dtype.
+        track: the name of the average that is exported; None for the only one.
+        dtype: the dtype of the floating-point tensors; None keeps the averaged dtype.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
-        background: whether a thread is to write.
+        background: whether a thread writes.
         only_unchanged: whether the model may have changed.
-        replaces_former: whether `target` is one place for all saves of a run.
+        replaces_former: whether all saves of a run go to the same `target`.
     """
 
     path: PathLike
@@ -77,12 +77,12 @@ class SaveCalls:
 
     Attributes:
         background: the save that is under way, if there is one.
-        warnings: of what a save loses; each once.
+        warnings: the warnings about what a save loses.
 
     Args:
         state: the averages of this rank.
-        replicas: what several ranks hold alike.
-        small_files: what the model wants beside its weights.
+        replicas: the tensors that several ranks hold alike.
+        small_files: gives the small files that the model wants beside its weights.
     """
 
     def __init__(self, state: AveragedState, replicas: Replicas, small_files: SmallFiles) -> None:
@@ -168,7 +168,7 @@ class SaveCalls:
             lambda: self._prepared(request, exchange.rank, exchange.world_size),
             lambda prepared: self._same(request, prepared),
             after_saves=True,
-            of_changed=True,  # `Part` tells
+            of_changed=True,  # `Part` refuses, or warns
             working_folder=working_folder(request.path),
         )
         part.warn(exchange)
@@ -238,8 +238,8 @@ class SaveCalls:
 
 
 def _snapshots_after(num_updates: int, folder: Path) -> list[str]:
-    """Names of the snapshots of more updates in a folder, which a save in the background may not have made yet."""
+    """The names of the snapshots of more updates; a save in the background may not have made the folder yet."""
     if not folder.is_dir():
         return []
-    found = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name))
-    return [name for name in found if name > _SNAPSHOT.format(num_updates)]
+    snapshots = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name))
+    return [name for name in snapshots if name > _SNAPSHOT.format(num_updates)]

@@ -1,4 +1,4 @@
-"""What a save is to be warned of first: that it replaces a better average, or that it holds no update. Each once."""
+"""The warnings before a save: it replaces a better average, or it holds no update. A run gives each of them once."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from dist_ema.ranks.exchange import Exchange
 __all__ = ["SaveWarnings"]
 
 
-# An average of fewer updates is hardly one: smoke runs and tests leave such.
+# An average of fewer updates is no loss: it comes from a smoke run or a test.
 _FEWEST_TO_LOSE = 3
 
 
 class SaveWarnings:
-    """What this run knows of itself, to be compared before something is written."""
+    """What this run has warned of, and the weights that it began with."""
 
     def __init__(self) -> None:
-        self._told_of_better = False
-        self._told_of_none_in: int | None = None  # an epoch of the exchange
+        self._warned_of_better = False
+        self._warned_of_no_updates_in: int | None = None  # an epoch of the exchange
         self._sample: bytes | None = None
 
     def expect_updates(self, plan: Plan) -> None:
-        """Take the live weights of now for untrained: weights that differ at 0 updates are a doubt. No communication.
+        """Keep a sample of the live weights: `warn_of_no_updates` looks whether they have changed. No communication.
 
-        Waits for the device: a few elements of each tensor go to the host.
+        Waits for the device: a few elements of every tensor go to the host.
         """
         self._sample = _live_sample(plan)
 
     def tell_of_a_better_one(self, target: Path, num_updates: int, use: Use) -> None:
         """On rank 0: warn if an average of more updates is at `target`. No communication.
 
-        Not after a load, `start_from` or `restart`: there the user chose where the counter stands.
+        There is no warning after a load, `start_from` or `restart`: there the user chose where the counter stands.
         """
-        if self._told_of_better or use.is_begun_on_purpose:
+        if self._warned_of_better or use.is_begun_on_purpose:
             return
         saved = _updates_in(target)
         if saved is not None and saved > num_updates and saved >= _FEWEST_TO_LOSE:
-            self._told_of_better = True
+            self._warned_of_better = True
             tell(
                 f"{target} holds an average of {saved} updates, and this save replaces it by one of {num_updates}: an "
                 "average that is attached after load_state, or built without load, begins anew. To go on from the "
@@ -57,12 +57,12 @@ class SaveWarnings:
             )
 
     def warn_of_no_updates(self, exchange: Exchange, plan: Plan, num_updates: int) -> None:
-        """Collective at 0 updates, else no communication. Warn if some rank's weights changed though none was made."""
-        if num_updates or self._told_of_none_in == exchange.epoch or self._sample is None:
+        """Collective at 0 updates, else no communication. Warn if weights of a rank changed without updates."""
+        if num_updates or self._warned_of_no_updates_in == exchange.epoch or self._sample is None:
             return
         changed = exchange.agree("comparing the weights", lambda: _live_sample(plan) != self._sample)
         if exchange.sum_integers([int(changed)]) != [0]:
-            self._told_of_none_in = exchange.epoch
+            self._warned_of_no_updates_in = exchange.epoch
             exchange.warn(
                 "the average has had 0 updates, though the weights are no longer those of when it was attached: what "
                 "is written are the live weights. The step() of the attached optimizer was never called (first_step "
@@ -72,7 +72,7 @@ class SaveWarnings:
 
 
 def _updates_in(target: Path) -> int | None:
-    """The number of updates of the average at `target`; None if there is none that says so."""
+    """The number of updates of the average at `target`; None if no manifest there has it."""
     with suppress(DistEMAError, OSError, ValueError, RecursionError):
         record = json.loads(read_small(commit.former_of(target) / MANIFEST_NAME))
         if isinstance(record, dict) and type(record.get("num_updates")) is int and record.get("format") == "dist_ema":
@@ -88,7 +88,7 @@ def _live_sample(plan: Plan) -> bytes:
         if held.spec.is_buffer or not held.box.numel:
             continue
         values = held.values()
-        places = [tuple(int((size - 1) * part) for size in values.shape) for part in (0.0, 0.5, 1.0)]
-        sampled = torch.stack([values[place] for place in places])
+        indices = [tuple(int((size - 1) * part) for size in values.shape) for part in (0.0, 0.5, 1.0)]
+        sampled = torch.stack([values[index] for index in indices])
         elements.setdefault((values.device, values.dtype), []).append(sampled)
-    return b"".join(torch.cat(each).cpu().view(torch.uint8).numpy().tobytes() for each in elements.values())
+    return b"".join(torch.cat(sample).cpu().view(torch.uint8).numpy().tobytes() for sample in elements.values())

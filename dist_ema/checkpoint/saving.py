@@ -1,11 +1,11 @@
 """Saving an average: every rank writes its boxes at their places in the final files.
 
-Each stage is agreed by all ranks before the next ([Note: agreement] in exchange.py):
+All ranks agree after each stage, before the next ([Note: agreement] in exchange.py):
 
     1 rank 0    look at the target, clear leftovers, make the staging folder, create every file at its full size
-    2 all       look whether they see that folder, whose name no other save has
+    2 all       look whether they see that folder; no other save has its name
     3 all       write the bytes they own, with the header, or send them to a rank that sees the folder; fsync
-    4 rank 0    write the manifest, with the checksums that came together from all; fsync; commit by rename (commit.py)
+    4 rank 0    write the manifest, with the checksums of all ranks together; fsync; commit by rename (commit.py)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_ema.ranks.exchange import Exchange
 __all__ = ["model_files", "write_average", "write_export"]
 
 # How long a rank looks for the staging folder before it counts as having another disk. Network file systems may show
-# a new folder late; a rank that gives up too early is served all the same.
+# a new folder late; if a rank gives up too early, another rank writes its bytes.
 _LOOKING_SECONDS = 1.0
 
 
@@ -50,7 +50,7 @@ def model_files(
         dtypes: fqn -> dtype in the files.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
         texts: name -> content of further small files.
-        in_part: these are not all tensors of the model, so that no configuration describes them.
+        in_part: whether tensors of the model are left out, so that no configuration describes the files.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -73,7 +73,7 @@ def write_average(
         target: the folder to write, replaced atomically if it is there.
         files: the layout of one track.
         tracks: track name -> every box this rank owns, and its values, converted to the files' dtypes on the way.
-        manifest: the record to put beside the tensors; files and checksums are added to it.
+        manifest: the manifest to write beside the tensors; files and checksums are added to it.
 
     Raises:
         CheckpointError: some rank failed; the same on all ranks, and the former content stays.
@@ -87,7 +87,7 @@ def write_export(exchange: Exchange, target: Path, files: ModelFiles, pieces: Pi
     Args:
         exchange: the control traffic of all ranks.
         target: the folder to write, replaced atomically if it is there.
-        files: its layout.
+        files: the layout of the folder.
         pieces: every box this rank owns, and its values, converted to the files' dtypes on the way.
 
     Raises:
@@ -101,7 +101,7 @@ class _Save:
 
     Attributes:
         folders: sub-folder of the target -> the track in it.
-        manifest: the record of an average; None for an export.
+        manifest: the manifest of an average; None for an export.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class _Save:
         return staging
 
     def _needed_bytes(self) -> int:
-        """Of all tracks; the manifest is not known yet."""
+        """The bytes of all tracks; the manifest is not known yet."""
         texts = sum(map(len, self._files.texts.values())) + len(self._files.index or b"")
         return len(self._folders) * (texts + sum(file.size_bytes for file in self._files.files))
 
@@ -170,7 +170,7 @@ class _Save:
         """Write one track. Returns the checksums of its tensors."""
         partial = None if self._manifest is None else PartialChecksums(self._sizes_bytes)
         failure = write_tensors(self._exchange, folder, self._files, pieces, writers, partial)
-        self._exchange.settle(self._action, failure)
+        self._exchange.raise_together(self._action, failure)
         if partial is None:
             return {}
         return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
@@ -194,10 +194,10 @@ class _Save:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes to be seen shortly."""
+    """Whether the path is there, or appears within `_LOOKING_SECONDS`."""
     deadline = time.monotonic() + _LOOKING_SECONDS
     while time.monotonic() < deadline:
-        # A rank that may not look (root squashing) counts as one that does not see.
+        # A rank that may not look (root squashing) counts as one that does not see the path.
         with suppress(OSError):
             if path.exists():
                 return True

@@ -1,15 +1,15 @@
 """Every rank writes its bytes at their places in the files of one folder.
 
-Long stretches are written where they lie. Short ones, and the ends of the long ones, are exchanged first, so that each
-page of a file is written by one rank, and in long stretches (the two-phase writing of MPI-IO, R. Thakur et al. 1999):
+Some network file systems lose data where two clients write into one page: so one rank writes each page of a file. Long
+stretches are written by the rank that has them. Short stretches, and the ends of long ones, are sent to the writer of
+their page first, which writes them in long stretches (the two-phase writing of MPI-IO, R. Thakur et al. 1999):
 
     page       |        |        |        |        |        |        |
     rank 0     .............[====|========|====]...................    writes the two whole pages within
     rank 1     ................................[===|=====]..........   sends its bytes to the writers of the pages
                ^ the file is divided evenly among the writers
 
-One writer for each page, because some network file systems lose data where two clients write into one page.
-Exchanges go in rounds: in each, a writer receives at most one window of its part of the file, so the buffers are
+Exchanges go in rounds. In a round, a writer receives at most one window of its part of the file, so the buffers are
 bounded whatever the sizes. A rank that does not share the folder sends everything.
 """
 
@@ -37,11 +37,11 @@ Pieces = Sequence[tuple[Box, torch.Tensor]]
 
 # The largest page of the systems in use: 4 KiB on x86, 64 KiB on some ARM.
 _PAGE_BYTES = 64 * 2**10
-# Shorter stretches are exchanged.
+# Shorter stretches are sent to the writer of their page.
 _LONG_BYTES = 2**20
-# What a writer receives in one round. A multiple of the page.
+# What a writer receives in one round; a multiple of the page.
 _WINDOW_BYTES = 8 * 2**20
-# Brought to the host, converted and written at a time.
+# What is brought to the host, converted and written at a time.
 _CHUNK_BYTES = 8 * 2**20
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -49,22 +49,22 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Bytes of this rank that lie at `strip` in the file: a rectangle of `values`, one row for each stretch."""
+    """Bytes of this rank that lie at `strip` in the file: a rectangle of `values`, one row for every stretch."""
 
     strip: Strip
     values: torch.Tensor
     dtype: torch.dtype
 
     def between(self, start: int, stop: int) -> Iterator[_Part]:
-        """The parts of it between two offsets of the file."""
+        """The parts of this part between two offsets of the file."""
         for cut in self.strip.cuts(start, stop):
-            strip, item = cut.strip, self.dtype.itemsize
-            first = cut.skipped_bytes // item
-            rows = self.values[cut.row : cut.row + strip.count, first : first + strip.run_bytes // item]
+            strip, itemsize = cut.strip, self.dtype.itemsize
+            first = cut.skipped_bytes // itemsize
+            rows = self.values[cut.row : cut.row + strip.count, first : first + strip.run_bytes // itemsize]
             yield _Part(strip, rows, self.dtype)
 
     def content(self) -> Bytes:
-        """The bytes, one row for each stretch."""
+        """The bytes, one row for every stretch."""
         flat: Bytes = host_bytes(self.values, self.dtype).numpy()
         return flat.reshape(self.strip.count, self.strip.run_bytes)
 
@@ -77,18 +77,19 @@ def write_tensors(
     writers: Sequence[int],
     checksums: PartialChecksums | None,
 ) -> Exception | None:
-    """Collective: every rank must call it. Fill the files of a folder, which are there at their full sizes.
+    """Collective: every rank must call it. Fill the files of a folder, which exist at their full sizes.
 
     Args:
         exchange: the traffic of all ranks.
-        folder: where the files lie, for the ranks that share it.
-        files: their layout.
+        folder: the folder of the files, for the ranks that share it.
+        files: the layout of the files.
         pieces: every box this rank owns, and its values, converted to the files' dtypes on the way.
         writers: the ranks that share the folder, in order; the same on every rank.
-        checksums: counts in what this rank writes, or None.
+        checksums: sums what this rank writes, or None.
 
     Returns:
-        What went wrong here, after all ranks are through; the caller must have the ranks agree on it.
+        The failure of this rank, if there was one, after all ranks are through; the caller must have the ranks agree
+        on it.
 
     Raises:
         CommunicationError: other ranks are gone.
@@ -100,7 +101,7 @@ def write_tensors(
     except Exception as error:
         failure = error
     for file in files.files:
-        # Also after a failure here: the other ranks count on our messages.
+        # A rank that has failed goes on: the other ranks wait for its messages.
         writing = _FileWriting(exchange, folder / file.name, file, writers, checksums, failure)
         failure = writing.run(by_file.get(file.name, []))
     return failure
@@ -154,7 +155,7 @@ class _FileWriting:
         self._descriptor = -1
 
     def run(self, parts: list[_Part]) -> Exception | None:
-        """Collective. Write the parts; returns the first that failed here."""
+        """Collective. Write the parts; returns the first failure of this rank."""
         divided: list[list[_Part]] = []
         try:
             self._guarded(lambda: divided.extend(self._divide(parts)))
@@ -169,7 +170,7 @@ class _FileWriting:
         return self._failure
 
     def _close(self) -> None:
-        """Close the file; network file systems may tell only now that a write has failed."""
+        """Close the file. A network file system may report only now that a write has failed."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:
@@ -178,7 +179,7 @@ class _FileWriting:
                 self._failure = self._failure or error
 
     def _guarded(self, work: Any, *arguments: Any) -> None:
-        """Run local work; keep its failure for later, since the other ranks count on our messages."""
+        """Do local work. Its failure is kept for later, since the other ranks wait for the messages of this rank."""
         try:
             if self._failure is None:
                 work(*arguments)
@@ -186,7 +187,7 @@ class _FileWriting:
             self._failure = error
 
     def _divide(self, parts: list[_Part]) -> tuple[list[_Part], list[_Part]]:
-        """The parts to write where they lie, and those to send to the writers of their pages."""
+        """The parts that this rank writes, and those that it sends to the writers of their pages."""
         if self._alone:
             return sorted(parts, key=lambda part: part.strip.start), []
         direct: list[_Part] = []
@@ -226,7 +227,7 @@ class _FileWriting:
 
     @property
     def _domain_bytes(self) -> int:
-        """Bytes of the file that each writer has: whole pages."""
+        """The bytes of the file that are a writer's: whole pages."""
         return -(-self._size_bytes // (len(self._writers) * _PAGE_BYTES)) * _PAGE_BYTES
 
     def _write_exchanged(self, parts: Sequence[_Part]) -> None:
@@ -240,7 +241,7 @@ class _FileWriting:
             sent_bytes[writer, number] = _message_bytes(cuts)
         received_bytes = self._exchange.transpose_integers(sent_bytes)
         sent_bytes[rank] = received_bytes[rank] = 0  # what stays here
-        # Before the first message, since each that was announced must be sent and taken.
+        # A lack of memory must show before the first message: every announced message must be sent and received.
         message, inbox = self._exchange.agree(
             f"writing {self._path.name}",
             lambda: (
@@ -259,7 +260,7 @@ class _FileWriting:
                 sent = received = None
                 if cuts:
                     packed = message[: int(sent_bytes[target, number])]
-                    packed[:8] = 0  # no strips, unless the packing gets so far
+                    packed[:8] = 0  # no strips, unless the packing succeeds
                     self._guarded(_pack, packed, cuts)
                     sent = torch.from_numpy(packed)
                 size = int(received_bytes[source, number])
@@ -278,7 +279,7 @@ class _FileWriting:
                 outbox.setdefault((number, writer), []).append(cut)
 
     def _by_window(self, part: _Part) -> Iterator[tuple[int, int, _Part]]:
-        """Round, writer and cut for each window that the part reaches into."""
+        """Round, writer and cut for every window that the part reaches into."""
         at = part.strip.start
         while at < part.strip.stop:
             domain, within = divmod(at, self._domain_bytes)
@@ -305,7 +306,7 @@ def _extents(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield extent
 
 
-# A message: the number of strips, four integers for each (start, run_bytes, stride_bytes, count), then their bytes.
+# A message: the number of strips, four integers for every strip (start, run_bytes, stride_bytes, count), their bytes.
 
 
 def _message_bytes(cuts: Sequence[_Part]) -> int:
@@ -313,18 +314,18 @@ def _message_bytes(cuts: Sequence[_Part]) -> int:
 
 
 def _pack(message: Bytes, cuts: Sequence[_Part]) -> None:
-    told = [len(cuts)]
+    head = [len(cuts)]
     for cut in cuts:
-        told += dataclasses.astuple(cut.strip)
-    at = 8 * len(told)
-    message[:at].view(np.int64)[:] = told
+        head += dataclasses.astuple(cut.strip)
+    at = 8 * len(head)
+    message[:at].view(np.int64)[:] = head
     for cut in cuts:
         message[at : at + cut.strip.nbytes] = cut.content().reshape(-1)
         at += cut.strip.nbytes
 
 
 class _Window:
-    """What a writer has received in one round, put together."""
+    """The bytes that a writer has received in one round, put together."""
 
     def __init__(self) -> None:
         self._stretches: list[tuple[Strip, Bytes]] = []
@@ -343,7 +344,7 @@ class _Window:
             at += strip.nbytes
 
     def stretches(self) -> Iterator[tuple[int, Bytes]]:
-        """Offset in the file and bytes of each longest stretch without a gap."""
+        """Offset in the file and bytes of every longest stretch without a gap."""
         if not self._stretches:
             return
         strips = [strip for strip, _ in self._stretches]

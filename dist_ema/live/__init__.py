@@ -1,1 +1,1 @@
-"""The averages and the live model: in, out, beside it, and how far apart."""
+"""The averages and the live model: swaps, teachers, state dicts, distances and replicas."""

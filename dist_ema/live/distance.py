@@ -30,12 +30,12 @@ _CHUNK_NUMEL = 2**20
 def distances(
     call: Call, state: AveragedState, tracks: Sequence[str | None], groups: Groups | None
 ) -> list[dict[str, float]]:
-    """Collective: every rank must call it. See `ShardedEMA.distance`; of several tracks.
+    """Collective: every rank must call it. `ShardedEMA.distance` of several tracks.
 
     Args:
-        call: in which it is done.
+        call: the call in which the distances are measured.
         state: the averages of this rank.
-        tracks: which averages; None for the only one.
+        tracks: the names of the averages; None for the only one.
         groups: as in `ShardedEMA.distance`.
     """
 
@@ -53,10 +53,10 @@ def distances(
 def metrics(call: Call, state: AveragedState, prefix: str, groups: Groups | None) -> dict[str, float]:
     """Collective: every rank must call it. See `ShardedEMA.metrics`."""
     tracks = list(state.schedules)
-    told = {f"{prefix}/num_updates": float(state.num_updates)}
-    for track, found in zip(tracks, distances(call, state, tracks, groups), strict=True):
-        told.update(_metrics_of(state, track, prefix, found))
-    return told
+    numbers = {f"{prefix}/num_updates": float(state.num_updates)}
+    for track, by_group in zip(tracks, distances(call, state, tracks, groups), strict=True):
+        numbers.update(_metrics_of(state, track, prefix, by_group))
+    return numbers
 
 
 def _checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
@@ -78,8 +78,8 @@ def _checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:
             f"groups is {groups!r}, expected group names and their patterns, such as {{'norms': '*norm*'}}"
         )
     for group, patterns in groups.items():
-        chosen = name_patterns(f"groups[{group!r}]", patterns)
-        members[group] = {fqn for fqn, known in names.items() if matches_any(known, chosen)}
+        globs = name_patterns(f"groups[{group!r}]", patterns)
+        members[group] = {fqn for fqn, known in names.items() if matches_any(known, globs)}
         if group == WHOLE or not members[group]:
             raise ConfigError(
                 f"groups has {group!r}: {patterns!r}, expected another name than {WHOLE!r} and patterns that match "
@@ -94,24 +94,25 @@ def _distances(
 ) -> dict[str, float]:
     """Collective: every rank must call it. Group -> `||live - averaged|| / ||live||`, the same on every rank.
 
-    Sums of squares in float64. Reads both sides once, in pieces; waits for the device once; sends two numbers a group.
+    The sums of squares are in float64. Both sides are read once, in chunks. The host waits for the device once. Each
+    rank sends two numbers a group.
 
     Args:
         exchange: the control traffic of all ranks.
         state: the averages of this rank.
-        track: which average.
+        track: the name of the average.
         members: group -> fqns.
     """
     squares: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for shard, averaged in zip(state.shards, state.values(track), strict=True):
         wide = torch.promote_types(averaged.dtype, torch.float32)
-        for ours, live in cut_alike(averaged, shard.live(), _CHUNK_NUMEL):
-            there = live.to(averaged.device, wide)
-            both = torch.stack([_square(there - ours), _square(there)])
+        for averaged_chunk, live_chunk in cut_alike(averaged, shard.live(), _CHUNK_NUMEL):
+            live = live_chunk.to(averaged.device, wide)
+            both = torch.stack([_square(live - averaged_chunk), _square(live)])
             squares.setdefault(averaged.device, []).append((shard.fqn, both))
     by_name: dict[str, list[float]] = {}
-    for told in squares.values():
-        for (fqn, _), row in zip(told, torch.stack([both for _, both in told]).tolist(), strict=True):
+    for of_device in squares.values():
+        for (fqn, _), row in zip(of_device, torch.stack([both for _, both in of_device]).tolist(), strict=True):
             by_name[fqn] = [a + b for a, b in zip(by_name.get(fqn, [0.0, 0.0]), row, strict=True)]
     own = [
         math.fsum(by_name[fqn][side] for fqn in sorted(fqns & by_name.keys()))
@@ -132,11 +133,11 @@ def relative_distance(difference: float, reference: float) -> float:
     return math.sqrt(difference / reference)
 
 
-def _metrics_of(state: AveragedState, track: str, prefix: str, found: Mapping[str, float]) -> dict[str, float]:
-    """What a tracker is told of one average. No communication."""
-    place = f"{prefix}/" if len(state.schedules) == 1 else f"{prefix}/{track}/"
-    parts = {f"{place}distance/{group}": value for group, value in found.items() if group != WHOLE}
-    return {f"{place}momentum": state.momentum(track), f"{place}distance": found[WHOLE], **parts}
+def _metrics_of(state: AveragedState, track: str, prefix: str, by_group: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of one average, from its distance in each group. No communication."""
+    start = f"{prefix}/" if len(state.schedules) == 1 else f"{prefix}/{track}/"
+    parts = {f"{start}distance/{group}": distance for group, distance in by_group.items() if group != WHOLE}
+    return {f"{start}momentum": state.momentum(track), f"{start}distance": by_group[WHOLE], **parts}
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:

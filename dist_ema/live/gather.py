@@ -27,7 +27,7 @@ def full_state_dict(call: Call, state: AveragedState, replicas: Replicas, track:
 def _whole_tensors(
     exchange: Exchange, plan: Plan, pieces: Sequence[tuple[Box, torch.Tensor]], dtypes: dict[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """Collective: every rank must call it. Point-to-point traffic to rank 0, one piece at a time.
+    """Collective: every rank must call it. Every rank sends its pieces to rank 0, one at a time.
 
     Args:
         exchange: the control traffic of all ranks.
@@ -53,7 +53,7 @@ def _whole_tensors(
         longest = max((box.numel * dtypes[box.fqn].itemsize for box in boxes), default=0)
         return whole, torch.empty(longest, dtype=torch.uint8, device="cpu")
 
-    # Before the first message, since each that is sent must be taken.
+    # A rank that fails after the first message leaves the others waiting: every message that is sent must be received.
     whole, received = exchange.agree("full_state_dict", allocate)
     if exchange.rank != 0:
         for _, content in contents:

@@ -1,14 +1,14 @@
 """Whether ranks that should hold the same weights do.
 
-A plain module in an initialised process group is taken for a replica on every rank, and so are the ranks along a
-Replicate axis. If nothing keeps them alike (no DDP, experts or stages of each rank under equal names), each owner
+A plain module in an initialised process group counts as a replica on every rank. So do the ranks along a Replicate
+axis. If nothing keeps them alike (no DDP, experts or stages of each rank under equal names), each owner
 averages its share of another model: the files are a mosaic, and a swap gives every rank the values of others.
 
-    1 all    a checksum of each tensor that several ranks hold, where it lies; a digest of them is gathered
-    2 all    only where digests differ: the checksums, and so the tensors that differ
-    3 all    one such tensor after the other: its lowest holder sends it in bounded pieces to those that differ from it
+    1 all    a checksum of each tensor that several ranks hold, where it lies; a digest of these is gathered
+    2 all    where digests differ, the checksums are gathered: they show the tensors that differ
+    3 all    one such tensor after the other: its lowest holder sends it in bounded chunks to those that differ from it
 
-Buffers are not compared: each rank has statistics of its own, and rank 0's are those of the files.
+Buffers are not compared: every rank has statistics of its own. The files have those of rank 0.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class Replicas:
     def __init__(self, exchange: Exchange, plan: Plan) -> None:
         self._exchange = exchange
         self._plan = plan
-        self._compared_in: int | None = None  # epochs of the exchange
-        self._warned_in: int | None = None
+        self._compared_in: int | None = None  # an epoch of the exchange
+        self._warned_in: int | None = None  # likewise
 
     def check_once(self, call: str, num_updates: int) -> None:
-        """Collective: every rank must call it. As `check`, but only before the first of the calls that use it.
+        """Collective: every rank must call it. As `check`, but only in the first call that uses this method.
 
-        A call before training has moved anything tells nothing of experts that start alike, so it does not count.
+        A call before training has moved the weights does not count: experts of several ranks may start alike.
 
         Args:
             call: as for `check`.
-            num_updates: so far, on this rank.
+            num_updates: the number of updates so far, on this rank.
         """
         if self._compared_in == self._exchange.epoch:
             return
@@ -78,11 +78,11 @@ class Replicas:
             self._compared_in = self._exchange.epoch
 
     def check(self, call: str, plan: Plan | None = None) -> None:
-        """Collective: every rank must call it. Refuses replicas that are none; warns once of those that have drifted.
+        """Collective: every rank must call it. Refuses replicas that are none, and warns once of drifted ones.
 
         Args:
-            call: what is about to be done, for the message.
-            plan: a part of the plan that is compared alone; None for all of it.
+            call: the name of the call, for the message.
+            plan: the part of the plan that is compared; None for the whole plan.
 
         Raises:
             UnsupportedModelError: a tensor that several ranks should hold alike differs by more than `DRIFT_ALLOWED`;
@@ -95,28 +95,29 @@ class Replicas:
             for division in (self._plan if plan is None else plan).divisions
             if len(division.ranks) > 1 and not division.single_owner
         }
-        sums = self._exchange.agree(call, lambda: {key: _checksums(each) for key, each in divisions.items()})
-        digests = {key: hashlib.sha256(repr(each).encode()).hexdigest() for key, each in sums.items()}
+        sums = self._exchange.agree(call, lambda: {key: _checksums(division) for key, division in divisions.items()})
+        digests = {key: hashlib.sha256(repr(checksums).encode()).hexdigest() for key, checksums in sums.items()}
         differing = _differing(self._exchange.gather_objects(digests))
         if not differing:
             return
-        everyone = self._exchange.gather_objects({key: sums[key] for key in differing if key in sums})
+        sums_by_rank = self._exchange.gather_objects({key: sums[key] for key in differing if key in sums})
         tables = {
-            key: {rank: told[key] for rank, told in enumerate(everyone) if key in told} for key in sorted(differing)
+            key: {rank: of_rank[key] for rank, of_rank in enumerate(sums_by_rank) if key in of_rank}
+            for key in sorted(differing)
         }
         self._judge(call, _Comparison(self._exchange, call, divisions, tables).run())
 
-    def _judge(self, call: str, found: Sequence[_Difference]) -> None:
-        refused = [each for each in found if not each.relative <= DRIFT_ALLOWED]
+    def _judge(self, call: str, differences: Sequence[_Difference]) -> None:
+        refused = [row for row in differences if not row.relative <= DRIFT_ALLOWED]
         if refused:
-            raise UnsupportedModelError(_refusal(call, [each for each in refused if each.fqn == refused[0].fqn]))
-        if found and self._warned_in != self._exchange.epoch:
+            raise UnsupportedModelError(_refusal(call, [row for row in refused if row.fqn == refused[0].fqn]))
+        if differences and self._warned_in != self._exchange.epoch:
             self._warned_in = self._exchange.epoch
-            self._exchange.warn(_warning(found))
+            self._exchange.warn(_warning(differences))
 
 
-def _refusal(call: str, found: Sequence[_Difference]) -> str:
-    first, others = found[0], ", ".join(str(each.other) for each in found)
+def _refusal(call: str, of_tensor: Sequence[_Difference]) -> str:
+    first, others = of_tensor[0], ", ".join(str(difference.other) for difference in of_tensor)
     return (
         f"{call}: {first.fqn} is not the same on rank {first.lowest} and rank {others}, which should hold it alike: "
         f"relative L2 difference {first.relative:.3g}, allowed {DRIFT_ALLOWED:g}. An average over these ranks would be "
@@ -126,8 +127,9 @@ def _refusal(call: str, found: Sequence[_Difference]) -> str:
     )
 
 
-def _warning(found: Sequence[_Difference]) -> str:
-    worst, num_tensors = max(found, key=lambda each: each.relative), len({each.fqn for each in found})
+def _warning(differences: Sequence[_Difference]) -> str:
+    worst = max(differences, key=lambda difference: difference.relative)
+    num_tensors = len({difference.fqn for difference in differences})
     return (
         f"replicas of {num_tensors} tensors have drifted apart: the worst is {worst.fqn}, relative L2 difference "
         f"{worst.relative:.2g} between rank {worst.lowest} and rank {worst.other}. The average is of each owner's "
@@ -141,9 +143,9 @@ class _Comparison:
 
     Args:
         exchange: the control traffic of all ranks.
-        call: what is about to be done, for the message.
-        divisions: of this rank, by key.
-        tables: key of a division -> each of its ranks -> the checksums of its tensors; the same on every rank.
+        call: the name of the call, for the message.
+        divisions: the divisions of this rank, by key.
+        tables: key of a division -> rank -> the checksums of its tensors on that rank; the same on every rank.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class _Comparison:
         for key, by_rank in tables.items():
             lowest = min(by_rank)
             others = [
-                (index, [rank for rank, told in by_rank.items() if told[index] != by_rank[lowest][index]])
+                (index, [rank for rank, sums in by_rank.items() if sums[index] != by_rank[lowest][index]])
                 for index in range(len(by_rank[lowest]))
             ]
             for number, (index, ranks) in enumerate((index, ranks) for index, ranks in others if ranks):
@@ -171,46 +173,46 @@ class _Comparison:
         self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def run(self) -> list[_Difference]:
-        """Collective. What differs, up to the first tensor that differs by more than is allowed."""
-        found: list[_Difference] = []
+        """Collective. The differences, up to the first tensor that differs by more than is allowed."""
+        differences: list[_Difference] = []
         widest_bytes = max(
-            (held.spec.dtype.itemsize for each in self._divisions.values() for held in each.held), default=0
+            (held.spec.dtype.itemsize for division in self._divisions.values() for held in division.held), default=0
         )
         self._buffer = self._exchange.agree(
             self._call, lambda: torch.empty(CHUNK_NUMEL * widest_bytes, dtype=torch.uint8, device="cpu")
         )
-        for each_round in self._rounds:  # each division in a round has one tensor in it, so that they go side by side
+        for tensors in self._rounds:  # one tensor of a division in a round: several divisions are compared side by side
             own = []
-            for key, index, lowest, others in each_round:
+            for key, index, lowest, others in tensors:
                 own += self._compare(key, index, lowest, others)
-            self._exchange.settle(self._call, self._failure)
-            of_round = [each for told in self._exchange.gather_objects(own) for each in told]
-            found += [each for each in of_round if each.relative != 0.0]
-            if any(not each.relative <= DRIFT_ALLOWED for each in of_round):
+            self._exchange.raise_together(self._call, self._failure)
+            of_round = [row for of_rank in self._exchange.gather_objects(own) for row in of_rank]
+            differences += [row for row in of_round if row.relative != 0.0]
+            if any(not row.relative <= DRIFT_ALLOWED for row in of_round):
                 break
-        return found
+        return differences
 
     def _compare(self, key: str, index: int, lowest: int, others: Sequence[int]) -> list[_Difference]:
-        """Send or receive one tensor in pieces; a failure is kept, as the others count on our messages."""
+        """Send or receive one tensor in chunks; a failure is kept, as the other ranks wait for this rank's messages."""
         rank = self._exchange.rank
         if rank != lowest and rank not in others:
             return []
         held = self._divisions[key].held[index]
         dtype = held.spec.dtype
         values = self._guarded(held.values)
-        pieces = iter(()) if values is None else chunks(values)
+        own_chunks = iter(()) if values is None else chunks(values)
         squares = [0.0, 0.0]
         for size in _sizes(held.box.sizes):
             message = self._buffer[: size * dtype.itemsize]
-            piece = self._guarded(lambda: _host_piece(next(pieces), dtype))
+            chunk = self._guarded(lambda: _host_bytes(next(own_chunks), dtype))
             if rank == lowest:
-                sent = message if piece is None else piece
+                sent = message if chunk is None else chunk
                 for other in others:
                     self._exchange.send_bytes(sent, other)
                 continue
             self._exchange.receive_bytes(message, lowest)
-            if piece is not None:
-                self._guarded(functools.partial(_add_squares, squares, message, piece, dtype))
+            if chunk is not None:
+                self._guarded(functools.partial(_add_squares, squares, message, chunk, dtype))
         if rank == lowest:
             return []
         return [_Difference(held.spec.fqn, lowest, rank, _relative(*squares))]
@@ -224,7 +226,7 @@ class _Comparison:
 
 
 def _key(division: Division) -> str:
-    """The same on the ranks of a division, and another for any other one."""
+    """A key that the ranks of a division compute alike, and that no other division has."""
     ranks = checksum(repr(division.ranks).encode())
     return f"{division.ranks[0]:08d}-{len(division.ranks)}-{ranks:08x}-{division.averaged:d}"
 
@@ -233,17 +235,17 @@ def _checksums(division: Division) -> list[int]:
     return tensor_checksums([held.values() for held in division.held])
 
 
-def _differing(told: Sequence[dict[str, str]]) -> set[str]:
-    """The keys for which the ranks told different digests."""
+def _differing(digests: Sequence[dict[str, str]]) -> set[str]:
+    """The keys for which the ranks have different digests."""
     first: dict[str, str] = {}
-    for of_rank in told:
+    for of_rank in digests:
         for key, digest in of_rank.items():
             first.setdefault(key, digest)
-    return {key for of_rank in told for key, digest in of_rank.items() if digest != first[key]}
+    return {key for of_rank in digests for key, digest in of_rank.items() if digest != first[key]}
 
 
 def _sizes(shape: Sequence[int]) -> list[int]:
-    """Elements of the pieces that `chunks` gives of a tensor of this shape."""
+    """Elements of the chunks into which `chunks` cuts a tensor of this shape."""
     numel = math.prod(shape)
     if numel <= CHUNK_NUMEL or not shape:
         return [numel]
@@ -254,22 +256,22 @@ def _sizes(shape: Sequence[int]) -> list[int]:
     return [min(rows, shape[0] - at) * row_numel for at in range(0, shape[0], rows)]
 
 
-def _host_piece(piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Its bytes on the host, in the dtype that it was planned with on all ranks."""
-    flat = piece.detach().to(device="cpu", dtype=dtype).contiguous()
+def _host_bytes(chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of a chunk on the host, in the dtype that all ranks planned for its tensor."""
+    flat = chunk.detach().to(device="cpu", dtype=dtype).contiguous()
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     return flat.view(torch.uint8)
 
 
-def _add_squares(squares: list[float], theirs: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> None:
-    """Add to the sums of squares: of the difference, and of the lowest holder's values.
+def _add_squares(squares: list[float], lowest_bytes: torch.Tensor, own_bytes: torch.Tensor, dtype: torch.dtype) -> None:
+    """Add to two sums of squares: that of the difference, and that of the lowest holder's values.
 
-    Equal bits count as equal, infinities and NaNs too; the norm is that of the finite values.
+    Equal bits count as equal, also those of infinities and NaNs. The norm is that of the finite values.
     """
-    lowest, own = (_numbers(content, dtype) for content in (theirs, ours))
-    same = (theirs.view(-1, dtype.itemsize) == ours.view(-1, dtype.itemsize)).all(dim=1)
-    same = same.repeat_interleave(lowest.numel() // max(same.numel(), 1))  # complex ones are two numbers each
+    lowest, own = (_numbers(content, dtype) for content in (lowest_bytes, own_bytes))
+    same = (lowest_bytes.view(-1, dtype.itemsize) == own_bytes.view(-1, dtype.itemsize)).all(dim=1)
+    same = same.repeat_interleave(lowest.numel() // max(same.numel(), 1))  # a complex value is two numbers
     squares[0] += (own - lowest).masked_fill_(same, 0.0).square_().sum().item()
     squares[1] += lowest.masked_fill_(~lowest.isfinite(), 0.0).square_().sum().item()
 

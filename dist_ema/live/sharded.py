@@ -1,4 +1,4 @@
-"""The averages laid out like the model's own state dict, for somebody else's checkpoints (`dcp.save`), and back."""
+"""The averages laid out like the model's own state dict, for the checkpoints of other tools (`dcp.save`), and back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def take_over(
         return state.track(track), _take_sharded(state.plan, state_dict), count
 
     name, values, count = call.together(
-        prepare, lambda given: {"track": given[0], "num_updates": given[2]}, after_saves=True
+        prepare, lambda prepared: {"track": prepared[0], "num_updates": prepared[2]}, after_saves=True
     )
     state.take_over(name, values, count)
     state.use.is_begun_on_purpose = True
@@ -48,7 +48,7 @@ def _check_forms(plan: Plan) -> None:
     """Refuse a model whose pieces have no form in a state dict. No communication.
 
     Raises:
-        UnsupportedModelError: it is under FSDP1.
+        UnsupportedModelError: the model is under FSDP1.
     """
     for held in _all_held(plan):
         _form(held)
@@ -63,19 +63,19 @@ def _sharded_tensors(
     Args:
         plan: the model as boxes; `_check_forms` has passed.
         values: averaged values of `plan.owned(averaged=True)`.
-        dtype: of the averaged entries.
+        dtype: the dtype of the averaged entries.
         meeting: steps after which no rank can stay out; see `Exchange.meeting`.
 
     Returns:
-        Every tensor under each of its names, in new memory: plain or a DTensor, as the model has it.
+        Every tensor under all of its names, in new memory: plain or a DTensor, as the model has it.
     """
-    plan.settle()
+    plan.drop_gathered()
     pieces: dict[str, torch.Tensor] = {}
     for held in _all_held(plan):
         live = held.values()
         fresh = torch.empty(live.shape, dtype=dtype, device=live.device) if held.spec.averaged else live.clone()
         pieces[held.spec.fqn] = fresh
-    # Buffers as within a swap.
+    # All ranks get the buffers of their owner, as within a swap.
     spread_all(plan, values, lambda shard: shard.within(pieces[shard.fqn]), meeting, extra_state=True)
     held_by_name = {held.spec.fqn: held for held in _all_held(plan)}
     state = {spec.fqn: _form(held_by_name[spec.fqn]).wrap(pieces[spec.fqn]) for spec in plan.specs}
@@ -83,7 +83,7 @@ def _sharded_tensors(
 
 
 def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The values of `plan.owned(averaged=True)` in what `_sharded_tensors` gave, sharing memory. No communication.
+    """The values of `plan.owned(averaged=True)` in a dict of `_sharded_tensors`, sharing memory. No communication.
 
     Raises:
         CheckpointMismatchError: names, shapes or layouts are not the model's.

@@ -1,10 +1,10 @@
 """Putting the averaged weights into the live model, and the live ones back.
 
-Owners write their boxes into the live tensors; where several ranks hold the same tensor (DDP, Replicate axes)
-each owner then broadcasts its run to the others, in buckets of bounded size. There every rank is also shown the
-buffers that the files hold, rank 0's. Under plain FSDP nothing is communicated, and each rank keeps its own buffers.
-The live values are kept aside first: one copy of what this rank holds of the averaged tensors, and of all persistent
-buffers, which a forward within the swap may change.
+Owners write their boxes into the live tensors. Where several ranks hold the same tensor (DDP, Replicate axes), each
+owner then broadcasts its run to the others, in buckets of bounded size. There every rank also gets the buffers of
+rank 0, which are those of the files. Under plain FSDP nothing is communicated, and each rank keeps its own buffers.
+The live values are kept aside first: one copy of what this rank holds of the averaged tensors. All persistent buffers
+are kept aside too, since a forward within the swap may change them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dist_ema.uninterrupted import Job, Lane, Steps
 
 __all__ = ["LiveBackup", "put_average", "spread", "spread_all"]
 
-# Small pieces are packed until a bucket has this many bytes; a larger contiguous piece travels as it lies.
+# Small tensors are packed until a bucket has this many bytes; a larger contiguous tensor is sent as it lies.
 _BUCKET_BYTES = 8 * 2**20
 
 
 class LiveBackup:
     """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
 
-    No communication. The plan was verified.
+    No communication. The caller has verified the plan.
 
     Attributes:
-        is_restored: whether they were put back.
+        is_restored: whether the live values were put back.
     """
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class LiveBackup:
         self._plan = plan
         self._held = [held for division in plan.divisions if division.averaged for held in division.held]
         self._values = [held.values().clone(memory_format=torch.preserve_format) for held in self._held]
-        # Of these a swap changes those of other ranks, and a forward within it maybe all.
+        # A swap changes the buffers that other ranks own; a forward within the swap may change all of them.
         for division in plan.live_buffers(extra_state=False).divisions:
             self._held += division.held
             self._values += [torch.empty_like(live).copy_(live) for live in (held.values() for held in division.held)]
@@ -48,14 +48,14 @@ class LiveBackup:
 
     @torch.no_grad()
     def restore(self, *, anyway: bool = False) -> None:
-        """Put the kept values back, bit for bit; where that was cut off, again from the beginning. No communication.
+        """Put the kept values back, bit for bit; after an interrupt, again from the beginning. No communication.
 
         Args:
-            anyway: also if gathered copies cannot be dropped, which then raises: what is saved and stepped from now on
-                must be live.
+            anyway: put the values back also if gathered copies cannot be dropped, which then raises: what is saved and
+                stepped from now on must be live.
         """
         try:
-            self._plan.settle()
+            self._plan.drop_gathered()
         except BaseException:
             if anyway:
                 self._put_back()
@@ -72,21 +72,21 @@ class LiveBackup:
 def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Callable[[], None]] = ()) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
-    An interrupt does not cut off what the ranks have begun together: it goes on afterwards.
+    An interrupt does not cut off what the ranks have begun together: it is raised afterwards.
 
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
         meeting: steps after which no rank can stay out; see `Exchange.meeting`.
     """
-    plan.settle()
+    plan.drop_gathered()
     spread_all(plan, values, lambda shard: shard.live(), meeting)
 
 
 def spread_all(
     plan: Plan,
     values: Sequence[torch.Tensor],
-    place: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor],
     meeting: Sequence[Callable[[], None]] = (),
     *,
     extra_state: bool = False,
@@ -96,7 +96,7 @@ def spread_all(
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted on the way.
-        place: as for `spread`.
+        target: as for `spread`.
         meeting: as for `put_average`.
         extra_state: whether what `get_extra_state` returns is among the buffers.
     """
@@ -104,29 +104,29 @@ def spread_all(
     if plan.has_replicas:
         buffers = plan.live_buffers(extra_state=extra_state)
         given.append((buffers, [shard.live() for shard in buffers.owned(averaged=False)], False))
-    _spread(given, place, meeting)
+    _spread(given, target, meeting)
 
 
 def spread(
-    plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor], *, averaged: bool = True
 ) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.
         values: values of `plan.owned(averaged=averaged)`, converted on the way.
-        place: where the values of a shard are to be, on its owner and on all other ranks that hold it.
-        averaged: the averaged tensors, or those that are always shown live.
+        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it.
+        averaged: whether the averaged tensors are spread, or those that always show the live values.
     """
-    _spread([(plan, values, averaged)], place, ())
+    _spread([(plan, values, averaged)], target, ())
 
 
-# A plan, values of what this rank owns of it, and whether these are the averaged ones.
+# A plan, the values of what this rank owns of it, and whether these are of the averaged tensors.
 _Given = tuple[Plan, Sequence[torch.Tensor], bool]
 
 
 def _spread(
-    given: Sequence[_Given], place: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
+    given: Sequence[_Given], target: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
 ) -> None:
     def make(worker: int) -> Steps:
         steps = Steps()
@@ -134,7 +134,7 @@ def _spread(
             steps.again(step)
         room = _Room()
         for plan, values, averaged in given:
-            _add_spreading(steps, plan, values, place, averaged, room)
+            _add_spreading(steps, plan, values, target, averaged, room)
         return steps
 
     with torch.no_grad():
@@ -145,17 +145,17 @@ def _add_spreading(
     steps: Steps,
     plan: Plan,
     values: Sequence[torch.Tensor],
-    place: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor],
     averaged: bool,
     room: _Room,
 ) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
-        steps.again(functools.partial(place(shard).copy_, value))
+        steps.again(functools.partial(target(shard).copy_, value))
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
-            for bucket in _buckets([place(shard) for shard in division.run(position)]):
+            for bucket in _buckets([target(shard) for shard in division.run(position)]):
                 _add_refreshing(steps, bucket, owner, division, room)
 
 
@@ -174,43 +174,43 @@ class _Room:
 
 
 def _buckets(run: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The pieces of a run, in groups of one dtype and device that are sent together; a large one goes alone."""
+    """The tensors of a run, in lists of one dtype and device that are sent together; a large one is sent alone."""
     bucket: list[torch.Tensor] = []
     bucket_bytes = 0
-    for piece in (part for whole in run for part in _parts(whole)):
-        piece_bytes = piece.numel() * piece.element_size()
-        other_kind = bucket and (piece.dtype != bucket[0].dtype or piece.device != bucket[0].device)
-        if bucket and (other_kind or bucket_bytes + piece_bytes > _BUCKET_BYTES):
+    for part in (part for whole in run for part in _parts(whole)):
+        part_bytes = part.numel() * part.element_size()
+        other_kind = bucket and (part.dtype != bucket[0].dtype or part.device != bucket[0].device)
+        if bucket and (other_kind or bucket_bytes + part_bytes > _BUCKET_BYTES):
             yield bucket
             bucket, bucket_bytes = [], 0
-        bucket.append(piece)
-        bucket_bytes += piece_bytes
+        bucket.append(part)
+        bucket_bytes += part_bytes
     if bucket:
         yield bucket
 
 
-def _parts(piece: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The piece, or rows of it where it would have to be packed and is large."""
-    piece_bytes = piece.numel() * piece.element_size()
-    if piece.is_contiguous() or piece_bytes <= _BUCKET_BYTES:
-        return [piece]
-    parts: Sequence[torch.Tensor] = piece.split(max(1, piece.shape[0] * _BUCKET_BYTES // piece_bytes))
+def _parts(whole: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The tensor whole; its rows in several parts if it is large and not contiguous, since it is packed then."""
+    whole_bytes = whole.numel() * whole.element_size()
+    if whole.is_contiguous() or whole_bytes <= _BUCKET_BYTES:
+        return [whole]
+    parts: Sequence[torch.Tensor] = whole.split(max(1, whole.shape[0] * _BUCKET_BYTES // whole_bytes))
     return parts
 
 
-def _add_refreshing(steps: Steps, pieces: Sequence[torch.Tensor], owner: int, division: Division, room: _Room) -> None:
-    if len(pieces) == 1 and pieces[0].is_contiguous():
-        broadcast_steps(steps, owner, _bytes(pieces[0]), division.ranks, division.groups, room)
+def _add_refreshing(steps: Steps, bucket: Sequence[torch.Tensor], owner: int, division: Division, room: _Room) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        broadcast_steps(steps, owner, _bytes(bucket[0]), division.ranks, division.groups, room)
         return
-    numel = sum(piece.numel() for piece in pieces)
-    packed = room(numel * pieces[0].element_size(), pieces[0].device, "packed").view(pieces[0].dtype)
-    runs = packed.split([piece.numel() for piece in pieces])
-    parts = [run.view(piece.shape) for run, piece in zip(runs, pieces, strict=True)]
+    numel = sum(part.numel() for part in bucket)
+    packed = room(numel * bucket[0].element_size(), bucket[0].device, "packed").view(bucket[0].dtype)
+    runs = packed.split([part.numel() for part in bucket])
+    copies = [run.view(part.shape) for run, part in zip(runs, bucket, strict=True)]
     if division.ranks[division.position] == owner:
-        steps.again(functools.partial(_copy_all, parts, pieces))
+        steps.again(functools.partial(_copy_all, copies, bucket))
     broadcast_steps(steps, owner, _bytes(packed), division.ranks, division.groups, room)
     if division.ranks[division.position] != owner:
-        steps.again(functools.partial(_copy_all, pieces, parts))
+        steps.again(functools.partial(_copy_all, bucket, copies))
 
 
 def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

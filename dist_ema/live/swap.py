@@ -27,15 +27,15 @@ class Swap(io.IOBase):
     """A context manager: the averaged weights are in the model inside, the live ones again after it.
 
     [Note: the exit is C]
-    A signal handler may run where a function in Python begins, before its first line; what it raises in an `__exit__`
-    in Python would leave the averaged weights in the model. The `__exit__` of files is written in C and calls `close`,
-    which here resumes a generator, in the middle of its `try`. That is all there is of a file in it.
+    An exception in an `__exit__` in Python would leave the averaged weights in the model: a signal handler may run, and
+    raise, where a function in Python begins, before its first line. The `__exit__` of files is written in C and calls
+    `close`, which here resumes a generator, in the middle of its `try`. Nothing else of a file is in this class.
 
     Args:
         calls: the calls of the average.
         state: the averages of this rank.
-        replicas: what several ranks hold alike.
-        track: which average; may be None if there is one.
+        replicas: the tensors that several ranks hold alike.
+        track: the name of the average; may be None if there is one.
     """
 
     closed = True  # nothing to close for a swap that was never entered
@@ -64,7 +64,7 @@ class Swap(io.IOBase):
             raise
 
     def __call__(self, function: F) -> F:
-        """As a decorator: each call of the function is within a swap of its own."""
+        """Decorate a function: every call of it is within a swap of its own."""
 
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class Swap(io.IOBase):
         state = self._state
         values, backup = agreed_values(call, state, self._replicas, self._track, lambda: LiveBackup(state.plan))
         leave = _Leave(state, backup)
-        # The same thrice: a second interrupt, and a third, may come before the first was dealt with.
+        # A second and a third interrupt may come before the first was dealt with: so the same stands here three times.
         try:
             try:
                 try:
@@ -93,15 +93,15 @@ class Swap(io.IOBase):
 
 
 def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> None:
-    """Collective along replicas only. Put averaged values into the model; cut off, it leaves the live ones there.
+    """Collective along replicas only. Put averaged values into the model; after an interrupt the live ones are there.
 
-    Where ranks hold the same tensors it keeps the live values aside until the end.
+    Where ranks hold the same tensors, the live values are kept aside until the end.
 
     Args:
-        call: in which it is done.
+        call: the call in which the values are put there.
         state: the averages of this rank.
-        replicas: what several ranks hold alike.
-        track: which average; may be None if there is one.
+        replicas: the tensors that several ranks hold alike.
+        track: the name of the average; may be None if there is one.
     """
     plan = state.plan
     if not plan.has_replicas:
@@ -126,16 +126,16 @@ def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: st
 def agreed_values(
     call: Call, state: AveragedState, replicas: Replicas, track: str | None, work: Callable[[], T]
 ) -> tuple[tuple[torch.Tensor, ...], T]:
-    """The averaged values of one track, and what further local work returns.
+    """The averaged values of one track, and what `work` returns.
 
-    Collective only where ranks hold the same tensors: there all of them must use the same track, or none.
+    Collective only where ranks hold the same tensors: there all of these ranks must call it, with the same track.
 
     Args:
-        call: in which they are used.
+        call: the call in which the values are used.
         state: the averages of this rank.
-        replicas: what several ranks hold alike.
-        track: which average; may be None if there is one.
-        work: done with the values; must not communicate.
+        replicas: the tensors that several ranks hold alike.
+        track: the name of the average; may be None if there is one.
+        work: the further work, which must not communicate.
     """
 
     def prepare() -> tuple[tuple[torch.Tensor, ...], T]:
@@ -159,16 +159,16 @@ class _Leave:
     def __init__(self, state: AveragedState, backup: LiveBackup) -> None:
         self._state = state
         self._backup = backup
-        self._restoring = threading.Lock()  # of threads only: one that is interrupted would keep it
+        self._restoring = threading.Lock()  # only threads take it: an interrupted main thread would keep it
         self._is_carried_off = False
         self._has_failed = False
-        self._mode: bool | None = None  # of autograd, when this began
+        self._mode: bool | None = None  # whether autograd was on when the leaving began
 
     def __call__(self, *, again: bool = False) -> None:
-        """Do it, if need be by a thread that no signal handler interrupts.
+        """Put the live weights back; after an interrupt, in a thread that no signal handler interrupts.
 
         Args:
-            again: try once more what has failed.
+            again: try again after a failure.
         """
         state, backup = self._state, self._backup
         if backup.is_restored and not state.is_swap_ending:
@@ -188,18 +188,18 @@ class _Leave:
         self._end()
 
     def _carry_off(self, again: bool) -> None:
-        """Have a thread do it. What is raised before that has begun comes out here: whoever calls calls again."""
+        """Have a thread put the weights back. An interrupt before that is raised here; the caller calls again."""
         self._is_carried_off = True
         try:
             insist(functools.partial(self._restore_anyway, again))
-        finally:  # a further interrupt is raised once that is through
+        finally:  # a further interrupt is raised when the thread is through
             if self._mode is not None:
                 torch.set_grad_enabled(self._mode)  # see calls.py
             if self._backup.is_restored and not self._has_failed:
                 self._end()
 
     def _restore_anyway(self, again: bool) -> None:
-        with self._restoring:  # the thread of an earlier try may be at it
+        with self._restoring:  # the thread of an earlier try may still be at work
             if self._has_failed and not again:
                 return
             self._has_failed = True

@@ -6,8 +6,8 @@ Each rank averages what it holds of the student into what it holds of the teache
                              v                   v                              v           v
              teacher  [ shard of rank 0 ] [ shard of rank 1 ]               teacher  [ whole ]   [ whole ]
 
-Files are written by the owners of the student's boxes, as for any average; after a load the owners send theirs to the
-ranks that hold them alike. What is not averaged (buffers, excluded tensors) is copied from the student at each update.
+The owners of the student's boxes write the files, as for any average. After a load the owners send their boxes to the
+ranks that hold these alike. What is not averaged (buffers, excluded tensors) is copied from the student at each update.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from dist_ema.averaging.averages import Averages, copy_each
+from dist_ema.averaging.averages import Averages, copy_pairwise
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.errors import ConfigError, UnsupportedModelError
@@ -27,79 +27,85 @@ __all__ = ["Teacher", "TeacherAverages", "copy_pairs"]
 
 
 class Teacher:
-    """A module that is laid out like the student, tensor by tensor. No communication.
+    """A module that is laid out like the student, tensor by tensor. Of its methods only `gather` communicates.
 
     Attributes:
-        plan: the student's plan, which also settles and verifies the teacher.
-        held: all that this rank holds of the averaged tensors, also what others hold alike.
+        plan: the student's plan, whose `drop_gathered` and `check_model` are also for the teacher.
+        held: the shards of all that this rank holds of the averaged tensors, also of what other ranks hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
-        repeated: names of what an earlier rank holds alike.
+        repeated: the names of the tensors of which an earlier rank holds the same piece.
 
     Args:
         student: the plan of the student.
         teacher: the plan of the teacher.
-        dtype: of the averages.
+        dtype: the dtype of the averages.
 
     Raises:
         UnsupportedModelError: names, shapes or layouts differ.
-        ConfigError: the teacher is of another dtype, or shares memory with the student.
+        ConfigError: the teacher has another dtype, or shares memory with the student.
     """
 
     def __init__(self, student: Plan, teacher: Plan, dtype: torch.dtype) -> None:
         _check_names(student, teacher)
-        ours = _names(student)
-        own_name = {fqn: ours[names] for names, fqn in _names(teacher).items()}  # theirs -> ours, of the same tensor
-        self._held = _matched(student, teacher, own_name)
-        self._settle = teacher.settle
+        names_of_student = _names(student)
+        # Fqn in the teacher -> fqn of the same tensor in the student.
+        student_fqns = {fqn: names_of_student[names] for names, fqn in _names(teacher).items()}
+        self._held = _matched(student, teacher, student_fqns)
+        self._drop_gathered = teacher.drop_gathered
 
-        def settle() -> None:
-            student.settle()
-            teacher.settle()
+        def drop_gathered() -> None:
+            student.drop_gathered()
+            teacher.drop_gathered()
 
-        def verify() -> None:
-            student.verify()
-            teacher.verify()
+        def check_model() -> None:
+            student.check_model()
+            teacher.check_model()
 
         def remains() -> Remains:
-            left, own = student.remains(), {own_name[fqn] for fqn in teacher.remains().names if fqn in own_name}
-            gone = set(own_name.values()) - own
+            left = student.remains()
+            kept = {student_fqns[fqn] for fqn in teacher.remains().names if fqn in student_fqns}
+            gone = set(student_fqns.values()) - kept
             names = {fqn: names for fqn, names in left.names.items() if fqn not in gone}
             return Remains(names=names, others=(*left.others, *(fqn for fqn in left.names if fqn in gone)))
 
-        self.plan = dataclasses.replace(student, settle=settle, verify=verify, remains=remains)
-        self.held = tuple(Shard(held, held.box) for each in student.divisions if each.averaged for held in each.held)
-        self.repeated = {held.spec.fqn for each in student.divisions if each.position > 0 for held in each.held}
-        self.shown = _part(self.plan, set(own_name.values()))
+        self.plan = dataclasses.replace(student, drop_gathered=drop_gathered, check_model=check_model, remains=remains)
+        self.held = tuple(
+            Shard(held, held.box) for division in student.divisions if division.averaged for held in division.held
+        )
+        self.repeated = {
+            held.spec.fqn for division in student.divisions if division.position > 0 for held in division.held
+        }
+        self.shown = _part(self.plan, set(student_fqns.values()))
         for shard in self.held:
             _check_pair(shard.held, self._held[shard.held.box], dtype)
 
-    def place(self, shard: Shard) -> torch.Tensor:
-        """The teacher's values of a shard of the student, sharing memory with the teacher."""
+    def values_of(self, shard: Shard) -> torch.Tensor:
+        """The teacher's values for a shard of the student, sharing memory with the teacher."""
         return shard.within(self.counterpart(shard).values())
 
     def counterpart(self, shard: Shard) -> Held:
-        """The teacher's piece that stands for the student's in which the shard lies."""
+        """What the teacher holds for the tensor of the student in which the shard lies."""
         return self._held[shard.held.box]
 
-    def settle(self) -> None:
-        """Have the teacher's next forward see what is averaged into it: drop gathered copies."""
-        self._settle()
+    def drop_gathered(self) -> None:
+        """Drop gathered copies of the teacher, so that its next forward uses the new averages."""
+        self._drop_gathered()
 
     def gather(
         self, averaged: Sequence[torch.Tensor], shown: Sequence[torch.Tensor] | None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Collective along replicas only. What this rank's teacher is to hold, when its owners are given values.
+        """Collective along replicas only. What this rank's teacher is to hold, from the values that the owners have.
 
-        Nothing of the teacher has moved yet: where replicas are sent, they come into new memory.
+        The teacher itself does not change here: what other ranks send comes into new memory.
 
         Args:
-            averaged: values of the student's `plan.owned(averaged=True)`.
-            shown: values of `shown.owned(averaged=False)`; None for the live ones.
+            averaged: the values of the student's `plan.owned(averaged=True)`.
+            shown: the values of `shown.owned(averaged=False)`; None for the live ones.
 
         Returns:
-            Tensors of the teacher, each with the values that are to be copied to it.
+            Pairs of a tensor of the teacher and the values that are to be copied to it.
         """
-        self.settle()
+        self.drop_gathered()
         pairs = self._spread(self.plan, averaged, averaged=True)
         return pairs + (self._shown() if shown is None else self._spread(self.shown, shown, averaged=False))
 
@@ -108,26 +114,30 @@ class Teacher:
         self, plan: Plan, values: Sequence[torch.Tensor], *, averaged: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         own = plan.owned(averaged=averaged)
-        divisions = [each for each in plan.divisions if each.averaged == averaged]
-        if all(len(each.ranks) == 1 for each in divisions):
-            return [(self.place(shard), value) for shard, value in zip(own, values, strict=True)]
-        held = {each.box: self._held[each.box].values() for division in divisions for each in division.held}
-        arrived = {box: torch.empty_like(value) for box, value in held.items()}
+        divisions = [division for division in plan.divisions if division.averaged == averaged]
+        if all(len(division.ranks) == 1 for division in divisions):
+            return [(self.values_of(shard), value) for shard, value in zip(own, values, strict=True)]
+        targets = {held.box: self._held[held.box].values() for division in divisions for held in division.held}
+        arrived = {box: torch.empty_like(target) for box, target in targets.items()}
         spread(plan, values, lambda shard: shard.within(arrived[shard.held.box]), averaged=averaged)
-        return [(value, arrived[box]) for box, value in held.items()]
+        return [(target, arrived[box]) for box, target in targets.items()]
 
     def show_live(self) -> None:
-        """Copy what is not averaged from the student."""
+        """Copy the tensors that are not averaged from the student."""
         copy_pairs(self._shown())
 
     def _shown(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(self._held[held.box].values(), held.values()) for each in self.shown.divisions for held in each.held]
+        return [
+            (self._held[held.box].values(), held.values())
+            for division in self.shown.divisions
+            for held in division.held
+        ]
 
 
 @torch.no_grad()
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy to the first of each pair what the second holds. No communication."""
-    copy_each([target for target, _ in pairs], [source for _, source in pairs])
+    """Copy to the first tensor of each pair the values of the second. No communication."""
+    copy_pairwise([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class TeacherAverages(Averages):
@@ -140,24 +150,24 @@ class TeacherAverages(Averages):
 
     @property
     def values(self) -> tuple[torch.Tensor, ...]:
-        """One tensor per shard, taken anew: somebody may have replaced the memory behind it."""
-        return tuple(self._teacher.place(shard) for shard in self._shards)
+        """One tensor per shard, taken anew at each use: a wrapper may have replaced the memory behind it."""
+        return tuple(self._teacher.values_of(shard) for shard in self._shards)
 
-    def held(self) -> Sequence[Held]:
-        """The teacher's tensors that `values` lie in."""
+    def held_by_teacher(self) -> Sequence[Held]:
+        """The tensors of the teacher that `values` lie in."""
         return [self._teacher.counterpart(shard) for shard in self._shards]
 
 
 def _part(plan: Plan, names: Collection[str]) -> Plan:
-    """The tensors of these names that are not averaged, but for extra state: a teacher has its own."""
-    made = {held.spec.fqn for each in plan.divisions if each.extra_state for held in each.held}
+    """The tensors of these names that are not averaged. A teacher has extra state of its own, which is left out."""
+    made = {held.spec.fqn for division in plan.divisions if division.extra_state for held in division.held}
     return dataclasses.replace(
         plan,
         specs=tuple(spec for spec in plan.specs if spec.fqn in names and not spec.averaged and spec.fqn not in made),
         divisions=tuple(
-            dataclasses.replace(each, held=tuple(held for held in each.held if held.spec.fqn in names))
-            for each in plan.divisions
-            if not each.averaged and not each.extra_state
+            dataclasses.replace(division, held=tuple(held for held in division.held if held.spec.fqn in names))
+            for division in plan.divisions
+            if not division.averaged and not division.extra_state
         ),
     )
 
@@ -168,10 +178,10 @@ def _names(plan: Plan) -> dict[frozenset[str], str]:
 
 
 def _check_names(student: Plan, teacher: Plan) -> None:
-    ours, theirs = _names(student), _names(teacher).keys()
+    of_student, of_teacher = _names(student), _names(teacher).keys()
     averaged = {spec.fqn for spec in student.specs if spec.averaged}
-    missing = sorted(sorted(names) for names, fqn in ours.items() if fqn in averaged and names not in theirs)
-    extra = sorted(map(sorted, theirs - ours.keys()))
+    missing = sorted(sorted(names) for names, fqn in of_student.items() if fqn in averaged and names not in of_teacher)
+    extra = sorted(map(sorted, of_teacher - of_student.keys()))
     if missing or extra:
         raise UnsupportedModelError(
             f"into lacks {len(missing)} averaged tensors of the model {missing[:3]} and has {len(extra)} that it has "
@@ -179,23 +189,23 @@ def _check_names(student: Plan, teacher: Plan) -> None:
         )
 
 
-def _matched(student: Plan, teacher: Plan, own_name: Mapping[str, str]) -> Mapping[Box, Held]:
-    """Box that this rank holds of the student -> the same piece of the teacher."""
-    pieces = {
-        dataclasses.replace(held.box, fqn=own_name[held.spec.fqn]): held
-        for each in teacher.divisions
-        for held in each.held
+def _matched(student: Plan, teacher: Plan, student_fqns: Mapping[str, str]) -> Mapping[Box, Held]:
+    """Box that this rank holds of the student -> what this rank holds of the teacher there."""
+    by_box = {
+        dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn]): held
+        for division in teacher.divisions
+        for held in division.held
     }
-    known = set(own_name.values())
-    for each in student.divisions:
-        for held in each.held if not each.extra_state else ():
-            if held.spec.fqn in known and held.box not in pieces:
+    known = set(student_fqns.values())
+    for division in student.divisions:
+        for held in division.held if not division.extra_state else ():
+            if held.spec.fqn in known and held.box not in by_box:
                 raise UnsupportedModelError(
                     f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
                     f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
                     "(fully_shard both, or keep both whole)"
                 )
-    return pieces
+    return by_box
 
 
 def _check_pair(student: Held, teacher: Held, dtype: torch.dtype) -> None:

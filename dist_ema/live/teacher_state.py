@@ -1,7 +1,7 @@
 """The averages of one rank that lie in the tensors of a teacher.
 
-No communication, except along replicas in `restore` and `take_over`: after these every rank's teacher holds the
-averages.
+`restore` and `take_over` are collective along replicas: after these the teacher of every rank holds the averages. All
+else communicates nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["TeacherState"]
 class TeacherState(AveragedState):
     """The one track of an average that a teacher holds.
 
-    Every rank averages all that it holds of the teacher, not only what it owns; files are written by the owners.
+    Every rank averages all that it holds of the teacher, not only what it owns. The owners write the files.
 
     Args:
         teacher: the module that holds the averages.
-        options: what the user chose.
-        schedules: track name -> schedule, of one track.
+        options: the options of the user.
+        schedules: the track name -> its schedule; one entry.
     """
 
     def __init__(self, teacher: Teacher, options: Options, schedules: Mapping[str, Schedule]) -> None:
@@ -40,7 +40,7 @@ class TeacherState(AveragedState):
         self._teacher = teacher
 
     def allocate(self) -> None:
-        """Have the teacher begin as a copy of the model."""
+        """Copy the model to the teacher."""
         teacher, skip = self._teacher, self.options.skip_nonfinite
         self.averages = {name: TeacherAverages(self.shards, teacher) for name in self.schedules}
         everything = TeacherAverages(teacher.held, teacher)
@@ -48,23 +48,23 @@ class TeacherState(AveragedState):
         self._copy_live(None, [Lane.of(teacher.show_live)], counted=False)
 
     def _begin_update(self) -> list[Lane]:
-        join_all()  # an average of the teacher itself, say
-        self._teacher.settle()
+        join_all()  # an average of the teacher may still read its tensors
+        self._teacher.drop_gathered()
         return [Lane.of(self._teacher.show_live)]
 
     @property
     def loaded(self) -> tuple[Shard, ...]:
-        """The averaged shards, then what else the teacher shows."""
+        """The averaged shards, then the shards of the teacher's other tensors."""
         return self.shards + self._teacher.shown.owned(averaged=False)
 
     @property
     def loaded_fqns(self) -> set[str]:
-        """Names of the tensors that `loaded` has, on some rank."""
+        """The names of the tensors that `loaded` has on any rank."""
         return super().loaded_fqns | {spec.fqn for spec in self._teacher.shown.specs}
 
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
-        """As `AveragedState.targets`; always a second copy on the host, since a teacher counts from the beginning."""
-        # Row by row whatever the live ones are (channels_last, say), as the bytes of a file are.
+        """As `AveragedState.targets`; always a second copy on the host, since a teacher is always in use."""
+        # A file has the bytes row by row, whatever the memory format of the live tensors (channels_last, say).
         shown = [
             shard.live().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for shard in self.loaded[len(self.shards) :]
@@ -84,21 +84,21 @@ class TeacherState(AveragedState):
         return Lane.of(functools.partial(copy_pairs, self._teacher.gather(values, None)))
 
     def restart(self) -> None:
-        """Forget the averages: the teacher becomes a copy of the model at once."""
-        self._teacher.settle()
+        """Forget the averages: the teacher is a copy of the model at once."""
+        self._teacher.drop_gathered()
         self._copy_live(self._forgetting(), [Lane.of(self._teacher.show_live)], counted=False)
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         super()._copy_live(count, first, counted=counted)
-        self._teacher.settle()
+        self._teacher.drop_gathered()
 
     def _start_from_live(self) -> None:
         super()._start_from_live()
         if self._now.not_started:
-            self._teacher.settle()
+            self._teacher.drop_gathered()
 
     def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
-        # All that hold a replica of the teacher, not its owners alone.
+        # Every rank that holds a replica of the teacher copies, not its owners alone.
         if self.num_updates == 0:
             self._copy_live(None, [Lane.of(self._teacher.show_live)], counted=False)
         self._start_from_live()

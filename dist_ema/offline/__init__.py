@@ -1,1 +1,1 @@
-"""What is done with saved averages without the run: one process, no process group, no model."""
+"""Work on saved averages without the run: one process, no process group, no model."""

@@ -22,7 +22,7 @@ _CHUNK_NUMEL = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one tensor: sums of squares over its elements, in float64."""
+    """The difference of one tensor: sums of squares over its elements, in float64."""
 
     name: str
     difference: float
@@ -34,31 +34,31 @@ class Difference:
         return relative_distance(self.difference, self.reference)
 
 
-def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
-    """The difference of each tensor that both have in the same shape, in our order; `theirs` is the reference.
+def differences(weights: Weights, reference: Weights) -> Iterator[Difference]:
+    """The difference of every tensor that both have in the same shape, in the order of `weights`.
 
     Raises:
-        CheckpointCorruptError: a tensor is not the one that was saved.
+        CheckpointCorruptError: the bytes of a tensor are not those that were saved.
     """
-    for name, stored in ours.model.tensors.items():
-        other = theirs.model.tensors.get(name)
+    for name, stored in weights.model.tensors.items():
+        other = reference.model.tensors.get(name)
         if other is None or other.shape != stored.shape:
             continue
-        difference = reference = 0.0
-        for a, b in zip(_chunks(ours, name), _chunks(theirs, name), strict=True):
-            difference += float((a - b).square().sum())
-            reference += float(b.square().sum())
-        yield Difference(name, difference, reference)
+        difference_squares = reference_squares = 0.0
+        for a, b in zip(_chunks(weights, name), _chunks(reference, name), strict=True):
+            difference_squares += float((a - b).square().sum())
+            reference_squares += float(b.square().sum())
+        yield Difference(name, difference_squares, reference_squares)
 
 
 def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
-    """A tensor in pieces; its checksum is compared at the end, where there is one."""
+    """The chunks of a tensor; its checksum is compared at the end, where one was saved."""
     stored = weights.model.tensors[name]
     dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
-    found = 0
-    for piece in stored_bytes(weights.folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
-        found = checksum(piece, found)
-        values = torch.frombuffer(piece, dtype=dtype)
+    total = 0
+    for chunk in stored_bytes(weights.folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
+        total = checksum(chunk, total)
+        values = torch.frombuffer(chunk, dtype=dtype)
         yield torch.view_as_real(values).double() if values.is_complex() else values.double()
-    if weights.checksums.get(name, found) != found:
+    if weights.checksums.get(name, total) != total:
         raise CheckpointCorruptError(damage_told(weights.folder / stored.file, [name]))

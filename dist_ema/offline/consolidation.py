@@ -1,6 +1,6 @@
 """Consolidating a checkpoint without the run: one process, no process group, no model.
 
-Tensors pass in bounded pieces, their checksums compared on the way. The same bytes as `ShardedEMA.consolidate` writes.
+Tensors pass in bounded chunks; their checksums are compared on the way. `ShardedEMA.consolidate` writes the same bytes.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ def consolidate_checkpoint(
     """Write one track of a saved average as a plain model folder to ship. Any one process; no communication.
 
     Args:
-        src: what `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it. If a save replaces it meanwhile,
-            it is read again.
+        src: a folder that `ShardedEMA.save` wrote, or the accelerate checkpoint that holds it. If a save replaces it
+            meanwhile, it is read again.
         dst: the folder to write; a former export is replaced, atomically.
-        track: which average; may be left out if there is one.
+        track: the name of the average; may be left out if there is one.
         dtype: floating-point tensors are converted to it; None keeps the averaged dtype.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
         link: give files that need no change a second name in the export (a hard link), where the file system can.
-            That takes no time and no space, but then there is one file: whoever writes into the export (`open(...,
-            "r+b")`, `safetensors.torch.save_file`, `numpy.memmap`) writes into the checkpoint. By default every file
-            is a copy, which shares blocks with the checkpoint only where the file system copies them on write.
-        progress: called with the number of bytes of each piece that was read.
+            A program that writes into such an export (`open(..., "r+b")`, `safetensors.torch.save_file`,
+            `numpy.memmap`) writes into the checkpoint, since both are one file. A link takes no time and no space. By
+            default every file is a copy, which shares blocks with the checkpoint only where the file system copies
+            them on write.
+        progress: called with the number of bytes of every chunk that was read.
 
     Raises:
         ConfigError: an argument is out of range.
         CheckpointNotFoundError: there is nothing at `src`.
         CheckpointMismatchError: there is no such track, or a newer version of the format wrote it.
-        CheckpointCorruptError: it is damaged; nothing was written.
+        CheckpointCorruptError: the checkpoint is damaged; nothing was written.
         CheckpointError: `dst` cannot be written.
     """
     source, target, converted = absolute(src), target_folder(dst), floating_dtype("dtype", dtype)
@@ -64,7 +65,7 @@ def consolidate_checkpoint(
         saved = read_saved(source)
         name = saved.track(track)
         own = stored_dtypes(saved)
-        dtypes = {fqn: converted if converted and each.is_floating_point else each for fqn, each in own.items()}
+        dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
         files = plan_export(saved, name, dtypes, max_shard_size, converted)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
         write_model_folder(target, files, work.values, work.unchanged, check, link=link)
@@ -89,12 +90,12 @@ class _Consolidation:
         return Path(os.path.realpath(self._folder / file.name))
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:
-        """A tensor in pieces; its checksum is compared at the end."""
+        """The values of a tensor, in chunks; its checksum is compared at the end."""
         stored = self._model.tensors[fqn]
-        found = 0
-        for piece in stored_bytes(self._folder, stored):
-            found = checksum(piece, found)
-            yield torch.frombuffer(piece, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
-            self._progress(piece.nbytes)
-        if self._checksums.get(fqn, found) != found:
+        total = 0
+        for chunk in stored_bytes(self._folder, stored):
+            total = checksum(chunk, total)
+            yield torch.frombuffer(chunk, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
+            self._progress(chunk.nbytes)
+        if self._checksums.get(fqn, total) != total:
             raise CheckpointCorruptError(damage_told(self._folder / stored.file, [fqn]))

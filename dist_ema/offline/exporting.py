@@ -1,6 +1,6 @@
 """Writing a plain model folder from saved averages: one process, no process group, no model.
 
-The same files as `ShardedEMA.consolidate` writes, committed the same way.
+`ShardedEMA.consolidate` writes the same files, and commits them the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
 __all__ = ["plan_export", "stored_dtypes", "write_model_folder"]
 
-# Gives the values of a tensor, by its name: consecutive pieces of any dtype. Raises if the tensor proves damaged.
+# Gives the values of the tensor of a name: consecutive chunks of any dtype. Raises if the tensor proves damaged.
 Values = Callable[[str], Iterable[torch.Tensor]]
 
 
@@ -42,10 +42,10 @@ def plan_export(
 
     Args:
         saved: the average.
-        track: the track beside whose weights the configuration of the model lies.
+        track: the name of the track that has the configuration of the model beside its weights.
         dtypes: fqn -> dtype in the export.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
-        config_dtype: what the configuration of the model is to name; None to leave it as it is.
+        config_dtype: the dtype that the configuration of the model gets; None keeps its own.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -54,7 +54,7 @@ def plan_export(
     tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
     metadata = {**saved.manifest.aliases, contents.MARK: contents.MARK_VALUE}
     files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
-    # A folder that an older version wrote may have one beside the names of an adapter.
+    # A folder of an older version may have a configuration beside the names of an adapter, which it does not describe.
     described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
     texts = _texts(saved.folder_of(track), config_dtype) if described else {}
     return dataclasses.replace(files, texts=texts, unfit=() if described else CONFIG_NAMES)
@@ -73,9 +73,9 @@ def write_model_folder(
 
     Args:
         target: the folder.
-        files: its layout.
-        values: of each tensor, converted on the way.
-        unchanged: an existing file that is the same as one to write, or None.
+        files: the layout of the folder.
+        values: gives the values of a tensor, which are converted on the way.
+        unchanged: returns an existing file that is the same as the one to write, or None.
         link: give such a file a second name, where the file system can. Else it is copied: one pass over its bytes
             both compares the checksums and writes, or only compares, where the file system shares blocks.
         check: called before the folder is committed; raises if what was read was replaced meanwhile.
@@ -107,7 +107,7 @@ def _fill(
     share = give_second_name if link else clone
     for file in files.files:
         source = unchanged(file)
-        # Shared before it is read: a save that replaces the source in between is found by the checksums.
+        # The file is shared before it is read: then the checksums show a save that replaces the source in between.
         if source is None or not share(source, staging / file.name):
             _write(file, staging / file.name, values)
             continue
@@ -126,8 +126,8 @@ def _write(file: FileLayout, path: Path, values: Values) -> None:
     try:
         for fqn, entry in file.entries.items():
             offset = entry.start
-            for piece in values(fqn):
-                content = host_bytes(piece, entry.dtype).numpy()
+            for chunk in values(fqn):
+                content = host_bytes(chunk, entry.dtype).numpy()
                 write_all(descriptor, content, offset)
                 offset += content.nbytes
         os.fsync(descriptor)
@@ -137,13 +137,13 @@ def _write(file: FileLayout, path: Path, values: Values) -> None:
 
 def _texts(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
     """The model's configuration files, if they are beside its weights; config.json names the dtype."""
-    found = {}
+    texts = {}
     for name in CONFIG_NAMES:
         path = folder / name
-        if path.is_file() and not path.is_symlink():  # not somebody's link to another file of ours
+        if path.is_file() and not path.is_symlink():  # a link of the user may lead to another file of this user
             content = read_small(path)
             try:
-                found[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content
+                texts[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content
             except (ValueError, RecursionError) as error:
                 raise CheckpointCorruptError(f"{path} is not a readable JSON file: {str(error)[:300]}") from error
-    return found
+    return texts

@@ -1,6 +1,6 @@
-"""Pictures: the momentum of each update, how far back an average looks, the weights of a sum. No communication.
+"""Pictures: the momentum of every update, how far back an average looks, the weights of a sum. No communication.
 
-A picture is small, and the same bytes for the same data.
+A picture is a small file. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dist_ema.schedules.base import Schedule
 
 __all__ = ["MOST_POINTS", "draw_profiles", "draw_schedules", "mean_ages"]
 
-# Of a curve.
+# The most points of a curve.
 MOST_POINTS = 500
 
 _MOST_STEPS = 5_000_000
@@ -24,10 +24,10 @@ _MOST_SNAPSHOTS = 24
 
 
 def mean_ages(schedule: Schedule, num_steps: int) -> tuple[list[float], list[float]]:
-    """Momentum of updates 0 to `num_steps - 1`, and the mean age of the values in the average after each, in updates.
+    """Momentum of updates 0 to `num_steps - 1`, and the mean age of the averaged values after them, in updates.
 
-    The age counts from the copy of update 0. An update with momentum m makes all that is in the average one update
-    older, gives it the weight 1 - m, and adds a value of age 0: `age <- (1 - m) * (age + 1)`. For a constant m it tends
+    The age counts from the copy of update 0. An update with momentum m makes the averaged values one update older,
+    gives them the weight 1 - m, and adds a value of age 0: `age <- (1 - m) * (age + 1)`. For a constant m the age tends
     to `(1 - m) / m`.
     """
     momenta, ages = [], []
@@ -87,14 +87,14 @@ def draw_profiles(
     snapshots: Sequence[Sequence[float]],
     path: Path,
 ) -> None:
-    """Draw which updates' observations an average holds: a wanted one, and the sum of snapshots that comes nearest.
+    """Draw the profile of a wanted average, and that of the sum of snapshots that comes nearest.
 
     Args:
         edges: update numbers, ascending.
-        target: label, and the weight of all observations from each edge to the next.
+        target: the label, and the weights of all observations between two edges.
         achieved: the same of the sum.
-        snapshots: the weights of each snapshot; some of them are drawn, faintly.
-        path: of the picture, PNG or SVG by its name.
+        snapshots: the weights of every snapshot; some of them are drawn, faintly.
+        path: the file of the picture, PNG or SVG by its name.
 
     Raises:
         ConfigError: matplotlib is missing, or it does not know the picture's format.
@@ -106,17 +106,17 @@ def draw_profiles(
 
     def plot(weights: Sequence[float], **style: Any) -> list[float]:
         heights = [weight / width for weight, width in zip(weights, widths, strict=True)]
-        while heights and heights[-1] == 0.0:  # it ends here
+        while heights and heights[-1] == 0.0:  # the curve ends here
             heights.pop()
         axes.plot(middles[: len(heights)], heights, **style)
         return heights
 
-    for index in sorted({each * len(snapshots) // _MOST_SNAPSHOTS for each in range(_MOST_SNAPSHOTS)}):
+    for index in sorted({number * len(snapshots) // _MOST_SNAPSHOTS for number in range(_MOST_SNAPSHOTS)}):
         plot(snapshots[index], color="#bbbbbb", linewidth=0.5, label=None if index else "snapshots")
     wanted = plot(target[1], color="#1f5fa8", linewidth=4.0, alpha=0.35, label=target[0])
-    found = plot(achieved[1], color="#b0622f", linewidth=1.2, label=achieved[0])
+    nearest = plot(achieved[1], color="#b0622f", linewidth=1.2, label=achieved[0])
     # The profiles of early snapshots are high and narrow, and would hide the others.
-    axes.set_ylim(min(1.1 * min(found), 0.0), 1.5 * max(wanted))
+    axes.set_ylim(min(1.1 * min(nearest), 0.0), 1.5 * max(wanted))
     axes.set_xlabel("update")
     axes.set_ylabel("weight of its observation")
     _dress(axes)

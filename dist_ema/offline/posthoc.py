@@ -1,13 +1,14 @@
-"""Post-hoc averages: which weights of saved averages make the average that nobody tracked. No files.
+"""Post-hoc averages: which weights of saved averages make an average that was not tracked. No files.
 
 After t updates an average holds the observation of update number k with the weight
 
     p(k) = m_k (1 - m_{k+1}) ... (1 - m_{t-1}),    m_0 = 1,    p(0) + ... + p(t-1) = 1
 
-its *profile*, whatever was observed. So a sum of averages is an average whose profile is the sum of theirs, and the
-nearest to a wanted profile p* solves A x = b with A_ij = <p_i, p_j> and b_i = <p_i, p*> (EDM2: arXiv 2312.02696,
-section 3.2). The paper has the products of power functions in closed form (eq. 151) in continuous time; here they are
-summed over the updates that took place, which is exact for every schedule, interval and run, however short.
+These weights are its *profile*, whatever was observed. So a sum of averages is an average, whose profile is the sum of
+their profiles. The sum that is nearest to a wanted profile p* solves A x = b with A_ij = <p_i, p_j> and b_i = <p_i, p*>
+(EDM2: arXiv 2312.02696, section 3.2). The paper has the products of power functions in closed form (eq. 151) in
+continuous time; here they are summed over the updates that took place, which is exact for every schedule, interval and
+run, however short.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from dist_ema.schedules.base import Schedule, momentum_of_update
 
 __all__ = ["Fit", "Profile", "fit", "inner_products", "masses"]
 
-# Updates whose momenta are in memory at a time: half a MiB for each schedule.
+# Updates whose momenta are in memory at a time: half a MiB for a schedule.
 _STRETCH = 2**16
 
-# Of the unit diagonal. Below it the rounding of A itself would decide; see `fit`.
+# The least that is added to the unit diagonal. Below it the rounding of A itself would decide; see `fit`.
 _LEAST_RIDGE = 1e-10
 
 
@@ -41,7 +42,7 @@ class Profile:
 
     def momenta(self, start: int, stop: int) -> torch.Tensor:
         """The momenta of updates number `start` to `stop - 1`, as `AveragedState.update` uses them."""
-        found = torch.zeros(stop - start, dtype=torch.float64, device="cpu")
+        momenta = torch.zeros(stop - start, dtype=torch.float64, device="cpu")
         steps = range(-(-max(start, 1) // self.interval) * self.interval, stop, self.interval)
         given = [
             momentum_of_update(
@@ -50,10 +51,10 @@ class Profile:
             for step in steps
         ]
         if given:
-            found[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64, device="cpu")
+            momenta[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64, device="cpu")
         if start == 0:
-            found[0] = 1.0
-        return found
+            momenta[0] = 1.0
+        return momenta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Fit:
     """The answer of `fit`.
 
     Attributes:
-        weights: of each profile; their sum is 1.
+        weights: one for every profile; their sum is 1.
         error: how far the sum is from the wanted profile, `||sum_i x_i p_i - p*|| / ||p*||`.
-        amplification: `sum_i |x_i|`. So much larger the rounding of stored averages may show in the sum.
+        amplification: `sum_i |x_i|`. The rounding of stored averages may be larger in the sum by this factor.
     """
 
     weights: tuple[float, ...]
@@ -74,18 +75,18 @@ class Fit:
 def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float]) -> Fit:
     """The weights whose sum of `profiles` is nearest to `target` in L2, divided by their sum (EDM2 does the same).
 
-    Of several equal profiles the least rounded is taken, the others get the weight 0; so does all else where the target
-    itself is there.
+    Of several equal profiles the least rounded has the weight, the others get 0. If one of the profiles is the target
+    itself, all others get 0.
 
-    Many profiles are nearly alike, and A nearly singular: without more ado huge weights of both signs would fight for
-    the last digits of the profile, and amplify the rounding of what is stored. So A is scaled to a unit diagonal and
-    each entry of the diagonal raised by `rounding^2`: what is minimised is the squared error of the profile plus that
-    of the rounding, if each stored average is off by so much in a direction of its own.
+    Many profiles are nearly alike, and A is nearly singular: huge weights of both signs would fight for the last digits
+    of the profile, and amplify the rounding of the stored averages. So A is scaled to a unit diagonal, and every entry
+    of the diagonal is raised by `rounding^2`. This minimises the squared error of the profile plus that of the
+    rounding, if every stored average is off by so much in a direction of its own.
 
     Args:
-        profiles: what there is.
-        target: what is wanted.
-        rounding: relative rounding error of each stored average: 2^-8 for bfloat16.
+        profiles: the profiles of the saved averages.
+        target: the wanted profile.
+        rounding: the relative rounding error of every stored average: 2^-8 for bfloat16.
 
     Raises:
         ConfigError: the profiles have nothing in common with the target.
@@ -96,13 +97,13 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
     distinct = {keys[index]: index for index in least_rounded_last}
     if keys[-1] in distinct:
         return Fit(tuple(float(index == distinct[keys[-1]]) for index in range(len(profiles))), 0.0, 1.0)
-    chosen = sorted(distinct.values())
-    products = inner_products([*(profiles[index] for index in chosen), target])
+    indices = sorted(distinct.values())
+    products = inner_products([*(profiles[index] for index in indices), target])
     gram, shared, own = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
     scale = gram.diagonal().rsqrt()
     gram.mul_(scale).mul_(scale[:, None])
     ridge = torch.tensor(
-        [max(_LEAST_RIDGE, rounding[index] ** 2) for index in chosen], dtype=torch.float64, device="cpu"
+        [max(_LEAST_RIDGE, rounding[index] ** 2) for index in indices], dtype=torch.float64, device="cpu"
     )
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
@@ -111,13 +112,13 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
     total = float((scale * solved).sum())
     if not total > 0.0:
         raise ConfigError(
-            f"none of {len(chosen)} profiles has anything of {target.schedule!r} after {target.num_updates} updates: "
+            f"none of {len(indices)} profiles has anything of {target.schedule!r} after {target.num_updates} updates: "
             "the averages must hold observations that the wanted one holds"
         )
     solved /= total
     squared = float(solved @ (gram @ solved) - 2.0 * (solved @ (scale * shared))) + own
     weights = [0.0] * len(profiles)
-    for index, weight in zip(chosen, (scale * solved).tolist(), strict=True):
+    for index, weight in zip(indices, (scale * solved).tolist(), strict=True):
         weights[index] = weight
     error = (max(squared, 0.0) / own) ** 0.5  # below 1e-8 it is the rounding of this difference
     return Fit(tuple(weights), error, sum(abs(weight) for weight in weights))
@@ -126,13 +127,13 @@ def fit(profiles: Sequence[Profile], target: Profile, rounding: Sequence[float])
 def inner_products(profiles: Sequence[Profile]) -> torch.Tensor:
     """All `<p_i, p_j> = sum_k p_i(k) p_j(k)`: float64, symmetric.
 
-    Goes through the run once, as training did. An update shrinks what a schedule's average held by one factor, whatever
-    that was, so it is enough to carry the products with the profile that each schedule has *now*. The time is that of
-    asking for the momenta; memory does not grow with the run.
+    This goes through the run once, as training did. An update shrinks all that is in a schedule's average by one
+    factor, so it is enough to carry the products with the profile that a schedule has *now*. The time is that of
+    computing the momenta; memory does not grow with the run.
     """
     known, kinds = _kinds(profiles)
-    found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64, device="cpu")
-    # Of each schedule's present profile: with those of the other schedules, and with the profiles that have ended.
+    products = torch.zeros(len(profiles), len(profiles), dtype=torch.float64, device="cpu")
+    # The products of every schedule's present profile: with those of the other schedules, and with the ended profiles.
     present = torch.zeros(len(known), len(known), dtype=torch.float64, device="cpu")
     ended = torch.zeros(len(known), len(profiles), dtype=torch.float64, device="cpu")
     for _, stop, weights, kept in _stretches(known, (profile.num_updates for profile in profiles)):
@@ -142,19 +143,19 @@ def inner_products(profiles: Sequence[Profile]) -> torch.Tensor:
         for index in ending:
             ended[:, index] = present[:, kinds[index]]
         for index in ending:
-            found[index] = found[:, index] = ended[kinds[index]]
-    return found
+            products[index] = products[:, index] = ended[kinds[index]]
+    return products
 
 
 def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
-    """The sum of each profile's weights from one edge (an update number) to before the next: a row for each profile.
+    """The sums of a profile's weights between two edges (update numbers, half-open): a row for every profile.
 
     Args:
-        profiles: of any length.
+        profiles: the profiles, of any length.
         edges: strictly ascending, from 0 to the end of the longest profile or beyond.
     """
     known, kinds = _kinds(profiles)
-    found = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(len(profiles), len(edges) - 1, dtype=torch.float64, device="cpu")
     present = torch.zeros(len(known), len(edges) - 1, dtype=torch.float64, device="cpu")
     between = 0  # edges[between] and edges[between + 1]
     for start, stop, weights, kept in _stretches(known, [*edges, *(profile.num_updates for profile in profiles)]):
@@ -163,12 +164,12 @@ def masses(profiles: Sequence[Profile], edges: Sequence[int]) -> torch.Tensor:
         present[:, between] += weights.sum(dim=1)
         for index, profile in enumerate(profiles):
             if profile.num_updates == stop:
-                found[index] = present[kinds[index]]
-    return found
+                sums[index] = present[kinds[index]]
+    return sums
 
 
 def _kinds(profiles: Sequence[Profile]) -> tuple[list[Profile], list[int]]:
-    """A profile of each schedule, and for each profile the number of its own. Schedules need not be hashable."""
+    """One profile for every schedule; and for every profile the index of its schedule. Schedules may be unhashable."""
     known: list[Profile] = []
     numbers = []
     for profile in profiles:
@@ -182,14 +183,15 @@ def _kinds(profiles: Sequence[Profile]) -> tuple[list[Profile], list[int]]:
 def _stretches(kinds: Sequence[Profile], ends: Iterable[int]) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """The run in stretches of bounded length, none across one of the `ends`, until the last of them.
 
-    Yields its first update and the one after its last; the weights of its updates in the profile that each kind has at
-    its end, a row for each; and the share of all before that each has kept until then.
+    Yields for a stretch: its first update; the one after its last; a row for every kind, with the weights of the
+    updates in the profile at the end of the stretch; and for every kind the share of earlier observations that is kept
+    then.
     """
     for begin, end in itertools.pairwise(sorted({0, *ends})):
         for start in range(begin, end, _STRETCH):
             stop = min(start + _STRETCH, end)
             momenta = torch.stack([kind.momenta(start, stop) for kind in kinds])
-            # Products of 1 - m over an update and all after it; a momentum of 1 makes all before it 0.
+            # Products of 1 - m over an update and all later ones; a momentum of 1 makes all earlier weights 0.
             kept = (1.0 - momenta).flip(1).cumprod(1).flip(1)
             after = torch.cat([kept[:, 1:], torch.ones(len(kinds), 1, dtype=torch.float64, device="cpu")], dim=1)
             yield start, stop, momenta * after, kept[:, 0]

@@ -1,6 +1,6 @@
-"""The saved averages of one run that lie in one folder, each track of each a source of a sum. No communication.
+"""The saved averages of one run in one folder; every track of them is a source of a sum. No communication.
 
-They are many: of each only its place and its checksums are kept, and what all have in common once.
+There are many of them: for one average only its folder and its checksums are kept, and once what all have in common.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dist_ema.schedules.records import schedule_from_json, schedule_text
 __all__ = ["Snapshots", "Source", "read_snapshots"]
 
 
-# Every update is looked at: an hour's work. No run is longer, but a manifest may say anything.
+# A manifest may say any number, and every update is looked at: so many take an hour. No run is longer.
 _MOST_UPDATES = 10**9
 
 
@@ -33,12 +33,12 @@ class Source:
     """One track of one saved average.
 
     Attributes:
-        folder: of the track's files.
-        snapshot: folder of the average.
-        track: its name.
-        profile: the weights of the observations in it.
-        tensors: fqn -> where it lies.
-        checksums: CRC-32 of each tensor, in the order of the latest manifest; empty if it was saved without.
+        folder: the folder of the track's files.
+        snapshot: the folder of the saved average.
+        track: the name of the track.
+        profile: the weights of the observations in the average.
+        tensors: fqn -> place in the files.
+        checksums: the CRC-32 of every tensor, in the order of the latest manifest; empty if none were saved.
     """
 
     folder: Path
@@ -51,11 +51,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshots:
-    """What can be summed up to an average after `num_updates` updates.
+    """The saved averages whose sum is an average after `num_updates` updates.
 
     Attributes:
-        latest: the last of the saved averages; its model is that of all.
-        num_updates: of the average to make, at least that of `latest`.
+        latest: the last of the saved averages; all have its model.
+        num_updates: the number of updates of the average to make, at least that of `latest`.
         sources: every track of every saved average, ascending by its number of updates.
     """
 
@@ -69,32 +69,32 @@ class Snapshots:
 
 
 def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
-    """Find every saved average in `folder`, or in a folder in it, that had at most `num_updates` updates.
+    """Read every saved average in `folder`, or in a folder in it, that had at most `num_updates` updates.
 
     Args:
-        folder: of `ShardedEMA.snapshot`, of checkpoints that hold an average, or a saved average itself.
-        num_updates: of the average to make; None for that of the latest saved one.
+        folder: a folder of `ShardedEMA.snapshot`, a folder of checkpoints that hold an average, or a saved average.
+        num_updates: the number of updates of the average to make; None for that of the latest saved average.
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
-        CheckpointMismatchError: they are not all of one model and one run, or nobody knows one of the schedules.
-        CheckpointCorruptError: one is damaged.
-        ConfigError: there is none that can be used, or none as late as `num_updates`.
+        CheckpointMismatchError: they are not all of one model and one run, or one of the schedules is unknown.
+        CheckpointCorruptError: one of them is damaged.
+        ConfigError: none of them can be used, or none is as late as `num_updates`.
     """
-    found = sorted((read_manifest(path).num_updates, path) for path in _averages(contents.resolve(folder)))
-    last = found[-1][0] if found else 0
+    saved = sorted((read_manifest(path).num_updates, path) for path in _averages(contents.resolve(folder)))
+    last = saved[-1][0] if saved else 0
     wanted = last if num_updates is None else positive_integer("num_updates", num_updates)
     if wanted > last > 0:
         raise ConfigError(
-            f"num_updates is {wanted}, but the latest of {len(found)} saved averages in {folder} had {last}: what was "
+            f"num_updates is {wanted}, but the latest of {len(saved)} saved averages in {folder} had {last}: what was "
             "observed later is in none of them"
         )
     if wanted > _MOST_UPDATES:
         raise ConfigError(f"{folder} has an average of {wanted} updates, expected at most {_MOST_UPDATES:,}")
-    usable = [(count, path) for count, path in found if 0 < count <= wanted]
+    usable = [(count, path) for count, path in saved if 0 < count <= wanted]
     if not usable:
         raise ConfigError(
-            f"{folder} and the folders in it hold {len(found)} saved averages, none of them with 1 to {max(wanted, 1)} "
+            f"{folder} and the folders in it hold {len(saved)} saved averages, none of them with 1 to {max(wanted, 1)} "
             "updates: write some with ShardedEMA.snapshot"
         )
     latest = read_saved(usable[-1][1])
@@ -107,17 +107,17 @@ def _averages(folder: Path) -> list[Path]:
     if contents.has_manifest(folder):
         return [folder]
     try:
-        found = contents.averages_in(folder)
+        folders = contents.averages_in(folder)
         for path in folder.iterdir():
             if path.is_dir() and not path.name.startswith(".") and not contents.has_manifest(path):
-                found += contents.averages_in(path)
+                folders += contents.averages_in(path)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be searched for saved averages: {error}") from error
-    return found
+    return folders
 
 
 def _sources(path: Path, latest: SavedAverage, known: list[Mapping[str, StoredTensor]]) -> Iterator[Source]:
-    """The tracks of the average at `path`. `known` are the layouts of files so far: most snapshots share one."""
+    """The tracks of the average at `path`. `known` has the layouts of files so far: most snapshots share one."""
     saved = latest if path == latest.folder else read_saved(path)
     for difference in _differences(saved.manifest, latest.manifest):
         raise CheckpointMismatchError(
@@ -155,23 +155,23 @@ def _profile(path: Path, track: str, schedule: Mapping[str, Any], manifest: Mani
     return Profile(rebuilt, manifest.num_updates, interval, correction)
 
 
-def _differences(ours: Manifest, theirs: Manifest) -> Iterator[str]:
-    """Why one cannot be summed with the other."""
-    for fqn in sorted(ours.tensors.keys() ^ theirs.tensors.keys()):
+def _differences(manifest: Manifest, other: Manifest) -> Iterator[str]:
+    """The reasons why one cannot be summed with the other."""
+    for fqn in sorted(manifest.tensors.keys() ^ other.tensors.keys()):
         yield f"only one of them has {fqn[:200]!r}"
-    for fqn, tensor in ours.tensors.items():
-        other = theirs.tensors[fqn]
-        if tensor.shape != other.shape:
-            yield f"{fqn[:200]!r} is {list(tensor.shape)} there, {list(other.shape)} here"
-        if tensor.averaged != other.averaged:
+    for fqn, tensor in manifest.tensors.items():
+        there = other.tensors[fqn]
+        if tensor.shape != there.shape:
+            yield f"{fqn[:200]!r} is {list(tensor.shape)} there, {list(there.shape)} here"
+        if tensor.averaged != there.averaged:
             yield f"{fqn[:200]!r} is averaged in only one of them"
-    if ours.aliases != theirs.aliases:
-        yield f"tied weights are {dict(ours.aliases)} there, {dict(theirs.aliases)} here"
-    if ours.tracks.keys() != theirs.tracks.keys():
-        yield f"it has the tracks {', '.join(ours.tracks)}, the other {', '.join(theirs.tracks)}"
-    for track, schedule in ours.tracks.items():
-        if schedule != theirs.tracks[track]:
-            yield f"track {track!r} is {schedule_text(schedule)} there, {schedule_text(theirs.tracks[track])} here"
-    for key in ours.options.keys() & theirs.options.keys() - {"dtype"}:
-        if ours.options[key] != theirs.options[key]:
-            yield f"it was averaged with {key}={ours.options[key]!r}, the other with {key}={theirs.options[key]!r}"
+    if manifest.aliases != other.aliases:
+        yield f"tied weights are {dict(manifest.aliases)} there, {dict(other.aliases)} here"
+    if manifest.tracks.keys() != other.tracks.keys():
+        yield f"it has the tracks {', '.join(manifest.tracks)}, the other {', '.join(other.tracks)}"
+    for track, schedule in manifest.tracks.items():
+        if schedule != other.tracks[track]:
+            yield f"track {track!r} is {schedule_text(schedule)} there, {schedule_text(other.tracks[track])} here"
+    for key in manifest.options.keys() & other.options.keys() - {"dtype"}:
+        if manifest.options[key] != other.options[key]:
+            yield f"it was averaged with {key}={manifest.options[key]!r}, the other with {key}={other.options[key]!r}"

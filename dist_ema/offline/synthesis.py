@@ -1,8 +1,8 @@
-"""Making an average that nobody tracked out of saved ones: one process, no process group, no model.
+"""Making an average that was not tracked out of saved ones: one process, no process group, no model.
 
-Tensors pass in bounded pieces through one float64 sum. Each saved average's piece is read into one buffer, and its file
-is open only for that, so neither memory nor open files grow with their number. The checksum of every tensor that is
-read is compared on the way.
+Tensors pass in bounded chunks through one float64 sum. The chunks of all saved averages are read into one buffer, and a
+file is open only for that, so neither memory nor open files grow with their number. The checksum of every tensor that
+is read is compared on the way.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dist_ema.schedules.base import Schedule
 
 __all__ = ["Synthesis", "WeighedSnapshots", "WeightedAverage", "synthesize", "weigh", "write"]
 
-# Elements of a tensor that are in memory at a time: 4 MiB of float64 for the sum, and as much again for what is added.
-_PIECE_NUMEL = 2**19
+# Elements of a tensor that are in memory at a time: 4 MiB of float64 for the sum, and as much for the values to add.
+_CHUNK_NUMEL = 2**19
 
 _LARGE_ERROR = 0.1
 
@@ -48,15 +48,15 @@ class WeightedAverage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Synthesis:
-    """What `synthesize` has made.
+    """The average that `synthesize` has made.
 
     Attributes:
         folder: the model folder.
-        schedule: whose average it is.
-        num_updates: after how many updates.
-        weights: of the saved averages; they sum to 1. Those of weight 0 were not read.
-        profile_error: relative L2 distance of the achieved weights of all observations from the wanted ones.
-        amplification: sum of the absolute weights: the rounding of what was saved shows so much more, at most.
+        schedule: the schedule of the average.
+        num_updates: the number of updates of the average.
+        weights: the weights of the saved averages; they sum to 1. Averages of weight 0 were not read.
+        profile_error: the relative L2 distance of the achieved weights of all observations from the wanted ones.
+        amplification: the sum of the absolute weights: the rounding of what was saved is larger by at most this factor.
     """
 
     folder: Path
@@ -77,13 +77,13 @@ class WeighedSnapshots:
 
     @property
     def parts(self) -> list[tuple[Source, float]]:
-        """What is read, and its weight."""
+        """The sources that are read, and their weights."""
         weighted = zip(self.snapshots.sources, self.fit.weights, strict=True)
         return [(source, weight) for source, weight in weighted if weight]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that `write` will read."""
+        """The bytes that `write` reads."""
         averaged = {fqn for fqn, tensor in self.snapshots.latest.manifest.tensors.items() if tensor.averaged}
         total = sum(t.nbytes for source, _ in self.parts for fqn, t in source.tensors.items() if fqn in averaged)
         return total + sum(t.nbytes for fqn, t in self.snapshots.sources[-1].tensors.items() if fqn not in averaged)
@@ -101,28 +101,28 @@ def synthesize(
 ) -> Synthesis:
     """Write the average that `schedule` would have made, as a plain model folder. Any one process; no communication.
 
-    It is the weighted sum of the saved averages whose weights of all observations come nearest (EDM2: arXiv 2312.02696,
-    section 3.2), exact but for `profile_error`. Snapshots do not tell which live values `skip_nonfinite` left out, nor
-    that averages began anew or at somebody's weights (`restart`, `start_from`, `load(new=...)`): those count as
-    observed all along. Give each such stretch of a run a folder of its own.
+    Snapshots do not show which live values `skip_nonfinite` left out, nor that averages began anew or at the weights of
+    a file (`restart`, `start_from`, `load(new=...)`): such values count as observed all along. Give every such stretch
+    of a run a folder of its own. The result is the weighted sum of the saved averages whose weights of all observations
+    come nearest (EDM2: arXiv 2312.02696, section 3.2), exact but for `profile_error`.
 
     Args:
         snapshots: the folder of the saved averages of a run (`ShardedEMA.snapshot`), or of checkpoints that hold them.
         out: the folder to write; a former export is replaced, atomically.
-        schedule: of the wanted average, such as `PowerSchedule(sigma_rel=0.15)`.
-        num_updates: after how many updates; None for those of the latest snapshot. Later snapshots are not used. What
-            is not averaged (buffers) comes from the latest that is used.
+        schedule: the schedule of the wanted average, such as `PowerSchedule(sigma_rel=0.15)`.
+        num_updates: the number of updates of the wanted average; None for that of the latest snapshot. Later snapshots
+            are not used. What is not averaged (buffers) comes from the latest that is used.
         dtype: floating-point tensors are converted to it; None for averages in float32 (float64 if they were saved
             so), all else as it is.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
-        progress: called with the number of bytes of each piece that was read.
+        progress: called with the number of bytes of every chunk that was read.
 
     Raises:
         ConfigError: an argument is out of range, or no snapshot can be used.
         CheckpointNotFoundError: there is no folder `snapshots`.
         CheckpointMismatchError: the snapshots are not of one model and one set of options (two runs that agree in these
             are not told apart), or one of their schedules only its author can rebuild.
-        CheckpointCorruptError: one is damaged; nothing was written.
+        CheckpointCorruptError: a snapshot is damaged; nothing was written.
         CheckpointError: `out` cannot be written.
 
     Example:
@@ -154,15 +154,15 @@ def weigh(snapshots: str | os.PathLike[str], schedule: Schedule, num_updates: in
         CheckpointError: as `synthesize`.
     """
     (checked,) = checked_schedules({"wanted": schedule}).values()
-    found = read_snapshots(absolute(snapshots), num_updates)
-    averaged = [fqn for fqn, tensor in found.latest.manifest.tensors.items() if tensor.averaged]
-    rounding = [_rounding(source, averaged) for source in found.sources]
-    profiles = [source.profile for source in found.sources]
-    return WeighedSnapshots(found, checked, fit(profiles, found.profile(checked), rounding))
+    saved = read_snapshots(absolute(snapshots), num_updates)
+    averaged = [fqn for fqn, tensor in saved.latest.manifest.tensors.items() if tensor.averaged]
+    rounding = [_rounding(source, averaged) for source in saved.sources]
+    profiles = [source.profile for source in saved.sources]
+    return WeighedSnapshots(saved, checked, fit(profiles, saved.profile(checked), rounding))
 
 
 def _rounding(source: Source, averaged: Sequence[str]) -> float:
-    """Relative rounding error of the stored averages, the largest."""
+    """The largest relative rounding error of the stored averages."""
     return max((torch.finfo(dtype).eps / 2.0 for dtype in {_dtype(source, fqn) for fqn in averaged}), default=0.0)
 
 
@@ -180,8 +180,8 @@ def write(
     progress: Callable[[int], object] | None,
     check: Callable[[], None],
 ) -> Synthesis:
-    """Sum up what was weighed; see `synthesize`, which checks the arguments."""
-    snapshots, found = weighed.snapshots, weighed.fit
+    """Sum up the weighed snapshots; see `synthesize`, which checks the arguments."""
+    snapshots, best = weighed.snapshots, weighed.fit
     latest, last = snapshots.latest, snapshots.sources[-1]
     dtypes = stored_dtypes(latest)
     averaged = [fqn for fqn, tensor in latest.manifest.tensors.items() if tensor.averaged]
@@ -189,10 +189,10 @@ def write(
     dtypes |= dict.fromkeys(averaged, wide)
     dtypes = {fqn: dtype if dtype and own.is_floating_point else own for fqn, own in dtypes.items()}
     files = plan_export(latest, last.track, dtypes, max_shard_size, wide)
-    if found.error > _LARGE_ERROR:
+    if best.error > _LARGE_ERROR:
         warnings.warn(
             f"the snapshots cannot express {weighed.schedule!r} after {snapshots.num_updates} updates: the profile of "
-            f"their best sum is off by {found.error:.0%}. More snapshots help, tracks that average longer and shorter "
+            f"their best sum is off by {best.error:.0%}. More snapshots help, tracks that average longer and shorter "
             "than the wanted one, and a number of updates at which there is a snapshot",
             UserWarning,
             stacklevel=5,
@@ -205,10 +205,10 @@ def write(
         num_updates=snapshots.num_updates,
         weights=tuple(
             WeightedAverage(source.snapshot, source.track, source.profile.num_updates, weight)
-            for source, weight in zip(snapshots.sources, found.weights, strict=True)
+            for source, weight in zip(snapshots.sources, best.weights, strict=True)
         ),
-        profile_error=found.error,
-        amplification=found.amplification,
+        profile_error=best.error,
+        amplification=best.amplification,
     )
 
 
@@ -217,36 +217,36 @@ class _Sum:
 
     def __init__(self, weighed: WeighedSnapshots, progress: Callable[[int], object]) -> None:
         self._tensors = weighed.snapshots.latest.manifest.tensors
-        self._place = {fqn: place for place, fqn in enumerate(self._tensors)}
+        self._index = {fqn: index for index, fqn in enumerate(self._tensors)}
         self._parts = weighed.parts
         self._live = [(weighed.snapshots.sources[-1], 1.0)]
         self._progress = progress
-        self._sum = torch.empty(_PIECE_NUMEL, dtype=torch.float64, device="cpu")
-        self._buffer = memoryview(bytearray(_PIECE_NUMEL * 8))
+        self._sum = torch.empty(_CHUNK_NUMEL, dtype=torch.float64, device="cpu")
+        self._buffer = memoryview(bytearray(_CHUNK_NUMEL * 8))
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:
-        """A tensor in pieces: the sum where it is averaged, else that of the latest snapshot."""
+        """The chunks of a tensor: of the sum if it is averaged, else of the latest snapshot."""
         tensor = self._tensors[fqn]
         parts = self._parts if tensor.averaged else self._live
-        found = [0] * len(parts)
+        checksums = [0] * len(parts)
         numel = math.prod(tensor.shape)
-        for start in range(0, numel, _PIECE_NUMEL):
-            total = self._sum[: min(_PIECE_NUMEL, numel - start)].zero_()
+        for start in range(0, numel, _CHUNK_NUMEL):
+            total = self._sum[: min(_CHUNK_NUMEL, numel - start)].zero_()
             values = total
             for index, (source, weight) in enumerate(parts):
-                piece = self._read(source, fqn, start, len(total))
-                found[index] = checksum(piece, found[index])
-                values = torch.frombuffer(piece, dtype=_dtype(source, fqn))
+                chunk = self._read(source, fqn, start, len(total))
+                checksums[index] = checksum(chunk, checksums[index])
+                values = torch.frombuffer(chunk, dtype=_dtype(source, fqn))
                 if tensor.averaged:
                     total.add_(values.double(), alpha=weight)
             yield total if tensor.averaged else values
-        for (source, _), each in zip(parts, found, strict=True):
-            if source.checksums and source.checksums[self._place[fqn]] != each:
+        for (source, _), of_source in zip(parts, checksums, strict=True):
+            if source.checksums and source.checksums[self._index[fqn]] != of_source:
                 raise CheckpointCorruptError(damage_told(source.folder / source.tensors[fqn].file, [fqn]))
 
     def _read(self, source: Source, fqn: str, start: int, count: int) -> memoryview:
         item_bytes = _dtype(source, fqn).itemsize
-        piece = self._buffer[: count * item_bytes]
-        read_piece(source.folder, source.tensors[fqn], start * item_bytes, piece)
-        self._progress(piece.nbytes)
-        return piece
+        chunk = self._buffer[: count * item_bytes]
+        read_piece(source.folder, source.tensors[fqn], start * item_bytes, chunk)
+        self._progress(chunk.nbytes)
+        return chunk

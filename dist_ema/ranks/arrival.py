@@ -34,7 +34,7 @@ def arrival_seconds() -> tuple[float, float]:
 
 
 def present_world(call: str, rank: int, size: int) -> World:
-    """The ranks that a call is made with. No communication.
+    """The ranks that a call is made with. No communication, but a connection to the store.
 
     Args:
         call: its name.

@@ -47,7 +47,9 @@ _COMMON_ERRORS = ("builtins", "torch", "numpy", "json", "struct", "zlib", "pickl
 
 
 class Exchange:
-    """Control traffic among all ranks of the default process group; trivial when there is none. No communication.
+    """Control traffic among all ranks of the default process group; trivial when there is none.
+
+    Making one sends nothing to other ranks: it may connect to the store that they share.
 
     Args:
         link: of a thread that communicates beside the calls of the main one; None for the link of the calls.
@@ -212,7 +214,7 @@ class Exchange:
             result = work()
         except Exception as error:
             failure = error
-        self.settle(action, failure)
+        self.raise_together(action, failure)
         return result  # type: ignore[return-value]
 
     def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
@@ -248,7 +250,7 @@ class Exchange:
 
         self.agree("warning", tell)
 
-    def settle(self, action: str, failure: Exception | None) -> None:
+    def raise_together(self, action: str, failure: Exception | None) -> None:
         """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
 
         Raises:

@@ -314,7 +314,10 @@ _num_worlds = 0
 
 
 def this_world() -> World | None:
-    """The world of the default process group; None without one, or alone in it. No communication."""
+    """The world of the default process group; None without one, or alone in it.
+
+    No communication, but a connection to the store.
+    """
     global _num_worlds
     group = dist.group.WORLD if dist.is_available() else None
     if _worlds and _worlds[0].group is group:

@@ -305,7 +305,7 @@ def a_failure_between(kind: str) -> str:
     model = nn.Linear(8, 8)
     with torch.no_grad():
         model.weight.mul_(1 + 1e-5 * dist.get_rank())
-    function = "_host_piece" if kind == "piece" else "tensor_checksums"
+    function = "_host_bytes" if kind == "piece" else "tensor_checksums"
 
     def fail(*arguments):
         raise RuntimeError("not enough memory: you tried to allocate 8388608 bytes")
