@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -76,3 +77,11 @@ def test_the_page_answers_where_the_stages_of_a_save_are_and_who_owns_a_box() ->
     stages = re.findall(r"^ {4}(\d) ", saving.__doc__, re.MULTILINE)
     assert stages == sorted(stages) and len(stages) >= 4
     assert "owner" in owners.__doc__
+
+
+def test_the_page_names_the_methods_of_a_layout() -> None:
+    from dist_ema.topology.layout import Layout
+
+    methods = {name for name, each in vars(Layout).items() if inspect.isfunction(each) and not name.startswith("_")}
+    text = section("A layout")
+    assert len(methods) == 4 and [name for name in methods if f"`{name}`" not in text] == []

@@ -14,7 +14,7 @@ import dist_ema
 import dist_ema.topology
 from dist_ema import ShardedEMA, UnsupportedModelError
 from dist_ema.boxes.shards import Box, NoForm
-from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer, Where
+from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, Where
 from dist_ema.topology.planning import LAYOUTS
 
 ROOT = Path(dist_ema.__file__).parent.parent
@@ -64,10 +64,10 @@ class Stowed(Layout):
     def claims(self, named: Named) -> bool:
         return isinstance(named.source, StowedTensor)
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         form = NoForm("is stowed away: use save")
         return lambda named: (
-            [Piece(Box(named.fqns[0], (0, 0), named.shape), lambda stowed=named.owner.stowed: stowed[0], form)],
+            [HeldBox(Box(named.fqns[0], (0, 0), named.shape), lambda stowed=named.owner.stowed: stowed[0], form)],
             Holders((rank,), 0),
         )
 

@@ -142,13 +142,13 @@ def boxes_told_wrongly() -> str:
     torch.manual_seed(0)
     model = nn.Linear(3, 4, bias=False)
     fully_shard(model)
-    real = dtensor._place
+    real = dtensor._locate
 
-    def place(named, world_size):
+    def locate(named, world_size):
         (piece,), holders = real(named, world_size)
         return [dataclasses.replace(piece, box=dataclasses.replace(piece.box, offsets=(0, 0)))], holders
 
-    with mock.patch.object(dtensor, "_place", place), pytest.raises(UnsupportedModelError) as caught:
+    with mock.patch.object(dtensor, "_locate", locate), pytest.raises(UnsupportedModelError) as caught:
         ShardedEMA(model, HALF)
     return str(caught.value)
 
