@@ -222,7 +222,7 @@ def test_a_whole_average_that_two_dying_writers_moved_away_is_found_again(tmp_pa
 WRITES = """
 import sys, time
 from pathlib import Path
-from dist_ema.disk.folders import commit
+from dist_ema.disk.folders import commit, contents
 staged = commit.stage(Path(sys.argv[1]), contents.is_average)
 (staged.folder / "model.safetensors").write_bytes(bytes(1000))
 print(staged.folder, flush=True)
