@@ -97,3 +97,39 @@ def test_importing_every_module_reads_no_environment_and_registers_nothing(tmp_p
     assert int(number) > 60 + len(CARELESS)
     assert [line for line in told if line.startswith("dist_ema")] == []
     assert {f"careless.{name} calls {called}" for name, (_, called) in CARELESS.items()} <= set(told)  # the spies see
+
+
+FORKS = """
+import os, signal, sys, threading
+import torch
+from dist_ema.averaging.cpu_threads import share_out
+from dist_ema.averaging.streams import HostThread
+
+torch.set_num_threads(3)
+beside = HostThread(torch.device("cpu"))
+done = []
+
+
+def work():
+    signal.alarm(40)  # a child that waits for threads of its parent waits for ever
+    # Three batches that meet: each has a thread of its own.
+    met = threading.Barrier(3)
+    share_out(lambda batch, worker: done.append((batch, met.wait())), [0, 1, 2], 3)
+    beside.run(lambda: done.append("beside"))
+    beside.join()
+    assert len(done) == 4, done
+    done.clear()
+
+
+work()
+child = os.fork()
+work()
+if child == 0:
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_hooks_that_are_registered_at_first_use_serve_a_forked_process() -> None:
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

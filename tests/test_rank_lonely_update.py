@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts_zoo import build_layout
+from test_accelerate import accelerator_of, prepared, take_step
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
+from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA, attach
 
 TOKENS = torch.arange(8).view(2, 4)
 LAYOUTS = ["plain", "ddp", "fsdp2", "hsdp", "fsdp1_orig", "fsdp1_flat", "fsdp1_no_shard"]
@@ -154,6 +155,30 @@ def every_update_alone(layout: str, folder: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_that_updates_alone_finishes(world, tmp_path, layout) -> None:
     world(2).run(every_update_alone, layout, str(tmp_path))
+
+
+def every_step_alone(layout: str, folder: str) -> None:
+    """The steps of an attached optimizer, whose hook updates, and the updates of a fused one that overflows."""
+    elsewhere = Elsewhere(f"{folder}/keys")
+    with accelerator_of(layout) as accelerator:
+        model, optimizer = prepared(accelerator, layout, "sgd")
+        ema = attach(accelerator, model, optimizer, ConstantSchedule(decay=0.9))
+        for number in range(3):
+            for rank in range(dist.get_world_size()):
+                wrong = elsewhere.verdict(rank, partial(take_step, model, optimizer, number))
+                assert not wrong, f"{layout}, step {number}, rank {rank}: {wrong}"
+        for number in range(3):
+            for rank in range(dist.get_world_size()):
+                overflow = torch.tensor([float(number % 2)])
+                wrong = elsewhere.verdict(rank, partial(ema.update, found_inf=overflow))
+                assert not wrong, f"{layout}, flag {number % 2}, rank {rank}: {wrong}"
+        assert ema.num_updates == 5
+        ema.detach()
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_rank_that_steps_an_attached_optimizer_alone_finishes(world, tmp_path, layout) -> None:
+    world(2).run(every_step_alone, layout, str(tmp_path))
 
 
 def barrier(rank: int, group: dist.ProcessGroup) -> None:
