@@ -130,7 +130,7 @@ class Job:
     """Lanes that are done whole, and then counted; or none of it.
 
     A stream calls the job where and when it likes. The caller that gave it to a stream then calls `count`; if the
-    stream raised, it calls `settle`.
+    stream raised, it calls `withdraw`.
 
     Args:
         lanes: the lanes, which may be done in any order.
@@ -178,7 +178,7 @@ class Job:
         """Count the job as done: a stream has taken it over."""
         self._count()
 
-    def settle(self) -> None:
+    def withdraw(self) -> None:
         """After an exception of the stream that was given the job: have it done and counted, or neither."""
         owner = self._owner.setdefault("thread", 0)  # from now on no thread begins it
         if owner == threading.get_ident():

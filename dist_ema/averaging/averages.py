@@ -66,7 +66,7 @@ class Averages:
         """Bytes of averaged values and residuals on this rank."""
         return sum(tensor.nbytes for tensor in (*self.values, *self.residuals))
 
-    def held(self) -> Sequence[Held]:
+    def held_by_teacher(self) -> Sequence[Held]:
         """The tensors of a teacher module that `values` lie in; their memory may be replaced. Else empty."""
         return ()
 

@@ -24,11 +24,11 @@ class Guard:
     """The memory of some tensors, as it was when the guard was made."""
 
     def __init__(self, held: Sequence[Held]) -> None:
-        self._others = [piece for piece in held if piece.place is None]
+        self._others = [piece for piece in held if piece.slot is None]
         self._views = [piece.view() for piece in self._others]
-        places = [piece.place for piece in held if piece.place is not None]
-        self._tables = [place.table for place in places]
-        self._keys = [place.key for place in places]
+        slots = [piece.slot for piece in held if piece.slot is not None]
+        self._tables = [slot.table for slot in slots]
+        self._keys = [slot.key for slot in slots]
         self._tensors: list[torch.Tensor] = list(map(operator.getitem, self._tables, self._keys))
         # Addresses would not do: memory that was freed since may be in use again at the same address.
         self._kept = [tensor.detach() for tensor in self._tensors]

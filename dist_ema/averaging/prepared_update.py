@@ -60,7 +60,7 @@ class Prepared:
         rows = [track.values for track in tracks] + [track.residuals for track in tracks if compensated]
         self._live = [live[index] for index in filled]
         self._averaged = [[row[index] for index in filled] for row in rows]
-        others = [held for track in tracks for held in track.held()]
+        others = [held for track in tracks for held in track.held_by_teacher()]
         self._guard = Guard(list(dict.fromkeys([*(shard.held for shard in shards), *others])))
         on_cpu = all(value.device.type == "cpu" for values in (self._live, *self._averaged) for value in values)
         numel = sum(value.numel() for values in self._averaged for value in values)

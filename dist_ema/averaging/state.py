@@ -306,13 +306,13 @@ class AveragedState:
         join_all()
         self._updater.complete()
 
-    def verify(self) -> None:
+    def check_model(self) -> None:
         """Refuse a model that is not as it was planned.
 
         Raises:
             ModelChangedError: the model has other modules, names or shapes.
         """
-        self.plan.verify()
+        self.plan.check_model()
 
     @property
     def swapped(self) -> str | None:

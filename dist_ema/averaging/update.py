@@ -125,10 +125,10 @@ class Updater:
                 stream.run(lambda: self._move_all(job))
                 job.count()
             except BaseException:
-                job.settle()
+                job.withdraw()
                 raise
         except BaseException:  # a second one, before the first was dealt with
-            job.settle()
+            job.withdraw()
             raise
         self._begun = None
 

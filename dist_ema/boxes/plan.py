@@ -37,8 +37,8 @@ class Plan:
         aliases: further names of tied tensors -> the name in `specs`.
         left_out: names in the model's state dict that the user excluded and that the files do not have.
         divisions: the divisions of what this rank holds.
-        settle: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
-        verify: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
+        drop_gathered: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
+        check_model: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
         remains: what is left of the plan in the model as it is now. No communication.
     """
 
@@ -46,8 +46,8 @@ class Plan:
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
     divisions: tuple[Division, ...]
-    settle: Callable[[], None]
-    verify: Callable[[], None]
+    drop_gathered: Callable[[], None]
+    check_model: Callable[[], None]
     remains: Callable[[], Remains]
 
     @property

@@ -21,8 +21,8 @@ __all__ = [
     "Form",
     "Held",
     "NoForm",
-    "Place",
     "Shard",
+    "Slot",
     "TensorSpec",
     "same_memory",
 ]
@@ -108,7 +108,7 @@ class NoForm:
     reason: str
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """Where the model keeps a tensor: `table[key]`."""
 
     table: MutableMapping[str, Any]
@@ -126,7 +126,7 @@ class Held:
             at each use: training wrappers may replace the memory behind it. It may return the same tensor object again
             only while that has the same memory, dtype and strides.
         form: how a state dict shows the piece, or why it cannot.
-        place: where the model keeps the tensor that `view` shows whole; None where `view` alone can tell if its memory
+        slot: where the model keeps the tensor that `view` shows whole; None where only `view` shows whether its memory
             was replaced.
     """
 
@@ -134,7 +134,7 @@ class Held:
     box: Box
     view: Callable[[], torch.Tensor]
     form: Form | NoForm
-    place: Place | None = dataclasses.field(default=None, compare=False)
+    slot: Slot | None = dataclasses.field(default=None, compare=False)
 
     @property
     def takes_gradient(self) -> bool:
@@ -159,12 +159,12 @@ class Held:
     def restore(self, values: torch.Tensor) -> None:
         """Give the live tensor these values again, which are a copy of what `view` showed.
 
-        A buffer that was made anew since in another shape, or removed, is put back into its module.
+        A buffer that was made anew since in another shape, or removed, is put back into its slot.
         """
-        if self.spec.is_buffer and self.place is not None:
-            current = self.place.table.get(self.place.key)
+        if self.spec.is_buffer and self.slot is not None:
+            current = self.slot.table.get(self.slot.key)
             if not isinstance(current, torch.Tensor) or (current.shape, current.dtype) != (values.shape, values.dtype):
-                self.place.table[self.place.key] = values
+                self.slot.table[self.slot.key] = values
                 return
         self.view().copy_(values)
 

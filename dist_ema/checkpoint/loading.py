@@ -142,7 +142,7 @@ def load_model(
     def find(check: Callable[[], None]) -> _ModelRecord:
         state = generation([source])
         start = find_start(source)
-        return _ModelRecord(start.folder, start.model, _stored_names(start.place, start.model, plan, escapes), state)
+        return _ModelRecord(start.folder, start.model, _stored_names(start.path, start.model, plan, escapes), state)
 
     record = _steadily(
         exchange,
@@ -242,7 +242,7 @@ class _Loading:
         ]
         partial = PartialChecksums(self._sizes_bytes)
         failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
-        self._exchange.settle(self._action, failure)
+        self._exchange.raise_together(self._action, failure)
         if expected:
             checksums = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
             damaged = [name for name, value in expected.items() if checksums[name] != value]

@@ -170,7 +170,7 @@ class _Save:
         """Write one track. Returns the checksums of its tensors."""
         partial = None if self._manifest is None else PartialChecksums(self._sizes_bytes)
         failure = write_tensors(self._exchange, folder, self._files, pieces, writers, partial)
-        self._exchange.settle(self._action, failure)
+        self._exchange.raise_together(self._action, failure)
         if partial is None:
             return {}
         return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))

@@ -38,7 +38,7 @@ class Part:
             remains = plan.remains()
             left_out = tuple(spec.fqn for spec in plan.specs if spec.fqn not in remains.names)
             return Part(plan.only(remains), left_out, remains.others)
-        plan.verify()
+        plan.check_model()
         return Part(plan)
 
     @property

@@ -87,8 +87,8 @@ def diff(chosen: argparse.Namespace) -> str:
     total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
     ours, theirs = a.model.tensors, b.model.tensors
     apart = [
-        *(f"only in {a.place}: {name}" for name in ours if name not in theirs),
-        *(f"only in {b.place}: {name}" for name in theirs if name not in ours),
+        *(f"only in {a.path}: {name}" for name in ours if name not in theirs),
+        *(f"only in {b.path}: {name}" for name in theirs if name not in ours),
         *(
             f"{name}: {list(ours[name].shape)} against {list(theirs[name].shape)}"
             for name in ours
@@ -97,8 +97,8 @@ def diff(chosen: argparse.Namespace) -> str:
     ]
     if chosen.json:
         facts = {
-            "a": str(a.place),
-            "b": str(b.place),
+            "a": str(a.path),
+            "b": str(b.path),
             "relative": total,
             "tensors": {each.name: each.relative for each in found},
             "apart": apart,
@@ -106,8 +106,8 @@ def diff(chosen: argparse.Namespace) -> str:
         told = json.dumps(facts, indent=1)
     else:
         lines = [f"{each.relative:10.3e}  {each.name}" for each in found[: max(chosen.top, 0)]]
-        places = [f"a: {a.place}", f"b: {b.place}"]
-        told = "\n".join([*places, f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
+        paths = [f"a: {a.path}", f"b: {b.path}"]
+        told = "\n".join([*paths, f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
     if apart:
         raise BadAnswer(told, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
     return told

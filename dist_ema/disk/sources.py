@@ -25,13 +25,13 @@ class Weights:
     """What was found.
 
     Attributes:
-        place: the file or folder to name to a reader.
+        path: the file or folder to name to a reader.
         folder: of the files of `model`.
         model: names, and where each tensor lies.
         checksums: name -> CRC-32 of the whole tensor, where one was saved.
     """
 
-    place: Path
+    path: Path
     folder: Path
     model: StoredModel
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -63,8 +63,8 @@ def find_weights(source: Path, track: str | None) -> Weights:
             f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
         ) from error
     chosen = saved.track(track)
-    place, checksums = saved.folder_of(chosen), saved.manifest.checksums.get(chosen, {})
-    return Weights(place, place, saved.models[chosen], checksums)
+    path, checksums = saved.folder_of(chosen), saved.manifest.checksums.get(chosen, {})
+    return Weights(path, path, saved.models[chosen], checksums)
 
 
 def find_start(source: Path) -> Weights:

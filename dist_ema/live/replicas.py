@@ -185,7 +185,7 @@ class _Comparison:
             own = []
             for key, index, lowest, others in tensors:
                 own += self._compare(key, index, lowest, others)
-            self._exchange.settle(self._call, self._failure)
+            self._exchange.raise_together(self._call, self._failure)
             of_round = [row for of_rank in self._exchange.gather_objects(own) for row in of_rank]
             differences += [row for row in of_round if row.relative != 0.0]
             if any(not row.relative <= DRIFT_ALLOWED for row in of_round):

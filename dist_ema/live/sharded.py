@@ -69,7 +69,7 @@ def _sharded_tensors(
     Returns:
         Every tensor under all of its names, in new memory: plain or a DTensor, as the model has it.
     """
-    plan.settle()
+    plan.drop_gathered()
     pieces: dict[str, torch.Tensor] = {}
     for held in _all_held(plan):
         live = held.values()

@@ -55,7 +55,7 @@ class LiveBackup:
                 stepped from now on must be live.
         """
         try:
-            self._plan.settle()
+            self._plan.drop_gathered()
         except BaseException:
             if anyway:
                 self._put_back()
@@ -79,14 +79,14 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Ca
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
         meeting: steps after which no rank can stay out; see `Exchange.meeting`.
     """
-    plan.settle()
+    plan.drop_gathered()
     spread_all(plan, values, lambda shard: shard.live(), meeting)
 
 
 def spread_all(
     plan: Plan,
     values: Sequence[torch.Tensor],
-    place: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor],
     meeting: Sequence[Callable[[], None]] = (),
     *,
     extra_state: bool = False,
@@ -96,7 +96,7 @@ def spread_all(
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted on the way.
-        place: as for `spread`.
+        target: as for `spread`.
         meeting: as for `put_average`.
         extra_state: whether what `get_extra_state` returns is among the buffers.
     """
@@ -104,21 +104,21 @@ def spread_all(
     if plan.has_replicas:
         buffers = plan.live_buffers(extra_state=extra_state)
         given.append((buffers, [shard.live() for shard in buffers.owned(averaged=False)], False))
-    _spread(given, place, meeting)
+    _spread(given, target, meeting)
 
 
 def spread(
-    plan: Plan, values: Sequence[torch.Tensor], place: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor], *, averaged: bool = True
 ) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.
         values: values of `plan.owned(averaged=averaged)`, converted on the way.
-        place: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it.
+        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it.
         averaged: whether the averaged tensors are spread, or those that always show the live values.
     """
-    _spread([(plan, values, averaged)], place, ())
+    _spread([(plan, values, averaged)], target, ())
 
 
 # A plan, the values of what this rank owns of it, and whether these are of the averaged tensors.
@@ -126,7 +126,7 @@ _Given = tuple[Plan, Sequence[torch.Tensor], bool]
 
 
 def _spread(
-    given: Sequence[_Given], place: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
+    given: Sequence[_Given], target: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
 ) -> None:
     def make(worker: int) -> Steps:
         steps = Steps()
@@ -134,7 +134,7 @@ def _spread(
             steps.again(step)
         room = _Room()
         for plan, values, averaged in given:
-            _add_spreading(steps, plan, values, place, averaged, room)
+            _add_spreading(steps, plan, values, target, averaged, room)
         return steps
 
     with torch.no_grad():
@@ -145,17 +145,17 @@ def _add_spreading(
     steps: Steps,
     plan: Plan,
     values: Sequence[torch.Tensor],
-    place: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor],
     averaged: bool,
     room: _Room,
 ) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
-        steps.again(functools.partial(place(shard).copy_, value))
+        steps.again(functools.partial(target(shard).copy_, value))
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
-            for bucket in _buckets([place(shard) for shard in division.run(position)]):
+            for bucket in _buckets([target(shard) for shard in division.run(position)]):
                 _add_refreshing(steps, bucket, owner, division, room)
 
 

@@ -30,7 +30,7 @@ class Teacher:
     """A module that is laid out like the student, tensor by tensor. Of its methods only `gather` communicates.
 
     Attributes:
-        plan: the student's plan, whose `settle` and `verify` are also for the teacher.
+        plan: the student's plan, whose `drop_gathered` and `check_model` are also for the teacher.
         held: the shards of all that this rank holds of the averaged tensors, also of what other ranks hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
         repeated: the names of the tensors of which an earlier rank holds the same piece.
@@ -51,15 +51,15 @@ class Teacher:
         # Fqn in the teacher -> fqn of the same tensor in the student.
         student_fqns = {fqn: names_of_student[names] for names, fqn in _names(teacher).items()}
         self._held = _matched(student, teacher, student_fqns)
-        self._settle = teacher.settle
+        self._drop_gathered = teacher.drop_gathered
 
-        def settle() -> None:
-            student.settle()
-            teacher.settle()
+        def drop_gathered() -> None:
+            student.drop_gathered()
+            teacher.drop_gathered()
 
-        def verify() -> None:
-            student.verify()
-            teacher.verify()
+        def check_model() -> None:
+            student.check_model()
+            teacher.check_model()
 
         def remains() -> Remains:
             left = student.remains()
@@ -68,7 +68,7 @@ class Teacher:
             names = {fqn: names for fqn, names in left.names.items() if fqn not in gone}
             return Remains(names=names, others=(*left.others, *(fqn for fqn in left.names if fqn in gone)))
 
-        self.plan = dataclasses.replace(student, settle=settle, verify=verify, remains=remains)
+        self.plan = dataclasses.replace(student, drop_gathered=drop_gathered, check_model=check_model, remains=remains)
         self.held = tuple(
             Shard(held, held.box) for division in student.divisions if division.averaged for held in division.held
         )
@@ -79,7 +79,7 @@ class Teacher:
         for shard in self.held:
             _check_pair(shard.held, self._held[shard.held.box], dtype)
 
-    def place(self, shard: Shard) -> torch.Tensor:
+    def values_of(self, shard: Shard) -> torch.Tensor:
         """The teacher's values for a shard of the student, sharing memory with the teacher."""
         return shard.within(self.counterpart(shard).values())
 
@@ -87,9 +87,9 @@ class Teacher:
         """What the teacher holds for the tensor of the student in which the shard lies."""
         return self._held[shard.held.box]
 
-    def settle(self) -> None:
+    def drop_gathered(self) -> None:
         """Drop gathered copies of the teacher, so that its next forward uses the new averages."""
-        self._settle()
+        self._drop_gathered()
 
     def gather(
         self, averaged: Sequence[torch.Tensor], shown: Sequence[torch.Tensor] | None
@@ -105,7 +105,7 @@ class Teacher:
         Returns:
             Pairs of a tensor of the teacher and the values that are to be copied to it.
         """
-        self.settle()
+        self.drop_gathered()
         pairs = self._spread(self.plan, averaged, averaged=True)
         return pairs + (self._shown() if shown is None else self._spread(self.shown, shown, averaged=False))
 
@@ -116,7 +116,7 @@ class Teacher:
         own = plan.owned(averaged=averaged)
         divisions = [division for division in plan.divisions if division.averaged == averaged]
         if all(len(division.ranks) == 1 for division in divisions):
-            return [(self.place(shard), value) for shard, value in zip(own, values, strict=True)]
+            return [(self.values_of(shard), value) for shard, value in zip(own, values, strict=True)]
         targets = {held.box: self._held[held.box].values() for division in divisions for held in division.held}
         arrived = {box: torch.empty_like(target) for box, target in targets.items()}
         spread(plan, values, lambda shard: shard.within(arrived[shard.held.box]), averaged=averaged)
@@ -151,9 +151,9 @@ class TeacherAverages(Averages):
     @property
     def values(self) -> tuple[torch.Tensor, ...]:
         """One tensor per shard, taken anew at each use: a wrapper may have replaced the memory behind it."""
-        return tuple(self._teacher.place(shard) for shard in self._shards)
+        return tuple(self._teacher.values_of(shard) for shard in self._shards)
 
-    def held(self) -> Sequence[Held]:
+    def held_by_teacher(self) -> Sequence[Held]:
         """The tensors of the teacher that `values` lie in."""
         return [self._teacher.counterpart(shard) for shard in self._shards]
 

@@ -49,7 +49,7 @@ class TeacherState(AveragedState):
 
     def _begin_update(self) -> list[Lane]:
         join_all()  # an average of the teacher may still read its tensors
-        self._teacher.settle()
+        self._teacher.drop_gathered()
         return [Lane.of(self._teacher.show_live)]
 
     @property
@@ -85,17 +85,17 @@ class TeacherState(AveragedState):
 
     def restart(self) -> None:
         """Forget the averages: the teacher is a copy of the model at once."""
-        self._teacher.settle()
+        self._teacher.drop_gathered()
         self._copy_live(self._forgetting(), [Lane.of(self._teacher.show_live)], counted=False)
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         super()._copy_live(count, first, counted=counted)
-        self._teacher.settle()
+        self._teacher.drop_gathered()
 
     def _start_from_live(self) -> None:
         super()._start_from_live()
         if self._now.not_started:
-            self._teacher.settle()
+            self._teacher.drop_gathered()
 
     def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
         # Every rank that holds a replica of the teacher copies, not its owners alone.

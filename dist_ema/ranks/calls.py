@@ -33,7 +33,7 @@ class _Average(Protocol):
         """Wait for updates beside training. Raises a SwapError while the averaged weights are in the model."""
         ...
 
-    def verify(self) -> None:
+    def check_model(self) -> None:
         """Raises a ModelChangedError unless the model is the planned one."""
         ...
 
@@ -128,7 +128,7 @@ class Call:
         if not within_swap:
             self._calls.average.begin(self.name)
         if not of_changed:
-            self._calls.average.verify()
+            self._calls.average.check_model()
         return work()
 
     def end_for_all(self, error: BaseException) -> None:

@@ -214,7 +214,7 @@ class Exchange:
             result = work()
         except Exception as error:
             failure = error
-        self.settle(action, failure)
+        self.raise_together(action, failure)
         return result  # type: ignore[return-value]
 
     def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
@@ -250,7 +250,7 @@ class Exchange:
 
         self.agree("warning", tell)
 
-    def settle(self, action: str, failure: Exception | None) -> None:
+    def raise_together(self, action: str, failure: Exception | None) -> None:
         """Collective: every rank must call it. Raises the same error on all ranks if any brings a failure.
 
         Raises:

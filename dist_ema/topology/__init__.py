@@ -1,6 +1,6 @@
 """From a model to boxes: the only package that knows the parallelisms. No communication.
 
-    planning   every tensor placed by the first layout that claims it -> Plan; LAYOUTS has one line for each
+    planning   every tensor located by the first layout that claims it -> Plan; LAYOUTS has one line for each
       plain, dtensor, fsdp1, extra   a layout each: its boxes, and the ranks that hold them alike
     names      every tensor of the model, once, with all its canonical names
     values     which tensors a file can hold

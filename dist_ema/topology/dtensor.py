@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer, View
+from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View
 from dist_ema.topology.runs import local_runs
 
 __all__ = ["DTensors"]
@@ -28,11 +28,11 @@ class DTensors(Layout):
         """Whether it is a DTensor."""
         return isinstance(named.source, DTensor)
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
-        """The placer refuses a mesh that leaves ranks out, a Partial placement, and a part of several boxes."""
-        return functools.partial(_place, world_size=world_size)
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
+        """The locator refuses a mesh that leaves ranks out, a Partial placement, and a part of several boxes."""
+        return functools.partial(_locate, world_size=world_size)
 
-    def settle(self, model: nn.Module, views: Sequence[View] = ()) -> None:
+    def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Make the parameters' names resolve to the sharded DTensors again. No communication.
 
         After a forward without gradients the root group of FSDP2 stays gathered: its names then yield plain tensors
@@ -91,7 +91,7 @@ def _groups(module: FSDPModule) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
-def _place(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
+def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
     tensor: DTensor = named.source
     fqn, mesh, placements = named.fqns[0], tensor.device_mesh, tensor.placements
     if mesh.size() != world_size:
@@ -117,7 +117,7 @@ def _place(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
     ranks = tuple(alike.flatten().tolist())
     groups = tuple(mesh.get_group(axis) for axis in axes)
     holders = Holders(ranks, ranks.index(mesh.get_rank()), groups)
-    return [Piece(box, _LocalValues(named), _DTensorForm(tensor))], holders
+    return [HeldBox(box, _LocalValues(named), _DTensorForm(tensor))], holders
 
 
 def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
@@ -150,8 +150,8 @@ def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
 class _LocalValues:
     """The local tensor of the sharded parameter, taken anew at each use.
 
-    By name it may be a gathered copy (see `DTensors.settle`), so the DTensor is kept. Another DTensor under the name is
-    followed if it lies alike: then it has replaced the first (`load_state_dict(assign=True)`). Over tensor
+    By name it may be a gathered copy (see `DTensors.drop_gathered`), so the DTensor is kept. Another DTensor under the
+    name is followed if it lies alike: then it has replaced the first (`load_state_dict(assign=True)`). Over tensor
     parallelism a gathered copy is a DTensor too, on the smaller mesh.
     """
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Layout, Named, Piece, Placer
+from dist_ema.topology.layout import HeldBox, Layout, Locator, Named
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.plain import PlainForm, holders_of_plain
 from dist_ema.topology.values import foreign_kind
@@ -61,14 +61,14 @@ class ExtraStates(Layout):
         """Whether a module gave it as its extra state."""
         return named.is_extra_state
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         """Raises UnsupportedModelError if DDP spans some ranks only."""
         holders = holders_of_plain(model, rank, world_size)
         return lambda named: ([_whole(named)], holders)
 
 
-def _whole(named: Named) -> Piece:
-    return Piece(Box(named.fqns[0], (0,) * len(named.shape), named.shape), _ExtraValues(named), PlainForm())
+def _whole(named: Named) -> HeldBox:
+    return HeldBox(Box(named.fqns[0], (0,) * len(named.shape), named.shape), _ExtraValues(named), PlainForm())
 
 
 def _is_plain(state: object) -> bool:

@@ -8,7 +8,8 @@ is a few boxes: a partial row, whole rows, a partial row.
     rank 1 holds                     [..................]            weight: its last elements, bias, part of next
 
 FSDP1 tells of this only through private attributes of its handle. All of them are read in `_flat_slices`,
-`FSDP1.settle` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
+`FSDP1.drop_gathered` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer, View, Where
+from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
 
 __all__ = ["FSDP1"]
 
@@ -85,11 +86,11 @@ class FSDP1(Layout):
         """Whether it lies in a flat parameter."""
         return isinstance(named.source, _FlatSlice)
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
-        """The placer refuses process groups that leave ranks out."""
-        return functools.partial(_place, world_size=world_size)
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
+        """The locator refuses process groups that leave ranks out."""
+        return functools.partial(_locate, world_size=world_size)
 
-    def settle(self, model: nn.Module, views: Sequence[View] = ()) -> None:
+    def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
 
         FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients,
@@ -149,11 +150,11 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
     return found
 
 
-def _place(named: Named, world_size: int) -> tuple[list[Piece], Holders]:
+def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
     piece: _FlatSlice = named.source
     whole = Box(named.fqns[0], (0,) * len(piece.shape), piece.shape)
     pieces = [
-        Piece(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes), _NO_FORM)
+        HeldBox(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes), _NO_FORM)
         for skipped, box in boxes_of_run(whole, piece.start, piece.numel)
     ]
     shard_group = piece.handle.process_group

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dist_ema.boxes.shards import Box, Form, NoForm, Place
+from dist_ema.boxes.shards import Box, Form, NoForm, Slot
 
-__all__ = ["Holders", "Layout", "Named", "Piece", "Placer", "View", "Where"]
+__all__ = ["HeldBox", "Holders", "Layout", "Locator", "Named", "View", "Where"]
 
 # The identity of a module, and the name of a tensor in it.
 Where = tuple[int, str]
@@ -64,17 +64,17 @@ class Holders:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A box that this rank holds, the way to its live values, its form and its place: see `Held` in boxes/shards.py."""
+class HeldBox:
+    """A box that this rank holds, the way to its live values, its form and its slot: see `Held` in boxes/shards.py."""
 
     box: Box
     view: View
     form: Form | NoForm
-    place: Place | None = None
+    slot: Slot | None = None
 
 
-# What `Layout.placer` gives: a tensor -> the boxes of it that this rank holds, and the ranks that hold boxes alike.
-Placer = Callable[[Named], tuple[Sequence[Piece], Holders]]
+# What `Layout.locator` gives: a tensor -> the boxes of it that this rank holds, and the ranks that hold boxes alike.
+Locator = Callable[[Named], tuple[Sequence[HeldBox], Holders]]
 
 
 class Layout(Protocol):
@@ -96,15 +96,15 @@ class Layout(Protocol):
         """Whether that tensor lies in this way. Of several layouts the first in the list has it."""
         ...
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
-        """Looks at the model once, and returns what places each tensor that this layout claims.
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
+        """Looks at the model once, and returns what locates each tensor that this layout claims.
 
         Raises:
-            UnsupportedModelError: of this or of the placer: ranks hold copies that the layout does not tell of.
+            UnsupportedModelError: of this or of the locator: ranks hold copies that the layout does not tell of.
         """
         ...
 
-    def settle(self, model: nn.Module, views: Sequence[View] = ()) -> None:
+    def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Have the live values be those that the optimizer steps: called before each use of them.
 
         Args:

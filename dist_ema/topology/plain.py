@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.boxes.shards import Box, Place, same_memory
+from dist_ema.boxes.shards import Box, Slot, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Holders, Layout, Named, Piece, Placer
+from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named
 
 __all__ = ["Plain", "PlainForm", "holders_of_plain"]
 
@@ -41,20 +41,20 @@ class Plain(Layout):
         """Whether it is a tensor; what is more than that belongs to a layout before this one."""
         return isinstance(named.source, torch.Tensor)
 
-    def placer(self, model: nn.Module, rank: int, world_size: int) -> Placer:
+    def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         """Raises UnsupportedModelError if DDP spans some ranks only."""
         holders = holders_of_plain(model, rank, world_size)
         return lambda named: ([_whole(named)], holders)
 
 
-def _whole(named: Named) -> Piece:
+def _whole(named: Named) -> HeldBox:
     """The whole tensor, looked up by name at each use: buffers are often assigned anew in the forward, and
     `load_state_dict(assign=True)` and `.to()` replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
     # nn.Module has no public name for its tables; looking a name up in them is ten times faster than getattr.
     table = vars(named.owner)["_buffers" if named.is_buffer else "_parameters"]
-    return Piece(box, _PlainValues(named), PlainForm(), Place(table, named.attribute))
+    return HeldBox(box, _PlainValues(named), PlainForm(), Slot(table, named.attribute))
 
 
 class PlainForm:

@@ -1,4 +1,4 @@
-"""`plan_model`: every tensor of a model placed, and what several ranks hold alike divided among them."""
+"""`plan_model`: every tensor of a model as boxes, and what several ranks hold alike divided among them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plan_model(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
 
-    _settle(model)
+    _drop_gathered(model)
     elsewhere = _elsewhere(model)
     found = named_tensors(model, elsewhere)
     stored, left_out = _storable(found, excludes)
@@ -61,7 +61,7 @@ def plan_model(
     if not elsewhere:  # else state_dict() communicates: its names are compared in the tests only
         names = [fqn for named in (*stored, *extra) for fqn in named.fqns]
         left_out += check_against_state_dict(model, names, left_out, excludes)
-    placers = [(layout, layout.placer(model, rank, world_size)) for layout in LAYOUTS]
+    locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
     members: dict[tuple[Any, ...], list[Held]] = {}
@@ -71,10 +71,10 @@ def plan_model(
         spec = _spec(named, wanted)
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
-        pieces, held_by = next(place for layout, place in placers if layout.claims(named))(named)
+        pieces, held_by = next(locate for layout, locate in locators if layout.claims(named))(named)
         key = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
         members.setdefault(key, []).extend(
-            Held(spec, piece.box, piece.view, piece.form, piece.place) for piece in pieces
+            Held(spec, piece.box, piece.view, piece.form, piece.slot) for piece in pieces
         )
         holders.setdefault(key, held_by)
     views = [held.view for group in members.values() for held in group]
@@ -83,15 +83,15 @@ def plan_model(
     planned = [dataclasses.replace(named, source=None) for named in found]
     planned_extra = [dataclasses.replace(named, source=None) for named in extra]
 
-    def settle() -> None:
-        _settle(model, views)
+    def drop_gathered() -> None:
+        _drop_gathered(model, views)
 
-    def verify() -> None:
-        settle()
+    def check_model() -> None:
+        drop_gathered()
         check_unchanged(planned, named_tensors(model, _elsewhere(model)))
 
     def remains() -> Remains:
-        settle()
+        drop_gathered()
         now = named_tensors(model, _elsewhere(model)) + extra_states(model, excludes)[0]
         return unchanged_names([*planned, *planned_extra], now)
 
@@ -112,15 +112,15 @@ def plan_model(
         aliases=aliases,
         left_out=tuple(left_out),
         divisions=divisions,
-        settle=settle,
-        verify=verify,
+        drop_gathered=drop_gathered,
+        check_model=check_model,
         remains=remains,
     )
 
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:
     """Identity -> raw name of every parameter that requires a gradient, as an optimizer holds them."""
-    _settle(model)
+    _drop_gathered(model)
     return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -152,9 +152,9 @@ def _spec(named: Named, wanted: bool) -> TensorSpec:
     return TensorSpec(fqn, named.shape, named.dtype, wanted and named.dtype.is_floating_point, named.is_buffer)
 
 
-def _settle(model: nn.Module, views: Sequence[View] = ()) -> None:
+def _drop_gathered(model: nn.Module, views: Sequence[View] = ()) -> None:
     for layout in LAYOUTS:
-        layout.settle(model, views)
+        layout.drop_gathered(model, views)
 
 
 def _elsewhere(model: nn.Module) -> dict[Where, Any]:

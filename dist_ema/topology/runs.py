@@ -29,7 +29,7 @@ def local_runs(
     Args:
         shape: of the whole tensor.
         axis_sizes: ranks along each axis of the mesh.
-        coordinate: place of the rank on each axis.
+        coordinate: position of the rank on each axis.
         placements: one for each axis. Of a sharding one only `dim` and `split_factor` are read.
 
     Returns:
@@ -37,7 +37,7 @@ def local_runs(
         kind that is not known.
     """
     runs: list[list[Run]] = [[(0, size)] if size else [] for size in shape]
-    for size, place, placement in zip(axis_sizes, coordinate, placements, strict=True):
+    for size, position, placement in zip(axis_sizes, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
         pieces = getattr(placement, "split_factor", 1 if placement.is_shard() else None)
@@ -45,7 +45,7 @@ def local_runs(
         if not isinstance(pieces, int) or not isinstance(dim, int):
             return None
         dealt = (_chunk(runs[dim], pieces, index) for index in range(pieces))
-        runs[dim] = [run for piece in dealt for run in _chunk(piece, size, place)]
+        runs[dim] = [run for piece in dealt for run in _chunk(piece, size, position)]
     return [_joined(each) for each in runs]
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
-from dist_ema.topology import planning
+from dist_ema.topology import dtensor
 from dist_ema.topology.runs import local_runs
 
 HALF = ConstantSchedule(momentum=0.5)
@@ -142,13 +142,13 @@ def boxes_told_wrongly() -> str:
     torch.manual_seed(0)
     model = nn.Linear(3, 4, bias=False)
     fully_shard(model)
-    real = planning.place_dtensor
+    real = dtensor._locate
 
-    def place(named, world_size):
-        piece, holders = real(named, world_size)
-        return dataclasses.replace(piece, box=dataclasses.replace(piece.box, offsets=(0, 0))), holders
+    def locate(named, world_size):
+        (piece,), holders = real(named, world_size)
+        return [dataclasses.replace(piece, box=dataclasses.replace(piece.box, offsets=(0, 0)))], holders
 
-    with mock.patch.object(planning, "place_dtensor", place), pytest.raises(UnsupportedModelError) as caught:
+    with mock.patch.object(dtensor, "_locate", locate), pytest.raises(UnsupportedModelError) as caught:
         ShardedEMA(model, HALF)
     return str(caught.value)
 

@@ -11,7 +11,7 @@ is going to replace, by its fingerprint, and replaces that or nothing:
     - what the first rename has moved is looked at again, and put back if it is another's;
     - nothing whole is removed before something whole lies at the target, and then under a name of its own.
 
-One of two writers wins, the other is told. What lies beside the target: folders.py.
+One of two writers wins, the other is told. What lies beside the target: contents.py.
 
 Every function works on local files only and is called by one rank. No communication.
 """

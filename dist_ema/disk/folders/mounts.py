@@ -21,7 +21,7 @@ _LOCAL_KINDS = re.compile(r"fuse(blk|\..*)?|9p|virtiofs|vboxsf|beegfs|prl_fs|hgf
 
 @dataclasses.dataclass(frozen=True)
 class _Mount:
-    place: Path
+    at: Path
     kind: str
     options: frozenset[str]
 
@@ -33,12 +33,12 @@ def is_mount_point(folder: Path) -> bool:
     if os.path.ismount(folder) if follows else folder.stat().st_dev != folder.parent.stat().st_dev:
         return True
     # A folder that is mounted a second time has the device of its parent: only the table tells.
-    return any(mount.place == folder for mount in _mounts())
+    return any(mount.at == folder for mount in _mounts())
 
 
 def mounted_within(folder: Path) -> Path | None:
     """A place below the folder where something is mounted, which removing the folder would empty; None if none."""
-    return next((mount.place for mount in _mounts() if mount.place != folder and folder in mount.place.parents), None)
+    return next((mount.at for mount in _mounts() if mount.at != folder and folder in mount.at.parents), None)
 
 
 def free_bytes(path: Path) -> int | None:
@@ -57,11 +57,11 @@ def free_bytes(path: Path) -> int | None:
 
 def locks_reach_other_machines(path: Path) -> bool:
     """Whether a lock on a file there is seen by every machine that sees the file."""
-    above = [mount for mount in _mounts() if path.is_relative_to(mount.place)]
+    above = [mount for mount in _mounts() if path.is_relative_to(mount.at)]
     if not above:
         return False
-    longest = max(len(mount.place.parts) for mount in above)
-    last = [mount for mount in above if len(mount.place.parts) == longest][-1]  # the one mounted over the others
+    longest = max(len(mount.at.parts) for mount in above)
+    last = [mount for mount in above if len(mount.at.parts) == longest][-1]  # the one mounted over the others
     return not _LOCAL_KINDS.fullmatch(last.kind) and not last.options & _LOCAL_OPTIONS
 
 
@@ -75,5 +75,5 @@ def _mounts() -> Iterator[_Mount]:
         left, _, right = line.partition(" - ")
         before, after = left.split(" "), right.split(" ")
         if len(before) >= 6 and len(after) >= 3:
-            place = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before[4])
-            yield _Mount(Path(place), after[0], frozenset([*before[5].split(","), *after[2].split(",")]))
+            at = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before[4])
+            yield _Mount(Path(at), after[0], frozenset([*before[5].split(","), *after[2].split(",")]))

@@ -67,8 +67,8 @@ def device_checksum(values: torch.Tensor) -> torch.Tensor:
     position = 0
     for chunk in chunks(values):
         words = _words(_real(chunk))
-        places = torch.arange(position, position + len(words), dtype=torch.int64, device=values.device)
-        total += _mixed(places.mul_(_STEP).add_(words)).sum()
+        positions = torch.arange(position, position + len(words), dtype=torch.int64, device=values.device)
+        total += _mixed(positions.mul_(_STEP).add_(words)).sum()
         position += len(words)
     return total
 

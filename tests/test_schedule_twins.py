@@ -1,0 +1,74 @@
+"""Schedules that no installed tool has: compared with naive twins, written from what their papers say.
+
+All others are compared with the momentum observed in the tool that they come from (tests/golden/schedules.json); the
+last test sees that every schedule is compared in one of the two ways.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dist_ema
+from dist_ema import ConstantSchedule, CosineSchedule, HalfLifeSchedule, PowerSchedule, scaled_batch
+
+STEPS = [0, 1, 2, 3, 7, 50, 999, 31_622, 10**6]
+GOLDEN = Path(__file__).parent / "golden" / "schedules.json"
+
+
+def half_life_in_images(fraction: float, longest_steps: float | None) -> Callable[[int], float]:
+    """EDM's training loop (arXiv 2206.00364), which counts images: a ramp of the half-life, up to the longest one."""
+    batch_images = 64
+
+    def decay(step: int) -> float:
+        seen_images = (step + 1) * batch_images  # EDM2 counts the batch of this step, EDM does not
+        half_life_images = seen_images * fraction
+        if longest_steps is not None:
+            half_life_images = min(half_life_images, longest_steps * batch_images)
+        return 0.5 ** (batch_images / max(half_life_images, 1e-8))
+
+    return decay
+
+
+@pytest.mark.parametrize("longest_steps", [None, 30, 5000.5])
+@pytest.mark.parametrize("fraction", [0.05, 0.09, 0.5])
+def test_a_half_life_is_that_of_the_ramp_in_images(fraction, longest_steps) -> None:
+    schedule = HalfLifeSchedule(fraction=fraction, max_half_life_steps=longest_steps)
+    decay = half_life_in_images(fraction, longest_steps)
+    for step in STEPS:
+        momentum = schedule.momentum(step)
+        assert momentum == pytest.approx(1 - decay(step), rel=0, abs=1e-12), step
+        # What a half-life is: so many updates of this momentum leave one half of what was there.
+        steps = fraction * (step + 1) if longest_steps is None else min(fraction * (step + 1), longest_steps)
+        assert (1 - momentum) ** steps == pytest.approx(0.5, rel=1e-9), step
+
+
+@pytest.mark.parametrize("kappa", [1, 2, 8])
+@pytest.mark.parametrize(
+    "inner", [ConstantSchedule(decay=0.9995), CosineSchedule(0.3, 0.02, total_steps=1000), PowerSchedule(gamma=6.94)]
+)
+def test_a_scaled_batch_moves_as_far_as_the_small_batches_it_is_made_of(kappa, inner) -> None:
+    """Definition 1.2 of arXiv 2307.13813: kappa updates towards one live value, at the momentum of this step."""
+    schedule = scaled_batch(kappa, inner)
+    for step in STEPS:
+        averaged, live, momentum = 0.0, 1.0, inner.momentum(step)
+        for _ in range(kappa):
+            averaged = (1 - momentum) * averaged + momentum * live
+        assert schedule.momentum(step) == pytest.approx(averaged, rel=0, abs=1e-12), step
+
+
+def test_every_schedule_is_compared_with_a_tool_or_a_naive_twin() -> None:
+    public = {
+        name
+        for name in dist_ema.__all__
+        if getattr(getattr(dist_ema, name), "__module__", "").startswith("dist_ema.schedules.")
+    }
+    assert {"CosineSchedule", "after"} <= public
+    observed = {name for case in json.loads(GOLDEN.read_text()) for name in re.findall(r"\w+", case["ours"])}
+    twins = {"HalfLifeSchedule", "scaled_batch"}
+    assert public == (observed & public) | twins
+    assert not observed & twins, "a tool has it by now, and docs/schedules.md says that none does"
