@@ -1,4 +1,4 @@
-"""Checks of single values that users give: each returns the value in the type we keep, or raises."""
+"""Checks of single values that users give: a check returns the value in the type that this package uses, or raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
-# "s3://bucket/x", what pathlib makes of it ("s3:/bucket/x"), and what fsspec chains ("simplecache::s3://bucket/x"). A
+# "s3://bucket/x", the form of pathlib ("s3:/bucket/x"), and the chains of fsspec ("simplecache::s3://bucket/x"). A
 # scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)(::[A-Za-z0-9+.-]+)*:/")
 _LONGEST_TARGET_NAME_BYTES = 200
@@ -23,7 +23,7 @@ def folder_name(name: str, value: object) -> str:
     """`value` as the name of one folder below another: letters, digits, '-' and '_'.
 
     Raises:
-        ConfigError: it is something else, or could leave the folder.
+        ConfigError: the value is something else, or could leave the folder.
     """
     return _matching(_FOLDER_NAME, name, value, "a folder name of letters, digits, '-' and '_'")
 
@@ -32,7 +32,7 @@ def file_name(name: str, value: object) -> str:
     """`value` as the name of one file in a folder.
 
     Raises:
-        ConfigError: it is something else, or could leave the folder.
+        ConfigError: the value is something else, or could leave the folder.
     """
     return _matching(_FILE_NAME, name, value, "the name of a file in the same folder")
 
@@ -79,7 +79,7 @@ def seconds_from_environment(name: str, default: float) -> float:
     """The environment variable `name` as seconds, at least 0.1; `default` where it is not set.
 
     Raises:
-        ConfigError: it is no such number.
+        ConfigError: the variable is not such a number.
     """
     text = os.environ.get(name)
     if text is None:
@@ -94,7 +94,7 @@ def seconds_from_environment(name: str, default: float) -> float:
 
 
 def shown(value: object) -> str:
-    """The repr of a value in a message: short, also of a number with thousands of digits."""
+    """The repr of a value for a message: short, also of a number with thousands of digits."""
     try:
         return repr(value)[:200]
     except ValueError:  # Python writes no integer of more than 4,300 digits
@@ -102,7 +102,7 @@ def shown(value: object) -> str:
 
 
 def local(path: object) -> Path:
-    """A path as it was given, of this machine's file systems and no URL.
+    """A path as the user gave it, of this machine's file systems and no URL.
 
     Raises:
         ConfigError: it is a URL, or not a path.
@@ -114,11 +114,11 @@ def local(path: object) -> Path:
         os.fsencode(text)
     except (TypeError, ValueError):
         raise ConfigError(f"path is {shown(path)}, expected the name of a folder") from None
-    # Some paths of other libraries are a URL in their own eyes, and a cached copy in those of os.fspath.
-    for told in (text, text if isinstance(path, str) else str(path)):
-        found = _URL.match(told)
-        if found is not None:
-            raise ConfigError(_url_refusal(told, found[1]))
+    # The paths of some libraries are a URL as text, and a cached copy by os.fspath.
+    for form in (text, text if isinstance(path, str) else str(path)):
+        match = _URL.match(form)
+        if match is not None:
+            raise ConfigError(_url_refusal(form, match[1]))
     return Path(text)
 
 
@@ -148,7 +148,7 @@ def absolute(path: object) -> Path:
 
 
 def target_folder(path: object) -> Path:
-    """As `absolute`, of a folder to write: what is staged beside it has a longer name, which must be one too.
+    """As `absolute`, of a folder to write. Its staging folder has a longer name, which must be a valid one too.
 
     Raises:
         ConfigError: it is a URL, not a path, or its name is too long.
@@ -164,7 +164,7 @@ def target_folder(path: object) -> Path:
 
 
 def working_folder(path: object) -> str | None:
-    """The working folder, from which a relative path is taken; None for a path that needs none."""
+    """The working folder, to which a relative path belongs; None for an absolute path."""
     try:
         return None if os.path.isabs(os.path.expanduser(os.fspath(path))) else os.getcwd()  # type: ignore[call-overload]
     except (TypeError, ValueError, OSError):

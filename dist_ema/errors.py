@@ -7,14 +7,14 @@
     ├── ModelChangedError                        the model is no longer the one that was planned
     ├── SwapError                                not allowed while the averaged weights are in the model
     ├── CommunicationError                       other ranks died, left the call, or made another one
-    ├── RankMismatchError                        the ranks disagree about model, options or counter
+    ├── RankMismatchError                        the ranks differ in model, options or counter
     └── CheckpointError                          a folder could not be written or read
         ├── CheckpointNotFoundError              there is nothing to read at the path
         ├── CheckpointMismatchError              it belongs to another model or other options
         └── CheckpointCorruptError               it is damaged or was not written by this package
 
-Each message says what was given, what was expected and what to do. An error found on one of several ranks
-is raised on all of them with the same class and text (see `dist_ema.ranks.exchange.Exchange.agree`).
+A message says what was given, what was expected and what to do. An error of one of several ranks is raised
+on all of them with the same class and text (see `dist_ema.ranks.exchange.Exchange.agree`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class CommunicationError(DistEMAError):
 
 
 class RankMismatchError(DistEMAError):
-    """The ranks disagree about the model, the options or the number of updates."""
+    """The ranks differ in the model, the options or the number of updates."""
 
 
 class CheckpointError(DistEMAError):
@@ -86,10 +86,10 @@ class CheckpointCorruptError(CheckpointError):
 def error_class(name: str) -> type[DistEMAError]:
     """The class of this module called `name`; `DistEMAError` for any other name.
 
-    Used to raise on every rank what one rank reported by name. No communication.
+    With it every rank raises an error that one rank reported by name. No communication.
     """
-    found = globals().get(name) if name in __all__ else None
-    return found if isinstance(found, type) and issubclass(found, DistEMAError) else DistEMAError
+    kind = globals().get(name) if name in __all__ else None
+    return kind if isinstance(kind, type) and issubclass(kind, DistEMAError) else DistEMAError
 
 
 def agreed(error: DistEMAError) -> DistEMAError:
@@ -99,12 +99,12 @@ def agreed(error: DistEMAError) -> DistEMAError:
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all ranks raise it. No communication."""
+    """Whether all ranks raise the error. No communication."""
     return getattr(error, "_agreed", False)
 
 
 def described(failure: Exception) -> tuple[str, str]:
-    """Name of the class and text of what all ranks raise for a failure of one. No communication."""
+    """Class name and text of the error that all ranks raise for a failure of one. No communication."""
     if isinstance(failure, DistEMAError):
         return type(failure).__name__, str(failure)
     if isinstance(failure, OSError):

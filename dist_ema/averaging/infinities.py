@@ -1,4 +1,4 @@
-"""Which tensors hold infinities, live or averaged, so that only these are averaged with care. No communication.
+"""Which tensors have infinities, live or averaged, so that only these are averaged with care. No communication.
 
 A mask of minus infinities, frozen or in a buffer, must stay what it is; but `lerp(-inf, -inf)` is not a number. Watched
 tensors are averaged with a second pass, which the other tensors must not pay for. So this package looks at all averages
@@ -200,7 +200,7 @@ class _Look:
         return all(arrival.query() for arrival in self._arrivals)
 
     def infinite(self) -> set[int]:
-        """The indices of the shards that may hold an infinity; waits for the device."""
+        """The indices of the shards that may have an infinity; waits for the device."""
         for arrival in self._arrivals:
             arrival.synchronize()
         return {

@@ -35,14 +35,14 @@ class Guard:
         by_torch = all(tensor.device.type in _COMPARED_BY_TORCH for tensor in self._tensors)
         self._compare = torch.Tensor.is_set_to if by_torch else same_memory
 
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """Whether all tensors still have that memory, in the same shape and strides."""
         try:
             now = map(operator.getitem, self._tables, self._keys)
             alike = all(map(operator.is_, now, self._tensors))
         except KeyError:  # the tensor was moved or removed: the view raises, or returns it
             return False
-        return alike and all(map(self._compare, self._tensors, self._kept)) and self._views_hold()
+        return alike and all(map(self._compare, self._tensors, self._kept)) and self._are_views_kept()
 
-    def _views_hold(self) -> bool:
+    def _are_views_kept(self) -> bool:
         return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))

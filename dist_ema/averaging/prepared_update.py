@@ -29,11 +29,11 @@ _FEWEST_SHARED_NUMEL = 2**20
 
 
 class Prepared:
-    """The lists of an update, which hold while `holds()`.
+    """The lists of an update, which are valid while `is_current()`.
 
     Attributes:
         is_fetched: whether live values come from a device into host memory.
-        watched: the shards that may hold infinities.
+        watched: the shards that may have infinities.
 
     Args:
         shards: the shards of the averages.
@@ -41,7 +41,7 @@ class Prepared:
         skip_nonfinite: whether live values may be left out. Such work takes temporaries of the size of a block, and
             counts: it goes one block after the other.
         uncounted: names of tensors of which another rank counts what is left out.
-        watched: indices of the shards that may hold infinities.
+        watched: indices of the shards that may have infinities.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Prepared:
                 block.land_in(self._landings[index % 2])
         self.is_fetched = bool(self._landings)
 
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """Whether live tensors and averages still stand for the same memory."""
-        return self._guard.holds()
+        return self._guard.is_current()
 
     def used(self) -> Iterator[torch.Tensor]:
         """All tensors that the work reads or writes."""
@@ -113,9 +113,9 @@ class Prepared:
         share_out(Lane.run, lanes, self._workers)
 
     def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:
-        """The blocks, with tensors that hold the live values in the averages' dtype and on their device.
+        """The blocks, with tensors of the live values in the averages' dtype and on their device.
 
-        They hold these values after the steps that were added so far, and before the steps of the next block: every
+        They have these values after the steps that were added so far, and before the steps of the next block: every
         second fetched block lands in the same host memory.
         """
         if self.is_fetched:

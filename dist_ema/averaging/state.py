@@ -162,8 +162,8 @@ class AveragedState:
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
         """The tensors to read a checkpoint into, per track and shard of `loaded`, before it is known to be good.
 
-        Before the first update the averages hold nothing that counts (`values` shows the live weights): they are filled
-        in place, and a resume needs no memory. Later a load needs a second copy, on the host, until `restore`.
+        Before the first update the averages have no value that counts (`values` shows the live weights): they are
+        filled in place, and a resume needs no memory. Later a load needs a second copy, on the host, until `restore`.
         """
         if self.num_updates == 0:
             return {name: averages.values for name, averages in self.averages.items()}

@@ -43,7 +43,7 @@ class Stream:
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep the memory of these tensors from further use until the work is done, even if no reference is left."""
 
-    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+    def flag_of_now(self, flag: torch.Tensor) -> torch.Tensor:
         """The flag with its value of now; the caller may change its tensor before the work reads the flag."""
         return flag
 
@@ -96,7 +96,7 @@ class SideStream(Stream):
             if tensor.device.type != "cpu":
                 tensor.record_stream(self._stream)
 
-    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+    def flag_of_now(self, flag: torch.Tensor) -> torch.Tensor:
         """A copy, made on the current stream."""
         copy = flag.clone()
         self.keep([copy])

@@ -57,7 +57,7 @@ class Block:
         """Begin to copy live values of another device; the host does not wait. It comes before the steps of `bring`."""
 
     def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
-        """Tensors that hold the live values, in the averages' dtype and on their device, once these steps are done."""
+        """Tensors with the live values, in the averages' dtype and on their device, when these steps are done."""
         return self._live
 
 
@@ -164,7 +164,7 @@ def make_blocks(
                 blocks.append(Block(*_selected(alike, live, tracks)))
                 continue
             numel = _BLOCK_NUMEL.get(tracks[0][alike[0]].device.type, SCRATCH_NUMEL)
-            blocks += [kind(*group) for group in _groups(*_selected(alike, live, tracks), numel, chunk_numel)]
+            blocks += [kind(*tensors) for tensors in _cut_to_size(*_selected(alike, live, tracks), numel, chunk_numel)]
     for block in blocks:
         block.counted, block.watched, block.masks = counted, watched, masks
     return blocks
@@ -198,7 +198,7 @@ def by_strides(
     for index in indices:
         on_cpu = live[index].device.type == "cpu"
         (alike if on_cpu or live[index].stride() == averaged[index].stride() else others).append(index)
-    return [group for group in (alike, others) if group]
+    return [listed for listed in (alike, others) if listed]
 
 
 def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:
@@ -230,29 +230,29 @@ def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _groups(
+def _cut_to_size(
     live: Sequence[torch.Tensor],
     tracks: Sequence[Sequence[torch.Tensor]],
     numel: int,
     chunk_numel: int | None,
 ) -> Iterator[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
     """The tensors, cut and put together so that a list has at most `numel` elements, for all tracks alike."""
-    live_group: list[torch.Tensor] = []
-    track_groups: list[list[torch.Tensor]] = [[] for _ in tracks]
+    live_chunks: list[torch.Tensor] = []
+    track_chunks: list[list[torch.Tensor]] = [[] for _ in tracks]
     room = numel
     for whole, *averaged in zip(live, *tracks, strict=True):
         cuts = [list(cut_alike(of_track, whole, chunk_numel or numel)) for of_track in averaged]
         for chunks in zip(*cuts, strict=True):
             chunk = chunks[0][1]
-            if chunk.numel() > room and live_group:
-                yield live_group, track_groups
-                live_group, track_groups, room = [], [[] for _ in tracks], numel
-            live_group.append(chunk)
-            for group, (averaged_chunk, _) in zip(track_groups, chunks, strict=True):
-                group.append(averaged_chunk)
+            if chunk.numel() > room and live_chunks:
+                yield live_chunks, track_chunks
+                live_chunks, track_chunks, room = [], [[] for _ in tracks], numel
+            live_chunks.append(chunk)
+            for of_track, (averaged_chunk, _) in zip(track_chunks, chunks, strict=True):
+                of_track.append(averaged_chunk)
             room -= chunk.numel()
-    if live_group:
-        yield live_group, track_groups
+    if live_chunks:
+        yield live_chunks, track_chunks
 
 
 def cut_alike(averaged: torch.Tensor, live: torch.Tensor, numel: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,7 +15,7 @@ An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is a
 much of it is lost. A compensated average also keeps what a step lost, in bfloat16, and adds it to the next (Kahan's
 sum). Its operations are not fused, so that the bits do not depend on how a tensor is cut either.
 
-An update is a job (uninterrupted.py): all of its steps are done, or none. Tensors that may hold infinities are watched
+An update is a job (uninterrupted.py): all of its steps are done, or none. Tensors that may have infinities are watched
 (infinities.py), and averaged with care.
 """
 
@@ -209,7 +209,7 @@ class Updater:
             self._run(Stream(), Job(first, count))
             return
         prepared = self._ready()
-        flag = None if unless is None else self.stream.hold(unless)
+        flag = None if unless is None else self.stream.flag_of_now(unless)
         lanes = [*first, *prepared.lanes(partial(self._moves, prepared, active, flag))]
         if self._watch.due:
             lanes.append(Lane(partial(self._steps_of_look, self._watch.due)))
@@ -217,7 +217,7 @@ class Updater:
 
     def _ready(self) -> Prepared:
         prepared = self._prepared
-        if prepared is None or not prepared.holds():
+        if prepared is None or not prepared.is_current():
             prepared = None
             self._watch.follow()
         watched = self._watch.watched()
@@ -363,7 +363,7 @@ def _with_care(
     live: Sequence[torch.Tensor],
     weights: _Weights,
 ) -> None:
-    """The averages of tensors that may hold infinities: where either side is infinite, the live value."""
+    """The averages of tensors that may have infinities: where either side is infinite, the live value."""
     moved, lost = [], []
     for at, (value, new) in enumerate(zip(averaged, live, strict=True)):
         plain = ~(torch.isinf(value) | torch.isinf(new))

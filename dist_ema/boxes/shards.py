@@ -1,6 +1,6 @@
 """Shards are boxes: named pieces of named tensors.
 
-Nothing here knows a parallelism, a process group or a file. No communication.
+This module knows no parallelism, no process group and no file. No communication.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 
-# How the names of what `module.get_extra_state()` returns end, in a state dict of torch.
+# The end of the names, in a state dict of torch, of what `module.get_extra_state()` returns.
 EXTRA_STATE = "_extra_state"
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both show the same elements at the same address, as they stand now.
+    """Whether both tensors now show the same elements at the same address.
 
-    Compare with a tensor that was kept, not with a number that was: that address may belong to other memory by now.
+    Compare with a tensor that was kept, not with a kept address: other memory may have that address by now.
     """
     if one.data_ptr() != other.data_ptr() or one.dtype != other.dtype:
         return False
@@ -47,10 +47,10 @@ class TensorSpec:
     """A whole named tensor of the model, the same on every rank.
 
     Attributes:
-        fqn: its canonical name, free of wrapper prefixes.
-        shape: its whole (global) shape.
+        fqn: the canonical name, free of wrapper prefixes.
+        shape: the whole (global) shape.
         dtype: the dtype of the live tensor.
-        averaged: whether the average keeps values for it; otherwise the averaged side shows the live ones.
+        averaged: whether the average keeps values for the tensor; else the averaged side shows the live ones.
         is_buffer: whether it is a buffer, not a parameter.
     """
 
@@ -81,7 +81,7 @@ class Box:
 
     @property
     def region(self) -> tuple[slice, ...]:
-        """The slices that cut this box out of the whole tensor."""
+        """The slices of the whole tensor that are this box."""
         return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
 
 
@@ -96,7 +96,7 @@ class Form(Protocol):
         """The values of the box, of an entry that `wrap` could have made, sharing memory. No communication.
 
         Raises:
-            CheckpointMismatchError: it is laid out otherwise.
+            CheckpointMismatchError: the entry is laid out otherwise.
         """
         ...
 
@@ -117,16 +117,16 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The piece of a named tensor that the live model of this rank holds, and how to reach it.
+    """The piece of a named tensor that the live model of this rank holds, and the view of its values.
 
     Attributes:
         spec: the whole tensor.
-        box: which piece of it.
-        view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. Called
-            anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
-            again only while that still stands for the same memory, dtype and strides.
-        form: how a state dict shows it, or why it cannot.
-        slot: where the model keeps the tensor that `view` shows whole; None where `view` alone can tell if its memory
+        box: the piece.
+        view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. It is called anew
+            at each use: training wrappers may replace the memory behind it. It may return the same tensor object again
+            only while that has the same memory, dtype and strides.
+        form: how a state dict shows the piece, or why it cannot.
+        slot: where the model keeps the tensor that `view` shows whole; None where only `view` shows whether its memory
             was replaced.
     """
 
@@ -138,15 +138,15 @@ class Held:
 
     @property
     def takes_gradient(self) -> bool:
-        """Whether the live tensor requires a gradient, where `view` can tell; else it is believed to."""
-        told = getattr(self.view, "takes_gradient", None)
-        return True if told is None else bool(told())
+        """Whether the live tensor requires a gradient, if `view` has an answer; else True."""
+        answer = getattr(self.view, "takes_gradient", None)
+        return True if answer is None else bool(answer())
 
     def values(self) -> torch.Tensor:
         """The live values of the box, sharing memory with the model, their shape checked.
 
         Raises:
-            ModelChangedError: the live tensor has another shape than it was planned with.
+            ModelChangedError: the live tensor has another shape than planned.
         """
         view = self.view()
         if view.shape != self.box.sizes:
@@ -157,9 +157,9 @@ class Held:
         return view
 
     def restore(self, values: torch.Tensor) -> None:
-        """Give the live tensor these values again, a copy of what `view` showed.
+        """Give the live tensor these values again, which are a copy of what `view` showed.
 
-        A buffer that was made anew since, of another shape or none at all, is put back into its slot.
+        A buffer that was made anew since in another shape, or removed, is put back into its slot.
         """
         if self.spec.is_buffer and self.slot is not None:
             current = self.slot.table.get(self.slot.key)
@@ -213,14 +213,14 @@ class Shard:
         return self.within(self.held.values())
 
     def within(self, values: torch.Tensor) -> torch.Tensor:
-        """The part of `values`, which are those of the held piece, that the box is. Shares memory."""
+        """The part of `values`, the values of the held piece, that is in the box. Shares memory."""
         for dim, start, length in self._narrowing:
             values = values.narrow(dim, start, length)
         return values
 
     @functools.cached_property
     def _narrowing(self) -> list[tuple[int, int, int]]:
-        """(dim, start, length) of the cuts that lead from the held piece to the box."""
+        """(dim, start, length) of the cuts that make the box from the held piece."""
         inner, outer = self.box, self.held.box
         return [
             (dim, inner.offsets[dim] - outer.offsets[dim], inner.sizes[dim])

@@ -346,7 +346,7 @@ def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes
         elif not _matches(spec.fqn, escapes.new):
             existing = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
             missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
-    known = {name for group in other_names.values() for name in group}
+    known = {name for of_tensor in other_names.values() for name in of_tensor}
     known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
     extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
     if missing or extra:

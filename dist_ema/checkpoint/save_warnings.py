@@ -1,4 +1,4 @@
-"""The warnings before a save: it replaces a better average, or it holds no update. A run gives each of them once."""
+"""The warnings before a save: it replaces a better average, or it has no update. A run gives each of them once."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _BUCKET_BYTES = 8 * 2**20
 class LiveBackup:
     """The live values of all averaged tensors and all persistent buffers that this rank holds, kept aside.
 
-    No communication. The caller has verified the plan.
+    No communication. The caller has checked that the model is the planned one.
 
     Attributes:
         is_restored: whether the live values were put back.

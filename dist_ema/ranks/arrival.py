@@ -15,19 +15,19 @@ __all__ = ["arrival_seconds", "present_world", "wait_for_all"]
 _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 30.0
-# A wait that goes on is told again when it has become this many times as long.
+# A wait that goes on is logged again when it has become this many times as long.
 _GROWTH = 10.0
-# A rank that has waited for so long lets the others know where it is.
+# A rank that has waited for so long writes to the store which call it has come to.
 _COME_SECONDS = 1.0
-# Ranks that a message names.
+# The most ranks that a message names.
 _MOST_NAMED = 8
 
 
 def arrival_seconds() -> tuple[float, float]:
-    """After how long a wait is logged, and after how long it ends, 0 if that is not set. Read at every use.
+    """The seconds after which a wait is logged, and those after which it ends (0 if not set). Read at every use.
 
     Raises:
-        ConfigError: one of the environment variables has a value that is none.
+        ConfigError: one of the environment variables is not a number of seconds.
     """
     notice = seconds_from_environment("DIST_EMA_NOTICE_SECONDS", _NOTICE_SECONDS)
     return notice, seconds_from_environment("DIST_EMA_ARRIVAL_SECONDS", 0.0)
@@ -37,12 +37,12 @@ def present_world(call: str, rank: int, size: int) -> World:
     """The ranks that a call is made with. No communication, but a connection to the store.
 
     Args:
-        call: its name.
-        rank: of this process when the average was built.
-        size: how many ranks there were then.
+        call: the name of the call.
+        rank: the rank of this process when the average was built.
+        size: the number of ranks then.
 
     Raises:
-        CommunicationError: their process group was destroyed.
+        CommunicationError: the process group was destroyed.
     """
     world = this_world()
     if world is None or (world.rank, world.size) != (rank, size):
@@ -60,13 +60,13 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
 
     Args:
         world: the ranks.
-        call: its name.
-        notice_seconds: after which rank 0 logs for whom it waits.
-        seconds: after which the call ends on all ranks, also on those that come later.
+        call: the name of the call.
+        notice_seconds: the seconds after which rank 0 logs for which ranks it waits.
+        seconds: the seconds after which the call ends on all ranks, also on those that come later.
 
     Raises:
         CommunicationError: some rank did not come in time, or is gone; the same on all ranks.
-        DistEMAError: some rank has left the call with it; the same on all ranks.
+        DistEMAError: some rank has left the call with this error; the same on all ranks.
     """
     began = time.monotonic()
 
@@ -76,7 +76,7 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
             *(call, waited, _missing(world), seconds),
         )
 
-    # Nobody asks who has come before somebody has waited for long.
+    # No rank reads the store before it has waited for long: a short wait needs no entry there.
     deeds = [Deed(min(_COME_SECONDS, notice_seconds / 4, seconds / 4), lambda waited: world.come(call))]
     if world.rank == 0:
         deeds.append(Deed(notice_seconds, tell, growth=_GROWTH))
@@ -92,11 +92,11 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
                 parting = Farewell(
                     world.num_calls, CommunicationError.__name__, _missed(world, call, waited), waited > 0.9 * seconds
                 )
-                said = world.link.leave(parting)
+                first = world.link.leave(parting)
                 world.renew()
-                # A rank may have left the call before this one at its very end, where the others had done with it.
-                if not said.lives or said.call >= world.num_calls:
-                    raise agreed(error_class(said.kind)(said.message)) from error
+                # The farewell may be of the former call: a rank left its very end, when the others were through.
+                if not first.lives or first.call >= world.num_calls:
+                    raise agreed(error_class(first.kind)(first.message)) from error
     finally:
         watch.end()
 
@@ -112,7 +112,7 @@ def _missed(world: World, call: str, waited: float) -> str:
 
 
 def _missing(world: World) -> str:
-    """The ranks that have not come, as far as that can be known."""
+    """The names of the ranks that have not come, as far as that is known."""
     try:
         missing = world.missing()
     except RuntimeError:

@@ -1,13 +1,13 @@
-"""Calls that all ranks make together: what each of them does first, and how it ends on all of them.
+"""Calls that all ranks make together: what a call does first, and how it ends on all ranks.
 
-    1 all   come to the call (`Exchange.arrive`)
-    2 all   wait for the save in the background, if the call reads or writes folders
-    3 each  refuse while the averaged weights are in the model, see that the model is the planned one, do local work
-    4 all   raise the same error if any of them failed (`Exchange.agree`)
-    5 all   raise if they did not ask for the same (`Exchange.compare`)
+    1 all    come to the call (`Exchange.arrive`)
+    2 all    wait for the save in the background, if the call reads or writes folders
+    3 alone  refuse while the averaged weights are in the model, refuse a changed model, do local work
+    4 all    raise the same error if any of them failed (`Exchange.agree`)
+    5 all    raise if they did not ask for the same (`Exchange.compare`)
 
-A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in groups.py. A call
-leaves torch's grad mode as it found it: `torch.no_grad()` is Python, so an interrupt at its end would leave autograd
+A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in groups.py. A call that
+raises sets torch's grad mode back: `torch.no_grad()` is Python, so an interrupt at its end would leave autograd
 switched off for the rest of the run.
 """
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class _Average(Protocol):
-    """What a call asks of the average that it is made on. Nothing of it communicates."""
+    """The averages of one rank, as a call uses them. No method communicates."""
 
     def begin(self, call: str) -> None:
         """Wait for updates beside training. Raises a SwapError while the averaged weights are in the model."""
@@ -43,7 +43,7 @@ class Calls:
 
     Args:
         exchange: the control traffic of all ranks.
-        average: this rank's part of it.
+        average: the averages of this rank.
         wait: waits for the save in the background, and raises its error.
     """
 
@@ -53,11 +53,11 @@ class Calls:
         self.wait = wait
 
     def __call__(self, name: str, act: Callable[[Call], T]) -> T:
-        """Make a call: what `act` raises ends it for all ranks.
+        """Make a call. An exception of `act` ends it for all ranks.
 
         Args:
-            name: of the method that users call.
-            act: what it does.
+            name: the name of the method that users call.
+            act: the work of the call.
         """
         call, mode = Call(self, name), torch.is_grad_enabled()
         try:
@@ -72,7 +72,7 @@ class Call:
     """One call.
 
     Attributes:
-        name: of the method that users call.
+        name: the name of the method that users call.
         exchange: the control traffic of all ranks.
     """
 
@@ -95,15 +95,15 @@ class Call:
         """Collective: every rank must call it. The steps above, in that order.
 
         Args:
-            work: what this rank prepares; must not communicate.
-            same: what must be alike on all ranks, of what `work` returned; must survive JSON.
+            work: the local work, which must not communicate.
+            same: returns, from the result of `work`, what must be alike on all ranks; it must survive JSON.
             after_saves: whether a save in the background must have ended.
             within_swap: whether the call is allowed while the averaged weights are in the model.
-            of_changed: whether the model may be another than the planned one.
-            working_folder: from which a path in `same` was taken; named where paths differ.
+            of_changed: whether the model may differ from the planned one.
+            working_folder: the folder to which a path in `same` is relative; the error has it where paths differ.
 
         Returns:
-            What `work` returned.
+            The result of `work`.
 
         Raises:
             DistEMAError: the same on all ranks.
@@ -135,20 +135,20 @@ class Call:
         """End the call for the other ranks too, unless they have the same error.
 
         Raises:
-            DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+            DistEMAError: the error that the other ranks raise, in place of an error of Python, torch or numpy.
         """
         _end_for_all(self.exchange, self.name, self._num_calls_before, error)
 
 
 @contextmanager
 def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
-    """What leaves the block by an error that the other ranks may not have ends the call for them too.
+    """A context: an error that leaves it, and that the other ranks may not have, ends the call for them too.
 
-    No communication, but with the store when it happens.
+    No communication, but with the store after such an error.
 
     Args:
-        exchange: of the call.
-        call: its name, for the message.
+        exchange: the exchange of the call.
+        call: the name of the call, for the message.
     """
     before = exchange.num_calls
     try:
@@ -159,6 +159,6 @@ def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
 
 
 def _end_for_all(exchange: Exchange, call: str, num_calls_before: int, error: BaseException) -> None:
-    # Before its arrival no other rank has been met, and none waits.
+    # Before the arrival no other rank waits for this one.
     if exchange.is_beside or exchange.num_calls > num_calls_before:
         exchange.abandon(call, error)

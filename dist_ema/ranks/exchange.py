@@ -75,7 +75,7 @@ class Exchange:
     def arrive(self, call: str, *, hurried: bool = True) -> None:
         """Collective: every rank must call it. Waits until all ranks have come to the same call.
 
-        Rank 0 logs for whom it waits, after `DIST_EMA_NOTICE_SECONDS`.
+        Rank 0 logs for which ranks it waits, after `DIST_EMA_NOTICE_SECONDS`.
 
         Args:
             call: the name of the call that begins.
@@ -108,10 +108,10 @@ class Exchange:
     def _leave(self, link: Link, kind: str, message: str, *, lives: bool) -> DistEMAError:
         """Leave a link. Returns the error that all ranks raise."""
         num_calls = 0 if self._world is None else self._world.num_calls
-        said = link.leave(Farewell(num_calls, kind, message, lives))
+        first = link.leave(Farewell(num_calls, kind, message, lives))
         if self._world is not None and link is self._world.link:
             self._world.renew()
-        return agreed(error_class(said.kind)(said.message))
+        return agreed(error_class(first.kind)(first.message))
 
     def _left(self, call: str, error: BaseException) -> DistEMAError:
         """Leave the call because of an error that only this rank may have. Returns the error that all ranks raise."""

@@ -1,14 +1,15 @@
 """The gloo groups of the package's own messages: made by all ranks, left by all ranks, made anew.
 
 They need no GPU, and never mix with the traffic of training. They are made on the store that all ranks share, beside
-torch's own registry: `new_group` numbers its groups on each rank alone, so a rank that made one more than the others
-would change the names of all later groups, the user's among them.
+torch's own registry: `new_group` numbers its groups on every rank alone, so a rank that made one more than the others
+would change the names of all later groups, those of the user too.
 
 [Note: leaving]
-A rank that cannot go on with a call leaves its group: it says in the store why, then drops the group, which closes its
-connections. Whoever waits for this rank, now or at its next message, fails at once, reads what was said, raises that,
-and leaves too. The next call makes the group of the next number, on every rank. Only the first to leave is heard.
-No local variable may hold a group or a work while it waits: the traceback of an error would keep the connections open.
+No local variable may refer to a group or a work while it waits: the traceback of an error would keep connections open.
+A rank that cannot go on with a call leaves its group: it writes its farewell, with the reason, to the store. Then it
+drops the group, which closes its connections. A rank that waits for this one, now or at its next message, fails at
+once, reads the farewell, raises the error in it, and leaves too. Only the farewell of the first rank counts. The next
+call makes the group of the next number, on every rank.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dist_ema.ranks.broadcasts import Passing
 
 __all__ = ["Farewell", "Link", "World", "this_world"]
 
-# How long a rank waits for a message within a call that all have made, at least: a slow disk is no error.
+# The least time that a rank waits for a message within a call that all have made: a slow disk is no error.
 _STAGE_SECONDS = 1800.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
@@ -42,13 +43,13 @@ _COMING, _READY = 1, 2  # tags of the two messages of an arrival; all others hav
 
 @dataclasses.dataclass(frozen=True)
 class Farewell:
-    """Why a group was left.
+    """The reason why a rank left a group.
 
     Attributes:
         call: the number of the call, counted alike on all ranks.
-        kind: name of the error that all ranks raise.
-        message: its text.
-        lives: the rank that left did so by itself; otherwise it only found that another one is gone.
+        kind: the name of the error that all ranks raise.
+        message: the text of that error.
+        lives: whether the rank left by itself; False if it left because another rank is gone.
     """
 
     call: int
@@ -68,7 +69,7 @@ class Link:
         self._size = size
         self._group: Any = None
         self._left: Farewell | None = None
-        # Of arrivals: the other rank, and a byte that is sent or taken.
+        # The messages of an arrival: the other rank, and a byte that is sent or received.
         others = range(1, size) if rank == 0 else (0, 0)
         self._messages = [(other, torch.zeros(1, dtype=torch.uint8, device="cpu")) for other in others]
 
@@ -78,9 +79,9 @@ class Link:
         return self._group is not None
 
     def make(self, seconds: float) -> None:
-        """Collective: every rank must call it. Make the group, unless it is there.
+        """Collective: every rank must call it. Make the group, unless it is made.
 
-        In a thread, because the wait for the other ranks can neither be ended by a signal nor told that one has left.
+        A thread makes it: neither a signal nor the farewell of a rank could end the wait for the other ranks.
 
         Raises:
             RuntimeError: some rank did not come in time, or has left.
@@ -96,7 +97,7 @@ class Link:
 
         def run() -> None:
             try:
-                # A client of its own: one that waits would block the other calls.
+                # The client is a new one: a client that waits would block the other calls.
                 store = PrefixStore(self._name, self._store.clone())
                 made.append(dist.ProcessGroupGloo(store, self._rank, self._size, timeout))
             except Exception as error:
@@ -122,41 +123,41 @@ class Link:
             made.clear()
 
     def farewell(self) -> Farewell | None:
-        """What the first rank that left has said; None if nobody has."""
+        """The farewell of the first rank that left; None if no rank has left."""
         if self._left is None and self._store.check([self._key]):
             self._left = Farewell(**json.loads(self._store.get(self._key)))
         return self._left
 
-    def leave(self, said: Farewell) -> Farewell:
+    def leave(self, own: Farewell) -> Farewell:
         """Leave the group. No communication but with the store.
 
         Returns:
-            What the first rank that left has said.
+            The farewell of the first rank that left.
         """
         done = threading.Event()
 
         def run() -> None:
             try:
                 if self._left is None:
-                    told = self._store.compare_set(self._key, "", json.dumps(dataclasses.asdict(said)))
-                    self._left = Farewell(**json.loads(told))
+                    first = self._store.compare_set(self._key, "", json.dumps(dataclasses.asdict(own)))
+                    self._left = Farewell(**json.loads(first))
             except Exception:  # the store is gone with the rank that kept it
-                self._left = said
+                self._left = own
             finally:
                 self._group = None
                 done.set()
 
-        # In a thread, which no second interrupt can end halfway.
+        # No second interrupt can end a thread halfway.
         _thread.start_new_thread(run, ())
         try:
             done.wait(_FAREWELL_SECONDS)
         except BaseException:
             done.wait(_FAREWELL_SECONDS)
             raise
-        return self._left or said
+        return self._left or own
 
     def arrive(self, seconds: float) -> None:
-        """Collective: every rank must call it. Wait until all ranks are here, for so long at most.
+        """Collective: every rank must call it. Wait for so long at most until all ranks are here.
 
         Raises:
             RuntimeError: some rank did not come in time, or is gone.
@@ -185,7 +186,7 @@ class Link:
         padded[: content.numel()] = content
         gathered = [torch.empty_like(padded) for _ in range(self._size)]
         self._live().allgather([gathered], [padded]).wait()
-        return [_unpickled(each[: int(size)]) for each, size in zip(gathered, sizes, strict=True)]
+        return [_unpickled(content[: int(size)]) for content, size in zip(gathered, sizes, strict=True)]
 
     def broadcast(self, value: Any) -> Any:
         """Collective: every rank must call it. The value of rank 0."""
@@ -200,7 +201,7 @@ class Link:
         return value if self._rank == 0 else _unpickled(content)
 
     def meeting(self) -> Passing:
-        """Collective: every rank must do it. A message that is through when all ranks have begun it."""
+        """Collective: every rank must begin it. A message that is through when all ranks have begun it."""
         flag, options = torch.zeros(1, dtype=torch.uint8, device="cpu"), dist.AllreduceOptions()
         return Passing(partial(self._live().allreduce, [flag], options))
 
@@ -237,7 +238,7 @@ class Link:
 
 
 def _wait(works: list[Any], deadline: float) -> None:
-    """Wait for all works, and forget them, whatever comes."""
+    """Wait for all works, and forget them, also after an exception."""
     try:
         while works:
             works[0].wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
@@ -251,12 +252,12 @@ class World:
 
     Attributes:
         group: the default group.
-        rank: of this process in it.
-        size: how many ranks it has.
-        timeout_seconds: of the default group, which `init_process_group` gives to its store too.
-        num_calls: how many calls this rank has come to; the same on all ranks at the same call.
-        num_links: how many links of the calls there were; the same on all ranks within a call.
-        link: of the calls; made by the first of them.
+        rank: the rank of this process in the group.
+        size: the number of ranks.
+        timeout_seconds: the timeout of the default group, which `init_process_group` gives to its store too.
+        num_calls: the number of calls that this rank has come to; the same on all ranks at the same call.
+        num_links: the number of links of the calls so far; the same on all ranks within a call.
+        link: the link of the calls; the first call makes it.
     """
 
     def __init__(self, group: dist.ProcessGroup, number: int) -> None:
@@ -273,30 +274,30 @@ class World:
         self.link = self._new_link("calls", 1)
 
     def renew(self) -> None:
-        """Have the next call make a new group; all ranks leave the same ones. No communication."""
+        """Have the next call make a new group; all ranks leave the same groups. No communication."""
         self.num_links += 1
         self.link = self._new_link("calls", self.num_links)
 
     def come(self, call: str) -> None:
-        """Tell the other ranks that this one has come to the call number `num_calls`. No answer is waited for."""
+        """Write to the store that this rank has come to the call number `num_calls`."""
         self._store.set(f"at/{self.rank}", f"{self.num_calls} {call}")
 
     def missing(self) -> list[int]:
-        """The other ranks that have not told that they have come to the present call of this one."""
-        found = []
+        """The other ranks that, as far as the store shows, have not come to the present call of this rank."""
+        missing = []
         for rank in range(self.size):
             key = f"at/{rank}"
             number = self._store.get(key).split()[0] if self._store.check([key]) else 0
             if rank != self.rank and int(number) < self.num_calls:
-                found.append(rank)
-        return found
+                missing.append(rank)
+        return missing
 
     def beside(self, newest: Callable[[int], int]) -> Link:
-        """Collective: every rank must call it, and be here already. A link for a thread beside the calls.
+        """Collective: every rank must call it, within a call. A link for a thread beside the calls.
 
         Args:
-            newest: the largest of an integer over the ranks. They take the link of this number, so that none keeps one
-                that another has left.
+            newest: returns the largest of an integer over the ranks. All take the link of this number, so that no rank
+                keeps a link that another has left.
         """
         if self._beside is None or not self._beside.is_made:
             self._num_beside, self._beside = self._num_beside + 1, None
@@ -314,7 +315,7 @@ _num_worlds = 0
 
 
 def this_world() -> World | None:
-    """The world of the default process group; None without one, or alone in it.
+    """The world of the default process group; None without a group, or if it has one rank.
 
     No communication, but a connection to the store.
     """

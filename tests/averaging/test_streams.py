@@ -50,7 +50,7 @@ class Late(Stream):
         while self.waiting:
             self.waiting.pop(0)()
 
-    def hold(self, flag: torch.Tensor) -> torch.Tensor:
+    def flag_of_now(self, flag: torch.Tensor) -> torch.Tensor:
         return flag.clone()
 
     def __deepcopy__(self, memo: object) -> Stream:

@@ -322,10 +322,10 @@ def test_new_memory_at_the_address_of_the_former_is_noticed() -> None:
     one, other = (torch.frombuffer(memory, dtype=torch.float32) for _ in range(2))
     model = nn.ParameterDict({"weight": nn.Parameter(one)})
     guard = Guard(ShardedEMA(model, ConstantSchedule(momentum=0.5))._state.plan.divisions[0].held)
-    assert guard.holds()
+    assert guard.is_current()
     address = model["weight"].data_ptr()
     model["weight"].data = other
-    assert model["weight"].data_ptr() == address and not guard.holds()
+    assert model["weight"].data_ptr() == address and not guard.is_current()
 
 
 def test_off_the_cpu_tensors_that_lie_otherwise_than_their_averages_have_calls_of_their_own() -> None:
@@ -395,14 +395,14 @@ def test_a_device_whose_tensors_torch_cannot_compare_is_guarded_too(monkeypatch,
     weight = nn.Parameter(torch.randn(4, 4))
     model = nn.ParameterDict({"weight": weight})
     guard = Guard(ShardedEMA(model, ConstantSchedule(momentum=0.5))._state.plan.divisions[0].held)
-    assert guard.holds()
+    assert guard.is_current()
     for change in (weight.data.t(), weight.data.clone(), weight.data[:2], weight.data.view(2, 8)):
         former, weight.data = weight.data, change
-        assert not guard.holds()
+        assert not guard.is_current()
         weight.data = former
-        assert guard.holds()
+        assert guard.is_current()
     model["weight"] = nn.Parameter(weight.data)
-    assert not guard.holds()
+    assert not guard.is_current()
 
 
 def test_tiny_tensors_of_a_teacher_that_lie_end_to_end_in_storages_of_their_own_are_averaged() -> None:
