@@ -147,7 +147,7 @@ class ShardedEMA:
         tracks = ", ".join(f"{name}={schedule!r}" for name, schedule in self._state.schedules.items())
         return (
             f"ShardedEMA({tracks}, num_updates={self.num_updates}, shards={len(self.shards)}, nbytes={self.nbytes}, "
-            f"{self._state.options.told()}rank={self._exchange.rank}, world_size={self._exchange.world_size})"
+            f"{self._state.options.arguments_text()}rank={self._exchange.rank}, world_size={self._exchange.world_size})"
         )
 
     @property

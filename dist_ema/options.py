@@ -117,7 +117,7 @@ class Options:
                         f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                     )
 
-    def told(self) -> str:
+    def arguments_text(self) -> str:
         """Those that are not the default, as arguments: "interval=2, overlap=True, "."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)

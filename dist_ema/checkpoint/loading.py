@@ -26,7 +26,7 @@ from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
 from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, read_header, read_small
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedTensor
-from dist_ema.disk.saved_average import SavedAverage, damage_told, read_saved, was_replaced
+from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, was_replaced
 from dist_ema.disk.sources import find_start
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.ranks.exchange import Exchange
@@ -247,7 +247,7 @@ class _Loading:
             checksums = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
             damaged = [name for name, value in expected.items() if checksums[name] != value]
             if damaged:  # the same on every rank
-                raise CheckpointCorruptError(damage_told(self._folder, damaged))
+                raise CheckpointCorruptError(damage_text(self._folder, damaged))
 
 
 def _warn_of_blind_ranks(exchange: Exchange, folder: Path, blind: Sequence[int]) -> None:

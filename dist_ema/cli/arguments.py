@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help=f"a schedule, {_told_schedule()}; may be repeated",
+        help=f"a schedule, {_schedule_help()}; may be repeated",
     )
     plot.add_argument("--sigma-rel", type=float, metavar="X", help="SRC is a folder of snapshots: draw this profile")
     plot.set_defaults(refuse=plot.error)
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("out", metavar="OUT", type=Path, help="folder to write; a former export is replaced")
     wanted = synthesize.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--sigma-rel", type=float, metavar="X", help="width of a power-function profile, such as 0.15")
-    wanted.add_argument("--schedule", metavar="TEXT", help=f"any other schedule, {_told_schedule()}")
+    wanted.add_argument("--schedule", metavar="TEXT", help=f"any other schedule, {_schedule_help()}")
     synthesize.add_argument(
         "--num-updates", type=int, metavar="N", help="of the average (default: the latest snapshot's)"
     )
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _told_schedule() -> str:
+def _schedule_help() -> str:
     return f"such as 'after(100, EqualSchedule())', made of {', '.join(sorted(SCHEDULES))}"
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dist_ema.checks import absolute, local, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.manifest import Manifest, find_saved, read_manifest
-from dist_ema.disk.saved_average import check_files, damage_told, damaged_tensors, read_saved
+from dist_ema.disk.saved_average import check_files, damage_text, damaged_tensors, read_saved
 from dist_ema.disk.sources import Weights, find_weights
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
 from dist_ema.schedules.base import Schedule
@@ -45,7 +45,7 @@ def _verify(source: Path) -> str:
             bar.update(size)
             damaged += [name] if is_damaged else []
     if damaged:
-        raise CheckpointCorruptError(damage_told(saved.folder, damaged))
+        raise CheckpointCorruptError(damage_text(saved.folder, damaged))
     return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
 
 
@@ -247,7 +247,7 @@ def inspect(chosen: argparse.Namespace) -> str:
         return _facts(folder, manifest)
 
     facts = steadily([source], read)
-    return json.dumps(facts, indent=1) if chosen.json else _told(facts)
+    return json.dumps(facts, indent=1) if chosen.json else _facts_text(facts)
 
 
 def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
         return None
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _facts_text(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['folder']}: {facts['num_updates']:,} updates",
         f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "

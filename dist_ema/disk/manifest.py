@@ -13,7 +13,7 @@ from typing import Any
 from dist_ema.disk import manifest_fields as fields
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_kinds import told_kind
+from dist_ema.disk.formats.file_kinds import kind_text
 from dist_ema.disk.formats.headers import LARGEST_RECORD_BYTES, read_small
 from dist_ema.disk.manifest_fields import Agreement, SavedFile, SavedTensor
 from dist_ema.errors import (
@@ -145,7 +145,7 @@ def find_saved(source: Path) -> Path:
     """
     if source.is_file():
         raise CheckpointNotFoundError(
-            f"{source} is a file, expected the folder of a saved average{told_kind(source) or _OF_A_FILE}"
+            f"{source} is a file, expected the folder of a saved average{kind_text(source) or _OF_A_FILE}"
         )
     folder = contents.resolve(source)
     if contents.is_average(folder):

@@ -28,7 +28,7 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 __all__ = [
     "SavedAverage",
     "check_files",
-    "damage_told",
+    "damage_text",
     "damaged_tensors",
     "read_piece",
     "read_saved",
@@ -214,7 +214,7 @@ def _open(path: Path) -> int:
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def damage_told(place: Path, names: Sequence[str]) -> str:
+def damage_text(place: Path, names: Sequence[str]) -> str:
     """What to say of tensors whose checksums differ."""
     return (
         f"{place} is damaged: the bytes of {len(names)} tensors are not those that were saved "

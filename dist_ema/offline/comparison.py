@@ -9,7 +9,7 @@ import torch
 
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
-from dist_ema.disk.saved_average import damage_told, stored_bytes
+from dist_ema.disk.saved_average import damage_text, stored_bytes
 from dist_ema.disk.sources import Weights
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.live.distance import relative_distance
@@ -61,4 +61,4 @@ def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
         values = torch.frombuffer(chunk, dtype=dtype)
         yield torch.view_as_real(values).double() if values.is_complex() else values.double()
     if weights.checksums.get(name, total) != total:
-        raise CheckpointCorruptError(damage_told(weights.folder / stored.file, [name]))
+        raise CheckpointCorruptError(damage_text(weights.folder / stored.file, [name]))

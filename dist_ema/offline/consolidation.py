@@ -16,7 +16,7 @@ from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.formats.model_files import FileLayout
-from dist_ema.disk.saved_average import SavedAverage, damage_told, read_saved, stored_bytes
+from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, stored_bytes
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
 from dist_ema.options import floating_dtype
@@ -98,4 +98,4 @@ class _Consolidation:
             yield torch.frombuffer(chunk, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
             self._progress(chunk.nbytes)
         if self._checksums.get(fqn, total) != total:
-            raise CheckpointCorruptError(damage_told(self._folder / stored.file, [fqn]))
+            raise CheckpointCorruptError(damage_text(self._folder / stored.file, [fqn]))

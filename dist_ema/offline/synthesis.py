@@ -20,7 +20,7 @@ from dist_ema.checks import absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
-from dist_ema.disk.saved_average import damage_told, read_piece
+from dist_ema.disk.saved_average import damage_text, read_piece
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
 from dist_ema.offline.posthoc import Fit, fit
@@ -242,7 +242,7 @@ class _Sum:
             yield total if tensor.averaged else values
         for (source, _), of_source in zip(parts, checksums, strict=True):
             if source.checksums and source.checksums[self._index[fqn]] != of_source:
-                raise CheckpointCorruptError(damage_told(source.folder / source.tensors[fqn].file, [fqn]))
+                raise CheckpointCorruptError(damage_text(source.folder / source.tensors[fqn].file, [fqn]))
 
     def _read(self, source: Source, fqn: str, start: int, count: int) -> memoryview:
         item_bytes = _dtype(source, fqn).itemsize

@@ -81,7 +81,7 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
             "shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2 with ShardedEMA on the module"
         )
     if tensor.numel() == 0:
-        told = _told_otherwise(named, tensor)
+        told = _contradiction(named, tensor)
         if told is not None:
             raise UnsupportedModelError(
                 f"{fqn} has shape {list(tensor.shape)}, but {told}: an engine has taken its values away, and its "
@@ -95,7 +95,7 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
         )
 
 
-def _told_otherwise(named: Named, tensor: torch.Tensor) -> str | None:
+def _contradiction(named: Named, tensor: torch.Tensor) -> str | None:
     """What says that a parameter without elements should have some; None if nothing does."""
     for name, value in vars(tensor).items():
         if isinstance(value, torch.Tensor) and value.numel():

@@ -30,7 +30,7 @@ try:
 except ImportError:  # pragma: no cover - no locks there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Claim", "is_dead", "writer_told"]
+__all__ = ["Claim", "is_dead", "writer_text"]
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def is_dead(path: Path) -> bool:
             os.close(descriptor)
 
 
-def writer_told(path: Path) -> str:
+def writer_text(path: Path) -> str:
     """Who it is, in words."""
     try:
         record = json.loads(path.read_bytes()[:_LONGEST_RECORD_BYTES])

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dist_ema.disk.folders.carried_files import carry_over, sync
-from dist_ema.disk.folders.claims import Claim, is_dead, writer_told
+from dist_ema.disk.folders.claims import Claim, is_dead, writer_text
 from dist_ema.disk.folders.contents import (
     Content,
     beside,
@@ -216,7 +216,7 @@ def _clear(target: Path) -> None:
         else:
             _log_once(
                 staging,
-                f"{staging} stays: {writer_told(writer)} writes it, or wrote it and cannot be looked up from here. If "
+                f"{staging} stays: {writer_text(writer)} writes it, or wrote it and cannot be looked up from here. If "
                 "another job saves here, end one of them; if that process is gone, remove the folder",
             )
     for writer in beside(target, "writer"):

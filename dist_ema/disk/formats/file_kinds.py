@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["kind_of", "told_kind"]
+__all__ = ["kind_of", "kind_text"]
 
 _CONVERT = (
     "read it with torch's load(path, weights_only=True), save its tensors with safetensors.torch.save_file, and give "
@@ -45,7 +45,7 @@ def kind_of(start: bytes) -> str | None:
     return next((told for pattern, told in _KINDS if pattern.match(start)), None)
 
 
-def told_kind(path: Path) -> str:
+def kind_text(path: Path) -> str:
     """What to add to a refusal of the file: ": it is ...", or nothing if it cannot be read or told."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_ema.checks import file_name
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_kinds import told_kind
+from dist_ema.disk.formats.file_kinds import kind_text
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 
 __all__ = [
@@ -149,7 +149,7 @@ def _other_weights(folder: Path) -> str:
         return f"it has {', '.join(tensors[:3])}: give one of these files, if it holds the whole model"
     for name in names:
         if name.endswith(_PICKLED_ENDS):
-            return f"it has {name}{told_kind(folder / name)}"
+            return f"it has {name}{kind_text(folder / name)}"
     return "one of them is missing, or it is another kind of folder"
 
 
@@ -171,7 +171,7 @@ def read_header(path: Path) -> StoredFile:
         prefix = os.pread(descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")  # somebody's number: checked before it is used
         if len(prefix) < 8 or length > min(size_bytes - 8, LONGEST_HEADER_BYTES):
-            told = told_kind(path)
+            told = kind_text(path)
             raise CheckpointCorruptError(
                 f"{path} is no safetensors file{told}"
                 if told
