@@ -151,11 +151,11 @@ def checked_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
-        if found.type == "meta":
+        known: torch.device = torch.device(device)  # type: ignore[call-overload]
+        if known.type == "meta":
             raise TypeError("it holds no values")
-        torch.empty(0, device=found)  # is there one?
-        return found
+        torch.empty(0, device=known)  # is there one?
+        return known
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None
 

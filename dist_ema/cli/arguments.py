@@ -1,6 +1,7 @@
 """The command line, `dist-ema`. Loads torch only where tensors are converted.
 
-Exit codes: 0 the answer is good, 1 it is bad (told on stderr, without a traceback), 2 wrong usage, 130 interrupted.
+Exit codes: 0 the answer is good, 1 it is bad (the reason is on stderr, without a traceback), 2 wrong usage,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    chosen = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(arguments)
     try:
-        told = chosen.run(chosen)
-    except commands.BadAnswer as answer:
-        return _print(answer.told) or _complain(answer)
+        answer = parsed.run(parsed)
+    except commands.BadAnswer as bad:
+        return _print(bad.answer) or _complain(bad)
     except (DistEMAError, OSError) as error:
         return _complain(error)
     except KeyboardInterrupt:
         print("dist-ema: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    return _print(told)
+    return _print(answer)
 
 
 def _complain(error: Exception) -> int:
@@ -41,11 +42,11 @@ def _complain(error: Exception) -> int:
     return 1
 
 
-def _print(told: str) -> int:
+def _print(answer: str) -> int:
     if sys.stdout is None:
         return _complain(OSError("there is no standard output"))
     try:
-        print(_printable(told, sys.stdout))
+        print(_printable(answer, sys.stdout))
         sys.stdout.flush()
     except OSError as error:
         # Keep the interpreter from complaining at exit. The reader of a pipe that closed has seen enough.
@@ -55,11 +56,11 @@ def _print(told: str) -> int:
 
 
 def _printable(text: str, stream: TextIO) -> str:
-    """Names in a checkpoint are somebody's input: escape what a terminal would obey, or the stream cannot encode."""
+    """The text, with what a terminal would obey or the stream cannot encode escaped: names in files may be hostile."""
     encoding = stream.encoding or "utf-8"
     escaped = "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape", "surrogatepass").decode()
-        for each in text
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
     )
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -147,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         known,
         "synthesize",
         commands.synthesize,
-        "make an average that nobody tracked from the snapshots of a run",
+        "make an average that no track kept from the snapshots of a run",
         "Write the average that another schedule would have made, as a plain model folder: the sum of snapshots whose\n"
         "weights of all observations come nearest. The profile error tells how near (relative L2).",
         "dist-ema synthesize --sigma-rel 0.15 run/snapshots model",
         source="snapshots",
-        told="folder of the saved averages of a run, or of checkpoints that hold them",
+        source_help="folder of the saved averages of a run, or of checkpoints that hold them",
     )
     synthesize.add_argument("out", metavar="OUT", type=Path, help="folder to write; a former export is replaced")
     wanted = synthesize.add_mutually_exclusive_group(required=True)
@@ -192,7 +193,7 @@ def _command(
     description: str,
     example: str,
     source: str = "src",
-    told: str = "folder of an average, or the checkpoint that holds it",
+    source_help: str = "folder of an average, or the checkpoint that holds it",
     optional: bool = False,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = known.add_parser(
@@ -202,6 +203,6 @@ def _command(
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(source, metavar=source.upper(), type=Path, nargs="?" if optional else None, help=told)
+    command.add_argument(source, metavar=source.upper(), type=Path, nargs="?" if optional else None, help=source_help)
     command.set_defaults(run=run)
     return command

@@ -25,9 +25,9 @@ from dist_ema.schedules.records import schedule_from_json, schedule_from_text, s
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
-def verify(chosen: argparse.Namespace) -> str:
+def verify(arguments: argparse.Namespace) -> str:
     """Read all of an average and compare its checksums."""
-    source = local(chosen.src)
+    source = local(arguments.src)
     return steadily([source], lambda check: _verify(source))
 
 
@@ -49,42 +49,44 @@ def _verify(source: Path) -> str:
     return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
 
 
-def consolidate(chosen: argparse.Namespace) -> str:
+def consolidate(arguments: argparse.Namespace) -> str:
     """Write one average as a plain model folder."""
     import torch  # not needed by the other commands
 
     from dist_ema.offline.consolidation import consolidate_checkpoint
 
-    saved = read_saved(local(chosen.src))
-    track = saved.track(chosen.track)
+    saved = read_saved(local(arguments.src))
+    track = saved.track(arguments.track)
     total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
     with _progress(total) as bar:
         consolidate_checkpoint(
-            chosen.src,
-            chosen.dst,
+            arguments.src,
+            arguments.dst,
             track=track,
-            dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
-            max_shard_size=chosen.max_shard_size,
-            link=chosen.link,
+            dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+            max_shard_size=arguments.max_shard_size,
+            link=arguments.link,
             progress=bar.update,
         )
-    return f"{chosen.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
+    return f"{arguments.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
 
 
-def diff(chosen: argparse.Namespace) -> str:
+def diff(arguments: argparse.Namespace) -> str:
     """Tell how far two sets of weights lie apart."""
     from dist_ema.live.distance import relative_distance  # loads torch
     from dist_ema.offline.comparison import Difference, differences
 
-    sources = [local(chosen.a), local(chosen.b)]
-    tracks = [chosen.track, chosen.track if chosen.track_b is None else chosen.track_b]
+    sources = [local(arguments.a), local(arguments.b)]
+    tracks = [arguments.track, arguments.track if arguments.track_b is None else arguments.track_b]
 
     def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
         a, b = map(find_weights, sources, tracks)
-        return a, b, sorted(differences(a, b), key=lambda each: -each.relative)
+        return a, b, sorted(differences(a, b), key=lambda difference: -difference.relative)
 
-    a, b, found = steadily(sources, read)
-    total = relative_distance(sum(each.difference for each in found), sum(each.reference for each in found))
+    a, b, tensors = steadily(sources, read)
+    total = relative_distance(
+        sum(difference.difference for difference in tensors), sum(difference.reference for difference in tensors)
+    )
     ours, theirs = a.model.tensors, b.model.tensors
     apart = [
         *(f"only in {a.path}: {name}" for name in ours if name not in theirs),
@@ -95,102 +97,108 @@ def diff(chosen: argparse.Namespace) -> str:
             if name in theirs and ours[name].shape != theirs[name].shape
         ),
     ]
-    if chosen.json:
+    if arguments.json:
         facts = {
             "a": str(a.path),
             "b": str(b.path),
             "relative": total,
-            "tensors": {each.name: each.relative for each in found},
+            "tensors": {difference.name: difference.relative for difference in tensors},
             "apart": apart,
         }
-        told = json.dumps(facts, indent=1)
+        answer = json.dumps(facts, indent=1)
     else:
-        lines = [f"{each.relative:10.3e}  {each.name}" for each in found[: max(chosen.top, 0)]]
+        lines = [f"{difference.relative:10.3e}  {difference.name}" for difference in tensors[: max(arguments.top, 0)]]
         paths = [f"a: {a.path}", f"b: {b.path}"]
-        told = "\n".join([*paths, f"{total:10.3e}  all {len(found)} tensors that both have", *lines])
+        answer = "\n".join([*paths, f"{total:10.3e}  all {len(tensors)} tensors that both have", *lines])
     if apart:
-        raise BadAnswer(told, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
-    return told
+        raise BadAnswer(answer, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
+    return answer
 
 
-def synthesize(chosen: argparse.Namespace) -> str:
-    """Make an average that nobody tracked."""
+def synthesize(arguments: argparse.Namespace) -> str:
+    """Make an average that no track kept."""
     import torch  # not needed by most commands
 
     from dist_ema.offline.synthesis import Synthesis, weigh, write
 
-    target = target_folder(chosen.out)
+    target = target_folder(arguments.out)
     wanted = (
-        schedule_from_text(chosen.schedule) if chosen.sigma_rel is None else PowerSchedule(sigma_rel=chosen.sigma_rel)
+        schedule_from_text(arguments.schedule)
+        if arguments.sigma_rel is None
+        else PowerSchedule(sigma_rel=arguments.sigma_rel)
     )
 
     def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
-        weighed = weigh(chosen.snapshots, wanted, chosen.num_updates)
+        weighed = weigh(arguments.snapshots, wanted, arguments.num_updates)
         with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
             warnings.simplefilter("always")
             made = write(
                 weighed,
                 target,
-                dtype=None if chosen.dtype is None else getattr(torch, chosen.dtype),
-                max_shard_size=chosen.max_shard_size,
+                dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+                max_shard_size=arguments.max_shard_size,
                 progress=bar.update,
                 check=check,
             )
         return made, warned
 
-    made, warned = steadily([absolute(chosen.snapshots)], work)
+    made, warned = steadily([absolute(arguments.snapshots)], work)
     facts = {
         "folder": str(made.folder),
         "schedule": repr(made.schedule),
         "num_updates": made.num_updates,
-        "num_snapshots": len({each.folder for each in made.weights if each.weight}),
+        "num_snapshots": len({part.folder for part in made.weights if part.weight}),
         "profile_error": made.profile_error,
         "amplification": made.amplification,
         "weights": [
-            {"folder": str(each.folder), "track": each.track, "num_updates": each.num_updates, "weight": each.weight}
-            for each in made.weights
+            {"folder": str(part.folder), "track": part.track, "num_updates": part.num_updates, "weight": part.weight}
+            for part in made.weights
         ],
-        "warnings": [str(each.message) for each in warned],
+        "warnings": [str(warning.message) for warning in warned],
     }
-    if chosen.json:
+    if arguments.json:
         return json.dumps(facts, indent=1)
     lines = [
         f"{made.folder}: {made.schedule!r} after {made.num_updates:,} updates",
         f"  from {facts['num_snapshots']} snapshots, profile error {made.profile_error:.2e}, sum of absolute weights "
         f"{made.amplification:.2f}",
-        *(f"  warning: {each.message}" for each in warned),
+        *(f"  warning: {warning.message}" for warning in warned),
     ]
     return "\n".join(lines)
 
 
-def plot(chosen: argparse.Namespace) -> str:
+def plot(arguments: argparse.Namespace) -> str:
     """Draw schedules, or the profile that snapshots can express."""
-    local(chosen.out)
-    if chosen.sigma_rel is not None:
-        if chosen.src is None or chosen.schedule or chosen.steps is not None:
-            chosen.refuse("--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps")
-        return _plot_profiles(chosen)
-    if chosen.src is None and not chosen.schedule:
-        chosen.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
+    local(arguments.out)
+    if arguments.sigma_rel is not None:
+        if arguments.src is None or arguments.schedule or arguments.steps is not None:
+            arguments.refuse(
+                "--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps"
+            )
+        return _plot_profiles(arguments)
+    if arguments.src is None and not arguments.schedule:
+        arguments.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.offline.plots import draw_schedules
 
     manifest = None
-    if chosen.src is not None:
-        source = local(chosen.src)
+    if arguments.src is not None:
+        source = local(arguments.src)
         manifest = steadily([source], lambda check: read_manifest(find_saved(source)))
     tracks = {} if manifest is None else manifest.tracks
     try:
         schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
     except ConfigError as error:
-        raise CheckpointMismatchError(f"{chosen.src} has a schedule that only its author can draw: {error}") from None
-    schedules |= {text: schedule_from_text(text) for text in chosen.schedule}
+        raise CheckpointMismatchError(
+            f"{arguments.src} has a schedule that only its author can draw: {error}"
+        ) from None
+    schedules |= {text: schedule_from_text(text) for text in arguments.schedule}
     now = None if manifest is None else manifest.num_updates
-    steps = chosen.steps
+    steps = arguments.steps
     if steps is None:
         steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)
-    draw_schedules(schedules, steps, chosen.out, now=now)
-    told = f"{chosen.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
-    return told if now is None else f"{told}, now at {now:,}"
+    draw_schedules(schedules, steps, arguments.out, now=now)
+    answer = f"{arguments.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
+    return answer if now is None else f"{answer}, now at {now:,}"
 
 
 def _total_steps(schedule: Schedule) -> int:
@@ -199,36 +207,36 @@ def _total_steps(schedule: Schedule) -> int:
     return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
 
 
-def _plot_profiles(chosen: argparse.Namespace) -> str:
+def _plot_profiles(arguments: argparse.Namespace) -> str:
     from dist_ema.offline.plots import MOST_POINTS, draw_profiles
     from dist_ema.offline.posthoc import masses  # loads torch
     from dist_ema.offline.synthesis import weigh
 
-    wanted = PowerSchedule(sigma_rel=chosen.sigma_rel)
-    weighed = steadily([absolute(chosen.src)], lambda check: weigh(chosen.src, wanted))
+    wanted = PowerSchedule(sigma_rel=arguments.sigma_rel)
+    weighed = steadily([absolute(arguments.src)], lambda check: weigh(arguments.src, wanted))
     snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
     edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
-    *each, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
-    achieved = sum(weight * profile for weight, profile in zip(weighed.fit.weights, each, strict=True))
+    *profiles, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
+    achieved = sum(weight * profile for weight, profile in zip(weighed.fit.weights, profiles, strict=True))
     draw_profiles(
         edges,
-        (f"wanted: sigma_rel {chosen.sigma_rel:g}", target.tolist()),
+        (f"wanted: sigma_rel {arguments.sigma_rel:g}", target.tolist()),
         (f"sum of snapshots, profile error {weighed.fit.error:.2e}", achieved.tolist()),
-        [profile.tolist() for profile in each],
-        chosen.out,
+        [profile.tolist() for profile in profiles],
+        arguments.out,
     )
     return (
-        f"{chosen.out}: sigma_rel {chosen.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved averages, "
-        f"profile error {weighed.fit.error:.2e}"
+        f"{arguments.out}: sigma_rel {arguments.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved "
+        f"averages, profile error {weighed.fit.error:.2e}"
     )
 
 
 class BadAnswer(DistEMAError):
     """An answer to print all the same, and what is bad about it."""
 
-    def __init__(self, told: str, bad: str) -> None:
+    def __init__(self, answer: str, bad: str) -> None:
         super().__init__(bad)
-        self.told = told
+        self.answer = answer
 
 
 def _progress(total_bytes: int) -> tqdm[Any]:
@@ -236,9 +244,9 @@ def _progress(total_bytes: int) -> tqdm[Any]:
     return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def inspect(chosen: argparse.Namespace) -> str:
+def inspect(arguments: argparse.Namespace) -> str:
     """Tell what a saved average is."""
-    source = local(chosen.src)
+    source = local(arguments.src)
 
     def read(check: Callable[[], None]) -> dict[str, Any]:
         folder = find_saved(source)
@@ -247,7 +255,7 @@ def inspect(chosen: argparse.Namespace) -> str:
         return _facts(folder, manifest)
 
     facts = steadily([source], read)
-    return json.dumps(facts, indent=1) if chosen.json else _facts_text(facts)
+    return json.dumps(facts, indent=1) if arguments.json else _facts_text(facts)
 
 
 def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -269,7 +277,7 @@ def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
-    """Momentum of the next update; None for a schedule that only its author can rebuild."""
+    """Momentum of the next update; None for a schedule that only the code of the user can rebuild."""
     try:
         return schedule_from_json(schedule).momentum(num_updates)
     except (ConfigError, ArithmeticError):

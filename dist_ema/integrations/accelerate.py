@@ -106,7 +106,7 @@ def attach(
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         if on_missing == "live" and options.get("into") is not None:
-            # load_state calls our hook before it loads the model: the teacher's next forward would have older weights.
+            # load_state calls the hook before it loads the model: the teacher's next forward would have older weights.
             raise ConfigError(
                 "on_missing='live' and into are given, but a teacher cannot begin with weights that load_state has yet "
                 "to load: for a checkpoint without the average attach after load_state"
@@ -169,7 +169,7 @@ def attach(
         watch.start_over()
         ema.expect_updates()
 
-    # end_training destroys the process group; load_state under FSDP loads the model before it calls our hook.
+    # end_training destroys the process group; load_state under FSDP loads the model before it calls the hook.
     wait_at_end = ema.wait if background else None
     wait_for_load = ema.wait if options.get("overlap") else None
     _around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
@@ -212,9 +212,10 @@ def _around(
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
-    """Collective. Under FSDP rank 0 may have been writing the model alone, for long; there is no hurry before our call.
+    """Collective: every rank must call it. Under FSDP rank 0 may have been writing the model alone, for long.
 
-    Where ours is the first collective of `save_state` (DDP), it waits as every call does.
+    So no rank is hurried here. Where the call of the average is the first collective of `save_state` (DDP), the call
+    itself waits, as every call does.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         exchange.arrive("save_state or load_state", hurried=False)
@@ -264,7 +265,7 @@ def _check(
 
 def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
     # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
-    return any(unwrapped(each) is unwrapped(model) for each in accelerator._models)
+    return any(unwrapped(prepared) is unwrapped(model) for prepared in accelerator._models)
 
 
 def _is_state_initialisation() -> bool:

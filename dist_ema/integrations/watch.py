@@ -1,4 +1,4 @@
-"""What the hooks of an attached average notice: updates counted twice, and updates that nobody ever used.
+"""What the hooks of an attached average notice: updates counted twice, and updates that were never used.
 
 No communication: what is said here, rank 0 says alone.
 """
@@ -67,7 +67,7 @@ class Watch:
         self._tells = rank == 0
         if self._tells and ends:
             # A process that goes on to another average (a sweep, a test) has done with those that are gone.
-            _records[:] = [each for each in _records if each.gone_at is None]
+            _records[:] = [record for record in _records if record.gone_at is None]
             _watch_exit()
             _records.append(record)
             weakref.finalize(ema, lambda: setattr(record, "gone_at", time.monotonic())).atexit = False
@@ -96,7 +96,7 @@ class Watch:
         self._record.num_hook_updates = 0
 
     def end(self) -> None:
-        """At the end of training: warn if nobody has used the updates. Not while an exception goes through."""
+        """At the end of training: warn if the updates were never used. Not while an exception goes through."""
         if self._record in _records and sys.exc_info()[0] is None:
             self.forget()
             _tell_unused([self._record])
@@ -142,5 +142,5 @@ def is_of_a_trainer(accelerator: object) -> bool:
             if isinstance(owner, trainer) and getattr(owner, "accelerator", None) is accelerator:
                 return True
         frame = frame.f_back
-    owners = (each for each in gc.get_objects() if issubclass(type(each), trainer))
+    owners = (owner for owner in gc.get_objects() if issubclass(type(owner), trainer))
     return any(getattr(owner, "accelerator", None) is accelerator for owner in owners)

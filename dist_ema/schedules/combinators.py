@@ -99,7 +99,7 @@ class Every(Combined):
         """Weight of the live values in update number `step`."""
         if step % self.num_steps:
             return 0.0
-        momenta = [self.schedule.momentum(each) for each in range(max(step - self.num_steps + 1, 0), step + 1)]
+        momenta = [self.schedule.momentum(inner) for inner in range(max(step - self.num_steps + 1, 0), step + 1)]
         if max(momenta) >= 1.0:
             return 1.0
         return -math.expm1(sum(math.log1p(-momentum) for momentum in momenta))

@@ -53,7 +53,7 @@ def _by_width(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"sigma_rel": sigma_rel_of_gamma(gamma)} if isinstance(gamma, float) and gamma >= 0.0 else fields
 
 
-@registered(example="PowerSchedule(sigma_rel=0.1)", told=_by_width)
+@registered(example="PowerSchedule(sigma_rel=0.1)", shown=_by_width)
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PowerSchedule:
     """The average of a power-function profile: an observation of time tau has a weight in proportion to tau^gamma.

@@ -36,14 +36,14 @@ class Registration:
         kind: the class that a record rebuilds.
         call: what the name stands for: the class, or a function that makes one.
         example: a text that makes one; for users, and for the tests.
-        told: the fields of a record -> what a reader is shown of them.
+        shown: the fields of a record -> what a reader is shown of them.
     """
 
     name: str
     kind: Callable[..., Recorded]
     call: Callable[..., Recorded]
     example: str
-    told: Callable[[Fields], Fields]
+    shown: Callable[[Fields], Fields]
 
     @property
     def is_combinator(self) -> bool:
@@ -59,20 +59,20 @@ def registered(
     *,
     example: str,
     call: Callable[..., Recorded] | None = None,
-    told: Callable[[Fields], Fields] = dict,
+    shown: Callable[[Fields], Fields] = dict,
 ) -> Callable[[Kind], Kind]:
     """Decorator of a frozen dataclass that is a schedule.
 
     Args:
         example: a text that makes one, such as "PowerSchedule(sigma_rel=0.1)".
         call: the function that users call, where that is not the class; its name is the schedule's.
-        told: the fields of a record -> what a reader is shown of them, where users choose by another number.
+        shown: the fields of a record -> what a reader is shown of them, where users choose by another number.
     """
 
     def register(kind: Kind) -> Kind:
         name = (call or kind).__name__
         assert name not in SCHEDULES, f"two schedules are called {name}"
-        SCHEDULES[name] = Registration(name=name, kind=kind, call=call or kind, example=example, told=told)
+        SCHEDULES[name] = Registration(name=name, kind=kind, call=call or kind, example=example, shown=shown)
         return kind
 
     return register
@@ -80,7 +80,7 @@ def registered(
 
 def registration_of(schedule: Schedule) -> Registration | None:
     """The registration of the schedule's own class; None for a class that is not this package's."""
-    return next((each for each in SCHEDULES.values() if type(schedule) is each.kind), None)
+    return next((known for known in SCHEDULES.values() if type(schedule) is known.kind), None)
 
 
 def is_registered(name: object) -> bool:
