@@ -1,4 +1,4 @@
-"""`manifest.json`: what a saved average is. Written last, so its presence in a folder means "complete"."""
+"""`manifest.json`, the record of a saved average. It is written last, so its presence in a folder means "complete"."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Manifest:
     """The record beside the tensors. A field is declared here and nowhere else: see `manifest_fields.Rule`.
 
     Attributes:
-        num_updates: calls of `update` so far.
-        num_refused: live values that `skip_nonfinite` has left out, over all ranks and updates.
+        num_updates: the number of calls of `update` so far.
+        num_refused: the number of live values that `skip_nonfinite` has left out, over all ranks and updates.
         options: the options that shape the averaged values.
         tracks: track name -> its schedule, as JSON.
         tensors: fqn -> shape, dtype and kind.
         aliases: further names of tied tensors -> the name in `tensors`.
-        written_by: versions of the packages and the number of ranks, for the reader's information.
-        files: path below the folder -> what the file must be; empty in format version 1.
+        written_by: the versions of the packages and the number of ranks, for information.
+        files: path below the folder -> size and checksum of the file; empty in format version 1.
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
     """
 
@@ -79,12 +79,12 @@ class Manifest:
     )
 
     def folder_of(self, track: str) -> str:
-        """Sub-folder of the track's files: the top for a single track, else its name."""
+        """The sub-folder of the track's files: the top for a single track, else the name of the track."""
         return "." if len(self.tracks) == 1 else track
 
     def changes_since(self, saved: Manifest) -> list[str]:
-        """Sentences on what this run does otherwise than the run that wrote `saved`: schedules and options."""
-        told = [
+        """Sentences on the schedules and options in which this run differs from the run that wrote `saved`."""
+        sentences = [
             f"track {name!r} was saved with {schedule_text(saved.tracks[name])}; this run goes on with "
             f"{schedule_text(schedule)}: the new schedule alone counts, from update number {saved.num_updates} of it "
             "on, and the averaged values stay as they are. To keep the former schedule, build it as it was saved"
@@ -93,7 +93,7 @@ class Manifest:
             for name, schedule in self.tracks.items()
             if saved.tracks[name] != schedule
         ]
-        return told + [
+        return sentences + [
             f"it was saved with {key}={saved.options[key]!r}; this run goes on with {key}={value!r}"
             for key, value in self.options.items()
             if key in saved.options and saved.options[key] != value
@@ -104,26 +104,26 @@ class Manifest:
         return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **self._written(*Agreement)}
 
     def compared(self, agreement: Agreement) -> dict[str, Any]:
-        """The fields that the ranks compare under that heading, as JSON."""
+        """The fields that the ranks compare under that agreement, as JSON."""
         return self._written(agreement)
 
     def _written(self, *agreements: Agreement) -> dict[str, Any]:
-        rules = {each.name: fields.rule_of(each) for each in dataclasses.fields(self)}
+        rules = {declared.name: fields.rule_of(declared) for declared in dataclasses.fields(self)}
         return {name: rule.write(getattr(self, name)) for name, rule in rules.items() if rule.compared in agreements}
 
     def to_bytes(self) -> bytes:
-        """The file's content: the record, and the CRC-32 of the record's canonical text."""
+        """The content of the file: the record, and the CRC-32 of the record's canonical text."""
         record = self.to_json()
         own_checksum = fields.hexadecimal(_record_checksum(record))
         return json.dumps({**record, "checksum": own_checksum}, indent=1).encode() + b"\n"
 
     def check_size(self) -> None:
-        """See that the file will not be longer than a reader takes. No communication.
+        """Refuse a manifest that would be longer than a reader takes. No communication.
 
         Raises:
-            UnsupportedModelError: it would be, with files and checksums.
+            UnsupportedModelError: the file would be too long, with its files and checksums.
         """
-        # A line of a checksum is its name, written as JSON, and less than 20 bytes more; a tensor takes about 200.
+        # A checksum takes a line: the name, written as JSON, and less than 20 bytes more; a tensor takes about 200.
         names_bytes = sum(len(json.dumps(fqn)) for fqn in self.tensors) + 20 * len(self.tensors)
         checksums_bytes = len(self.tracks) * names_bytes
         if 2 * (checksums_bytes + names_bytes + 200 * len(self.tensors)) < LARGEST_RECORD_BYTES:
@@ -138,10 +138,10 @@ class Manifest:
 
 
 def find_saved(source: Path) -> Path:
-    """The folder of the average at `source`: that folder itself, or the only one in a checkpoint that holds it.
+    """The folder of the average at `source`: the source itself, or the only saved average in a checkpoint.
 
     Raises:
-        CheckpointNotFoundError: there is none, or several to choose from.
+        CheckpointNotFoundError: there is no saved average, or there are several to choose from.
     """
     if source.is_file():
         raise CheckpointNotFoundError(
@@ -172,18 +172,18 @@ _OF_A_FILE = ". One file has no manifest: begin an average at its weights with S
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a saved average: as `read_summed`, without its checksum. No communication."""
+    """Read the manifest of a saved average, as `read_summed` does, without the checksum. No communication."""
     return read_summed(folder)[0]
 
 
 def read_summed(folder: Path) -> tuple[Manifest, int]:
-    """Read the manifest of a saved average, and the CRC-32 of the bytes that it was read from. No communication.
+    """Read the manifest of a saved average, and the CRC-32 of the bytes of its file. No communication.
 
-    The file is read once: a save between two reads would pair the manifest of one average with the checksum of
-    another.
+    A save between two reads would pair the manifest of one average with the checksum of another. So the file is read
+    once.
 
     Raises:
-        CheckpointCorruptError: there is none, or it cannot be understood.
+        CheckpointCorruptError: there is no manifest, or it is not in order.
         CheckpointMismatchError: a newer version of the format wrote it.
     """
     path = folder / MANIFEST_NAME
@@ -226,27 +226,27 @@ def read_summed(folder: Path) -> tuple[Manifest, int]:
 
 
 def _values(record: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """The fields that a record has, read; a field that is in no declaration is overlooked."""
+    """The values of the fields that a record has; a field that is not declared is ignored."""
     values = {}
-    for each in dataclasses.fields(Manifest):
-        rule = fields.rule_of(each)
-        if each.name in record or (rule.since is not None and version >= rule.since):
-            values[each.name] = rule.read(record[each.name])
+    for declared in dataclasses.fields(Manifest):
+        rule, name = fields.rule_of(declared), declared.name
+        if name in record or (rule.since is not None and version >= rule.since):
+            values[name] = rule.read(record[name])
     return values
 
 
 def _check_depth(value: object, depth: int = 0) -> None:
-    """Refuse a record that is nested beyond all that we write; it would exhaust the stack of whoever walks it."""
+    """Refuse a record that is nested too deep: it would exhaust the stack. No record of this package is so deep."""
     if depth > _DEEPEST:
         raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(each, depth + 1)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, depth + 1)
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Refuse a record that is not the one that was written."""
-    told = record.pop("checksum")
-    if told != fields.hexadecimal(_record_checksum(record)):
+    """Refuse a record that has changed since it was written."""
+    written = record.pop("checksum")
+    if written != fields.hexadecimal(_record_checksum(record)):
         raise ValueError("its checksum does not fit its content: it was damaged, or edited")
 
 
@@ -255,7 +255,7 @@ def _record_checksum(record: Mapping[str, Any]) -> int:
 
 
 def _as_saved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The saved value of `total_steps`, where this run has another: a longer run is the usual reason."""
+    """A clause with the saved value of `total_steps`, where this run has another: a longer run is the usual reason."""
     before, after = _total_steps(saved), _total_steps(now)
     if before is None or after is None or before == after:
         return ""
@@ -263,7 +263,7 @@ def _as_saved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _total_steps(schedule: Mapping[str, Any]) -> int | None:
-    """The `total_steps` of a schedule's JSON, or of the schedule in it."""
+    """The `total_steps` of a schedule's JSON, or of the schedule within it."""
     while isinstance(schedule.get("schedule"), dict):
         schedule = schedule["schedule"]
     total_steps = schedule.get("total_steps")

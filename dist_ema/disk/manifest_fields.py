@@ -1,7 +1,7 @@
-"""What a field of the manifest may hold: how each kind of value is checked when it is read, and written.
+"""The kinds of values in the fields of a manifest: how a value is checked when it is read, and how it is written.
 
-A reader refuses with a `ValueError` (or a `KeyError` of what is lacking), of which `read_manifest` makes an error that
-names the file.
+A reader refuses a value with a `ValueError` (or a `KeyError` for a missing one); `read_manifest` turns it into an error
+that names the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Agreement(enum.Enum):
-    """What the ranks compare of a field when an average is built."""
+    """How the ranks compare a field when an average is built."""
 
     MODEL = "it tells the model: ranks that differ have models of other names, shapes or dtypes"
     RUN = "it tells the choices and the packages of the run, which must be alike on all ranks"
@@ -48,14 +48,14 @@ class Agreement(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What is declared at a field of the manifest.
+    """The declaration of a field of the manifest.
 
     Attributes:
-        read: JSON value -> the field's value; raises a `ValueError` of anything else.
+        read: JSON value -> the field's value; raises a `ValueError` if the JSON value is not allowed.
         write: the field's value -> JSON.
-        since: the first format version whose records must have it; None where any may lack it. A record that lacks it
-            has the field's default.
-        compared: what the ranks compare of it.
+        since: the first format version whose records must have the field; None if any record may lack it. A record that
+            lacks the field has its default.
+        compared: how the ranks compare the field.
     """
 
     read: Callable[[Any], Any]
@@ -76,14 +76,14 @@ def rule(
 
 
 def rule_of(field: dataclasses.Field[Any]) -> Rule:
-    """What was declared at a field."""
-    found: Rule = field.metadata["rule"]
-    return found
+    """The declaration of a field."""
+    declared: Rule = field.metadata["rule"]
+    return declared
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedTensor:
-    """A whole tensor of the checkpoint; `averaged` is False where it is a copy of the live one."""
+    """A whole tensor of the checkpoint; `averaged` is False if its values are live ones."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -95,8 +95,8 @@ class SavedFile:
     """A file of the checkpoint.
 
     Attributes:
-        size_bytes: of the whole file.
-        checksum: CRC-32 of the header (length included) of a safetensors file, of the whole of an index.
+        size_bytes: the size of the whole file.
+        checksum: CRC-32 of the header (with its length) of a safetensors file, or of the whole index.
     """
 
     size_bytes: int
@@ -138,14 +138,14 @@ def written_files(value: Mapping[str, SavedFile]) -> dict[str, Any]:
 def checksums(value: object) -> dict[str, dict[str, int]]:
     """Track names, fqns and the checksums of the tensors."""
     return {
-        track: {fqn: from_hex(each) for fqn, each in json_object(of_track).items()}
+        track: {fqn: from_hex(text) for fqn, text in json_object(of_track).items()}
         for track, of_track in json_object(value).items()
     }
 
 
 def written_checksums(value: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """The checksums as JSON."""
-    return {track: {fqn: hexadecimal(each) for fqn, each in of_track.items()} for track, of_track in value.items()}
+    return {track: {fqn: hexadecimal(crc) for fqn, crc in of_track.items()} for track, of_track in value.items()}
 
 
 def hexadecimal(value: int) -> str:
@@ -154,14 +154,14 @@ def hexadecimal(value: int) -> str:
 
 
 def from_hex(value: object) -> int:
-    """The checksum that eight hexadecimal digits tell."""
+    """The checksum that eight hexadecimal digits spell."""
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{8}", value):
         raise ValueError(f"a checksum is {str(value)[:80]!r}, expected eight hexadecimal digits")
     return int(value, 16)
 
 
 def _path(name: str) -> str:
-    """A file in the folder or in the folder of a track; no way out of it."""
+    """The path of a file in the folder or in the folder of a track; a path that leads out of it is refused."""
     *folders, file = name.split("/")
     if len(folders) > 1:
         raise ValueError(f"a file has the path {name[:80]!r}")

@@ -1,6 +1,6 @@
 """A saved average as it lies on disk: its manifest and the headers of its files, which must agree.
 
-Loads no torch. No communication.
+The module loads no torch. No communication.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _CHUNK_BYTES = 8 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class SavedAverage:
-    """What was found.
+    """A saved average whose manifest and headers were read.
 
     Attributes:
-        folder: where.
-        manifest: its record.
-        manifest_checksum: CRC-32 of the manifest file: two folders that have the same hold the same average.
+        folder: the folder of the average.
+        manifest: the record in it.
+        manifest_checksum: CRC-32 of the manifest file: folders with the same one have the same average.
         models: track name -> its files.
     """
 
@@ -63,7 +63,7 @@ class SavedAverage:
         """The track of that name, or the only one.
 
         Raises:
-            CheckpointMismatchError: there is no such track, or several to choose from.
+            CheckpointMismatchError: there is no such track, or there are several to choose from.
         """
         tracks = list(self.manifest.tracks)
         if name is None and len(tracks) == 1:
@@ -78,16 +78,16 @@ class SavedAverage:
 
 
 def read_saved(source: Path, tracks: Sequence[str] | None = None) -> SavedAverage:
-    """Find the average at `source`, that folder or the only one in it, and check all it says against its files.
+    """Find the average at `source`, that folder or the only one in it, and check its manifest against its files.
 
     If a save replaces the folder meanwhile, it is read again.
 
     Args:
-        source: the folder of the average, or of the checkpoint that holds it.
-        tracks: whose files to look at; None for all.
+        source: the folder of the average, or of the checkpoint that has it.
+        tracks: the tracks whose files are checked; None for all.
 
     Raises:
-        CheckpointNotFoundError: there is nothing.
+        CheckpointNotFoundError: there is no saved average.
         CheckpointMismatchError: a newer version of the format wrote it.
         CheckpointCorruptError: files are missing, damaged, or contradict each other.
     """
@@ -108,7 +108,7 @@ def _read_saved(source: Path, tracks: Sequence[str] | None) -> SavedAverage:
 
 
 def was_replaced(saved: SavedAverage) -> bool:
-    """Whether another average has taken the folder since it was read, or none is there."""
+    """Whether another average has taken the folder since it was read, or no average is there."""
     try:
         return checksum(read_small(saved.folder / MANIFEST_NAME)) != saved.manifest_checksum
     except CheckpointCorruptError:
@@ -116,10 +116,10 @@ def was_replaced(saved: SavedAverage) -> bool:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """See that every file of the manifest is there, at its size; their content is not looked at.
+    """Refuse a folder that lacks a file of the manifest, or has it at another size; the files are not read.
 
     Raises:
-        CheckpointCorruptError: one is missing, or has another size.
+        CheckpointCorruptError: a file is missing, or has another size.
     """
     for name, file in manifest.files.items():
         try:
@@ -137,10 +137,10 @@ def _check_tensors(folder: Path, manifest: Manifest, model: StoredModel) -> None
         stored = model.tensors.get(fqn)
         if stored is None:
             raise CheckpointCorruptError(f"{folder} lacks {fqn[:200]!r}, though its {MANIFEST_NAME} lists it")
-        found = (stored.shape, TORCH_DTYPES[stored.dtype])
-        if found != (saved.shape, saved.dtype):
+        shape, dtype = stored.shape, TORCH_DTYPES[stored.dtype]
+        if (shape, dtype) != (saved.shape, saved.dtype):
             raise CheckpointCorruptError(
-                f"{folder / stored.file} has {fqn[:200]!r} as {found[1]}{list(found[0])}, its {MANIFEST_NAME} says "
+                f"{folder / stored.file} has {fqn[:200]!r} as {dtype}{list(shape)}, its {MANIFEST_NAME} says "
                 f"{saved.dtype}{list(saved.shape)}"
             )
     if len(model.tensors) != len(manifest.tensors):
@@ -151,11 +151,11 @@ def _check_tensors(folder: Path, manifest: Manifest, model: StoredModel) -> None
 def _check_files(folder: Path, below: str, manifest: Manifest, model: StoredModel) -> None:
     if not manifest.files:  # format version 1
         return
-    found = {name: SavedFile(file.size_bytes, file.header_checksum) for name, file in model.files.items()}
+    present = {name: SavedFile(file.size_bytes, file.header_checksum) for name, file in model.files.items()}
     if model.index_checksum is not None:
-        found[INDEX_NAME] = SavedFile((folder / below / INDEX_NAME).stat().st_size, model.index_checksum)
+        present[INDEX_NAME] = SavedFile((folder / below / INDEX_NAME).stat().st_size, model.index_checksum)
     prefix = "" if below == "." else f"{below}/"
-    for name, file in found.items():
+    for name, file in present.items():
         if manifest.files.get(prefix + name) != file:
             raise CheckpointCorruptError(
                 f"{folder / below / name} is not the file that was saved: its size or its header's checksum differs "
@@ -166,19 +166,19 @@ def _check_files(folder: Path, below: str, manifest: Manifest, model: StoredMode
 def damaged_tensors(saved: SavedAverage) -> Iterator[tuple[str, int, bool]]:
     """Read every tensor of every track. Yields its name (with its track), its bytes, and whether it is damaged.
 
-    Reads whole files in bounded pieces. What has no checksum (format version 1) cannot be told and counts as sound.
+    Whole files are read in bounded chunks. A tensor without a checksum (format version 1) counts as sound.
     """
     for track, model in saved.models.items():
         expected = saved.manifest.checksums.get(track, {})
         for fqn, stored in model.tensors.items():
-            found = 0
-            for piece in stored_bytes(saved.folder_of(track), stored):
-                found = checksum(piece, found)
-            yield f"{track}: {fqn}", stored.nbytes, expected.get(fqn, found) != found
+            present = 0
+            for chunk in stored_bytes(saved.folder_of(track), stored):
+                present = checksum(chunk, present)
+            yield f"{track}: {fqn}", stored.nbytes, expected.get(fqn, present) != present
 
 
 def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:
-    """The bytes of a tensor, in pieces of at most `chunk_bytes`; each piece is overwritten by the next.
+    """The bytes of a tensor, in chunks of at most `chunk_bytes`; a chunk is overwritten by the next one.
 
     Raises:
         CheckpointCorruptError: the file is missing or too short.
@@ -187,9 +187,9 @@ def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUN
     descriptor = _open(folder / stored.file)
     try:
         for done in range(0, stored.nbytes, chunk_bytes):
-            piece = buffer[: min(chunk_bytes, stored.nbytes - done)]
-            read_exactly(descriptor, piece, stored.start + done)
-            yield piece
+            chunk = buffer[: min(chunk_bytes, stored.nbytes - done)]
+            read_exactly(descriptor, chunk, stored.start + done)
+            yield chunk
     finally:
         os.close(descriptor)
 
@@ -214,9 +214,9 @@ def _open(path: Path) -> int:
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def damage_text(place: Path, names: Sequence[str]) -> str:
-    """What to say of tensors whose checksums differ."""
+def damage_text(path: Path, names: Sequence[str]) -> str:
+    """The text of an error about tensors whose checksums differ."""
     return (
-        f"{place} is damaged: the bytes of {len(names)} tensors are not those that were saved "
+        f"{path} is damaged: the bytes of {len(names)} tensors are not those that were saved "
         f"({', '.join(names[:3])}). Restore the folder from a copy, or use an older checkpoint"
     )

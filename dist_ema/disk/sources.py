@@ -1,7 +1,7 @@
-"""Which weights a path means, where several are in reach: the averaged ones. No communication.
+"""The weights that a path means, where it could mean several: the averaged ones. No communication.
 
 A checkpoint of accelerate under DDP has the live weights at its top (`model.safetensors`) and the average in a folder
-in it. Whoever gives the checkpoint to this package means the average; whoever means the live weights gives their file.
+in it. The path of such a checkpoint means the average here; only the path of their file means the live weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["Weights", "find_start", "find_weights"]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What was found.
+    """Weights in files.
 
     Attributes:
-        path: the file or folder to name to a reader.
-        folder: of the files of `model`.
-        model: names, and where each tensor lies.
-        checksums: name -> CRC-32 of the whole tensor, where one was saved.
+        path: the file or folder, for messages.
+        folder: the folder of the files of `model`.
+        model: the names of the tensors and their places in the files.
+        checksums: name -> CRC-32 of the whole tensor, where a checksum was saved.
     """
 
     path: Path
@@ -41,11 +41,11 @@ def find_weights(source: Path, track: str | None) -> Weights:
     """The weights of an average, checked against its manifest, of a model folder, or of a file.
 
     Args:
-        source: the folder of an average, a checkpoint that holds one, a model folder, a safetensors file or an index.
-        track: which average, where there are several.
+        source: the folder of an average, a checkpoint with one, a model folder, a safetensors file or an index.
+        track: the name of the average, where there are several.
 
     Raises:
-        CheckpointNotFoundError: there is nothing, or several averages to choose from.
+        CheckpointNotFoundError: there are no weights, or there are several averages to choose from.
         CheckpointMismatchError: there is no such track.
         CheckpointCorruptError: files are missing, damaged, or contradict each other.
     """
@@ -62,13 +62,13 @@ def find_weights(source: Path, track: str | None) -> Weights:
         raise CheckpointNotFoundError(
             f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
         ) from error
-    chosen = saved.track(track)
-    path, checksums = saved.folder_of(chosen), saved.manifest.checksums.get(chosen, {})
-    return Weights(path, path, saved.models[chosen], checksums)
+    name = saved.track(track)
+    path, checksums = saved.folder_of(name), saved.manifest.checksums.get(name, {})
+    return Weights(path, path, saved.models[name], checksums)
 
 
 def find_start(source: Path) -> Weights:
-    """The weights at which an average can begin: as `find_weights`, but nothing of a manifest has to fit.
+    """The weights at which an average can begin: as `find_weights`, but without a comparison with the manifest.
 
     Raises:
         CheckpointNotFoundError: there are several averages to choose from.
@@ -100,7 +100,7 @@ def _of_file(source: Path) -> Weights:
 
 
 def _averaged_side(folder: Path) -> Path:
-    """The average in a folder that holds one; else the folder."""
+    """The average in a folder that has one; else the folder."""
     if not folder.is_dir() or contents.has_manifest(folder):
         return folder
     inside = [path for path in contents.averages_in(folder) if contents.is_average(path)]

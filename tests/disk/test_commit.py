@@ -290,7 +290,7 @@ def test_a_claim_ends_with_its_save_and_no_child_keeps_it(tmp_path) -> None:
     assert claim.take() and not claims.is_dead(claim.path)
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if claim._descriptor == -1 and not list(claims._held) else 1)
+        os._exit(0 if claim._descriptor == -1 and not list(claims._claims) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert not claims.is_dead(claim.path), "its parent goes on"
     path = claim.path

@@ -1,1 +1,1 @@
-"""Folders that are whole or not there, also while others read or write them. Local files only."""
+"""Folders that are whole or not there, also while other jobs read or write them. Local files only."""

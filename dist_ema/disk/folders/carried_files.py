@@ -1,4 +1,4 @@
-"""What somebody has added to a folder goes with it into the next one. Local files only; no communication."""
+"""Files that the user has added to a folder go with it into the next one. Local files only; no communication."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["carry_over", "sync"]
 
 
 def carry_over(source: Path, staging: Path, unfit: Collection[str] = ()) -> None:
-    """Give the new folder what somebody has added to the former one: a config.json, a tokenizer, notes.
+    """Give the new folder what the user has added to the former one: a config.json, a tokenizer, notes.
 
     Args:
         source: the former folder.
         staging: the new one.
-        unfit: names of files that are left behind.
+        unfit: the names of the files that are left behind.
     """
     tracks = track_folders(source)
     for path in source.iterdir():
@@ -37,7 +37,7 @@ def carry_over(source: Path, staging: Path, unfit: Collection[str] = ()) -> None
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """Give the file a second name where the file system can, else copy it durably."""
+    """Give the file a second name where the file system can do that, else copy it durably."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

@@ -1,13 +1,13 @@
-"""Who writes a staging folder: a record beside it, locked for as long as that save lives.
+"""The writer of a staging folder: a record beside it names the writer, and is locked for as long as that save lives.
 
-Whoever finds a record of another save asks here whether its writer is dead; only then the staging folder may go.
+A staging folder of another save may be removed only if its writer is dead. This module asks the record:
 
-    same boot and process table   the process is there, and is the one that began: pid and start time
-    this very process             the claim is held: the thread of a save in the background may be another's
-    elsewhere                     nobody holds the lock, on a file system where locks reach other machines
+    same boot and process table   dead unless the process runs and is the one that began: pid and start time
+    this very process             dead unless the claim is kept: a save in the background has a thread of its own
+    another machine               dead if no process has the lock, on a file system where locks reach other machines
 
-What none of these can tell counts as alive. A lock belongs to the process that took it: a forked child closes its copy.
-No communication.
+A writer counts as alive where none of these can tell. A lock belongs to the process that took it: a forked child closes
+its copy. No communication.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _LONGEST_RECORD_BYTES = 4096
 
 
 class Claim:
-    """The right to the staging folder of one token, from `take` until `release`, or until nobody keeps the object."""
+    """The right to the staging folder of one token, from `take` until `release`, or until the object is freed."""
 
     _descriptor = -1
 
     def __init__(self, path: Path) -> None:
         self.path = path
         _watch_forks()
-        _held[path] = self
+        _claims[path] = self
 
     def take(self) -> bool:
-        """Make the record, locked. False if somebody took it for a dead one in the moment before the lock."""
+        """Make the record, locked. False if another save took it for a dead one in the moment before the lock."""
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _lock(self._descriptor) is False:
             return False
@@ -60,15 +60,15 @@ class Claim:
 
     def release(self) -> None:
         """Remove the record. Does not raise: a record without its process is cleared by the next save."""
-        if _held.get(self.path) is not self:
+        if _claims.get(self.path) is not self:
             return
         self._close()
         try:
-            if os.path.lexists(self.path):  # a read-only file system refuses to remove what is not there either
+            if os.path.lexists(self.path):  # a read-only file system refuses to remove even a file that is not there
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("%s could not be removed (%s): the next save does it", self.path, error)
-        _held.pop(self.path, None)
+        _claims.pop(self.path, None)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -80,36 +80,36 @@ class Claim:
         self._close()
 
 
-_held: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()
+_claims: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()
 
 
 def _forget() -> None:
-    """A forked child writes none of its parent's saves, and must not outlive the parent as the holder of its locks."""
-    for claim in list(_held.values()):
+    """A forked child must not keep the locks of its parent beyond the parent's life: it writes none of its saves."""
+    for claim in list(_claims.values()):
         claim._close()
-    _held.clear()
+    _claims.clear()
 
 
 @functools.cache
 def _watch_forks() -> None:
-    """Once for each process, and not at import."""
+    """Register `_forget` once in a process, and not at import."""
     os.register_at_fork(after_in_child=_forget)
 
 
 def is_dead(path: Path) -> bool:
-    """Whether the writer of that record has ended, as far as can be told; also if the record is gone."""
+    """Whether the writer of that record has certainly ended; true as well if the record is gone."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
-    except OSError:  # somebody else's
+    except OSError:  # the record of another user
         return False
     try:
         record = _record(descriptor)
         here = _this_process()
         if (record.get("boot"), record.get("table")) == (here["boot"], here["table"]):
             if record == here:
-                return path not in _held
+                return path not in _claims
             runs = _runs(record)
             if runs is not None:
                 return not runs
@@ -121,7 +121,7 @@ def is_dead(path: Path) -> bool:
 
 
 def writer_text(path: Path) -> str:
-    """Who it is, in words."""
+    """The writer of a staging folder, in words."""
     try:
         record = json.loads(path.read_bytes()[:_LONGEST_RECORD_BYTES])
         return f"process {record['pid']} on {record['host']}"
@@ -138,7 +138,7 @@ def _record(descriptor: int) -> dict[str, Any]:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the lock without waiting. False if somebody has it, None where the file system knows no locks."""
+    """Take the lock without waiting. False if another process has it, None where the file system knows no locks."""
     if fcntl is None:  # pragma: no cover
         return None
     try:
@@ -149,7 +149,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells this process from any other, now and later, here and elsewhere."""
+    """The record that tells this process from any other, now and later, on this machine and on others."""
     return {
         "host": socket.gethostname(),
         "boot": _text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
@@ -160,7 +160,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _runs(record: dict[str, Any]) -> bool | None:
-    """Whether the process of the record runs, on this machine; None if that cannot be told."""
+    """Whether the process of the record runs on this machine; None if the system does not tell."""
     pid, start = record.get("pid"), record.get("start")
     if not isinstance(pid, int) or pid <= 0:
         return None
@@ -179,7 +179,7 @@ def _runs(record: dict[str, Any]) -> bool | None:
 
 
 def _state_and_start(pid: int) -> tuple[str, str]:
-    """The state of a process and when it began, in ticks since the boot; empty where that is not told."""
+    """The state of a process and its start, in ticks since the boot; empty where the system does not tell."""
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 

@@ -1,17 +1,17 @@
 """Folders that are either whole or not there: staged beside the target, committed by rename.
 
-    stage:     look at everything first; then clear what dead saves left, and make .ema.staging-TOKEN
+    stage:     check everything first; then clear what dead saves left, and make .ema.staging-TOKEN
     publish:   ema -> .ema.old     .ema.staging-TOKEN -> ema     remove .ema.old
 
 [Note: two writers]
-Other jobs may save into the same folder at any moment; nothing but the renames is atomic. So a save remembers what it
-is going to replace, by its fingerprint, and replaces that or nothing:
+Other jobs may save into the same folder at any moment, and only the renames are atomic. So a save remembers the
+fingerprint of the content that it is going to replace, and replaces that content or nothing:
 
-    - a folder is renamed onto a free name only, which fails if somebody was faster;
-    - what the first rename has moved is looked at again, and put back if it is another's;
-    - nothing whole is removed before something whole lies at the target, and then under a name of its own.
+    - a folder is renamed onto a free name only, which fails if another save was faster;
+    - the content that the first rename has moved is checked again, and put back if another save wrote it;
+    - whole content is removed only when whole content lies at the target, and then under a name of its own.
 
-One of two writers wins, the other is told. What lies beside the target: contents.py.
+One of two writers wins, and the other raises an error. contents.py lists the names beside the target.
 
 Every function works on local files only and is called by one rank. No communication.
 """
@@ -50,11 +50,11 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 class Staged:
-    """A folder that is being written, to be published or discarded by whoever has staged it.
+    """A folder that is being written; the caller of `stage` must publish or discard it.
 
     Attributes:
-        target: where it will be.
-        folder: where it is until then.
+        target: the path that it will have.
+        folder: the path that it has until then.
     """
 
     def __init__(self, target: Path) -> None:
@@ -65,18 +65,18 @@ class Staged:
         self._replaced = fingerprint(former_of(target))
 
     def make(self) -> bool:
-        """Make the empty folder. False if another save took ours for a dead one before it was claimed."""
+        """Make the empty folder. False if another save took this one for dead before it was claimed."""
         if not self._claim.take():
             return False
         self.folder.mkdir()
         return True
 
     def is_current(self) -> bool:
-        """Whether what it replaces is still there, at the target or as the former content."""
+        """Whether the content to replace is still there, at the target or as the former content."""
         return fingerprint(former_of(self.target)) == self._replaced
 
     def was(self, folder: Path) -> bool:
-        """Whether the folder is what it replaces."""
+        """Whether the folder has the content to replace."""
         return fingerprint(folder) == self._replaced
 
     def release(self) -> None:
@@ -85,15 +85,17 @@ class Staged:
 
 
 def stage(target: Path, replaceable: Callable[[Path], bool], needed_bytes: int = 0) -> Staged:
-    """Make an empty staging folder of `target`, after clearing what dead saves left. Looks before it changes anything.
+    """Make an empty staging folder of `target`, after clearing what dead saves left.
+
+    It refuses a target before it changes anything.
 
     Args:
         target: the folder that will be committed.
-        replaceable: whether a folder that is there may be replaced: `is_average` or `is_export`.
-        needed_bytes: that will be written.
+        replaceable: tells whether a folder at the target may be replaced: `is_average` or `is_export`.
+        needed_bytes: the number of bytes that will be written.
 
     Raises:
-        CheckpointError: the target exists and is something else, cannot be renamed, or there is too little space.
+        CheckpointError: the target exists and may not be replaced, cannot be renamed, or there is too little space.
         OSError: the folder cannot be written.
     """
     _check_replaceable(target, replaceable)
@@ -115,17 +117,17 @@ def stage(target: Path, replaceable: Callable[[Path], bool], needed_bytes: int =
 
 
 def publish(staged: Staged, unfit: Collection[str] = ()) -> None:
-    """Rename the staged folder to its final name, replacing what is there; durable on return.
+    """Rename the staged folder to its final name, in place of the former content; the change is durable on return.
 
-    Files that somebody has added to the former folder are carried over. Once the new folder is in place nothing raises:
-    what cannot be removed then is logged, and removed by the next save.
+    Files that the user has added to the former folder are carried over. Once the new folder is in place nothing raises:
+    leftovers that cannot be removed are logged, and the next save removes them.
 
     Args:
-        staged: what `stage` returned, filled.
-        unfit: names of added files that would tell wrong things of the new folder, and are not carried over.
+        staged: the folder that `stage` returned, filled.
+        unfit: names of added files that would be wrong beside the new tensors, and are not carried over.
 
     Raises:
-        CheckpointError: another job has saved into the folder since this one was staged. What it saved stays.
+        CheckpointError: another job has saved into the folder since this one was staged; its save stays.
         OSError: the folder cannot be written; the former content stays.
     """
     target, trash = staged.target, _beside(staged.target, "trash")
@@ -150,15 +152,15 @@ def publish(staged: Staged, unfit: Collection[str] = ()) -> None:
 
 
 def _swap(staged: Staged, trash: Path) -> None:
-    """The renames."""
+    """Do the renames."""
     target, old = staged.target, old_of(staged.target)
     moved = False
     try:
-        found = content_of(target)
-        if found is Content.FOREIGN or not staged.is_current():
+        content = content_of(target)
+        if content is Content.FOREIGN or not staged.is_current():
             raise _taken(target)
-        if found is not Content.NOTHING:
-            if former_of(target) == old:  # the target is not whole, and must not take the place of what is
+        if content is not Content.NOTHING:
+            if former_of(target) == old:  # the target is not whole, and must not replace the former content, which is
                 carry_over(target, old)
                 target.rename(trash)
             else:
@@ -170,7 +172,7 @@ def _swap(staged: Staged, trash: Path) -> None:
         staged.folder.rename(target)
     except BaseException as error:
         if moved and not os.path.lexists(target):
-            with suppress(OSError):  # somebody else's took its place at this moment
+            with suppress(OSError):  # another save has taken the name at this moment
                 old.rename(target)
         if isinstance(error, OSError) and error.errno in _TAKEN:
             raise _taken(target) from error
@@ -185,7 +187,7 @@ def _taken(target: Path) -> CheckpointError:
 
 
 def discard(staged: Staged) -> None:
-    """Remove a staged folder that will not be published, or that has been. Does not raise an OSError."""
+    """Remove a staged folder that will not be published, or has been published. It does not raise an OSError."""
     try:
         if staged.folder.exists():
             _remove(staged.folder)
@@ -202,14 +204,14 @@ def former_of(target: Path) -> Path:
 
 
 def _clear(target: Path) -> None:
-    """Remove what saves left beside the target whose writers are dead."""
+    """Remove the leftovers beside the target of saves whose writers are dead."""
     for trash in beside(target, "trash"):
         shutil.rmtree(trash, ignore_errors=True)
     staging_name, writer_name = f".{target.name}.staging", f".{target.name}.writer"
     for staging in beside(target, "staging"):
         writer = staging.with_name(writer_name + staging.name.removeprefix(staging_name))
         if staging.name == staging_name or is_dead(writer):  # former versions had no tokens
-            with suppress(OSError):  # another save does the same, or it is another user's
+            with suppress(OSError):  # another save does the same, or the folder belongs to another user
                 aside = _beside(target, "trash")
                 staging.rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -226,20 +228,20 @@ def _clear(target: Path) -> None:
                 writer.unlink()
     for aside in beside(target, "old"):
         if aside == old_of(target):
-            with suppress(OSError):  # if it is still in the way at the commit, that tells
+            with suppress(OSError):  # the commit raises the error, if the folder is still in its way
                 _retire_old(target)
         elif is_whole(former_of(target)):
             shutil.rmtree(aside, ignore_errors=True)
         elif is_whole(aside):
-            # Two writers died, one of them in the moment before it saw that it had moved the only whole one.
+            # Two writers died, one of them in the moment before it saw that it had moved the only whole content.
             with suppress(OSError):
                 aside.rename(old_of(target))
 
 
 def _retire_old(target: Path) -> None:
-    """Remove the former content, if there is some, and if it is not the only whole one.
+    """Remove the former content, unless it is the only whole content.
 
-    It gets a name of its own first: the name `.ema.old` may have become another save's meanwhile.
+    The folder gets a name of its own first: another save may use the name `.ema.old` by now.
     """
     old = old_of(target)
     before = fingerprint(old)
@@ -250,24 +252,24 @@ def _retire_old(target: Path) -> None:
         os.rename(old, aside)
     except FileNotFoundError:
         return
-    if fingerprint(aside) != before:  # by now another save had put its former content there
-        with suppress(OSError):  # another save has cleared it, or another former content is there by now
+    if fingerprint(aside) != before:  # another save had put its former content there
+        with suppress(OSError):  # another save has cleared it, or has put its former content there again
             os.rename(aside, old)
         return
     _remove(aside)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder under a name of its own. NFS keeps files that somebody reads: the next save clears what stays."""
+    """Remove a folder that has a name of its own. NFS keeps files that are open: the next save clears what stays."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        if os.path.lexists(folder):  # else another save has cleared it
+        if os.path.lexists(folder):  # otherwise another save has cleared it
             _log_once(folder.parent, f"{folder} could not be removed ({error}): the next save does it")
 
 
 def _log_once(about: Path, message: str) -> None:
-    """Where a warning might raise, and what it tells of mends itself."""
+    """Log once, where a warning might raise. The next save mends what is logged."""
     if about not in _logged:
         _logged.add(about)
         _log.warning("%s", message)
@@ -305,7 +307,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
 
 
 def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
-    """Refuse what must not be replaced. Changes nothing."""
+    """Refuse a target that must not be replaced. It changes nothing."""
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder to write or a free name")
     working = _working_folder()
@@ -322,18 +324,18 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
             f"something is mounted at {within}, within {target}: a save replaces the whole folder, and would empty "
             "what is mounted there. Unmount it, or save into another folder"
         )
-    former, found = former_of(target), content_of(target)
+    former, content = former_of(target), content_of(target)
     if former != target:
-        fits = replaceable(former) and found in (Content.NOTHING, Content.ADDED, Content.PART)
+        fits = replaceable(former) and content in (Content.NOTHING, Content.ADDED, Content.PART)
     else:
-        fits = found is Content.NOTHING or replaceable(target)
+        fits = content is Content.NOTHING or replaceable(target)
     if not fits:
-        place = former if found is Content.NOTHING else target
-        told = "a saved average" if is_average(place) else "no saved average of ours"
+        refused = former if content is Content.NOTHING else target
+        kind = "a saved average" if is_average(refused) else "no saved average of ours"
         old = old_of(target)
         rest = f". The former content is whole, in {old}, and stays there" if is_whole(old) else ""
         raise CheckpointError(
-            f"{place} is {told}, and this call would "
+            f"{refused} is {kind}, and this call would "
             f"replace it by something else: give the name of a new or empty folder{rest}"
         )
 

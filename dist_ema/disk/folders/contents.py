@@ -1,16 +1,16 @@
-"""What lies at a target and beside it: which folder is ours, which is whole, which one to read.
+"""The content of a target and of the folders beside it: which ones this package wrote, which are whole, which to read.
 
 For a target `ema`, in the same parent folder:
 
     .ema.old              the former content, between the two renames of a commit over an existing folder
-    .ema.staging-TOKEN    being written; worthless until committed
-    .ema.writer-TOKEN     who writes the staging folder of the same token (claims.py)
-    .ema.old-TOKEN        a former content on its way out
-    .ema.trash-TOKEN      a staging folder on its way out
+    .ema.staging-TOKEN    a folder that is being written; worthless until it is committed
+    .ema.writer-TOKEN     the record of the writer of the staging folder of the same token (claims.py)
+    .ema.old-TOKEN        a former content that is being removed
+    .ema.trash-TOKEN      a staging folder that is being removed
 
-    reader:   ema if it is whole, else .ema.old if that is whole: the whole new one or the whole old one
+    reader:   ema if it is whole, else .ema.old if that is whole: the whole new content or the whole old content
 
-Nothing here changes a folder. No communication.
+No function here changes a folder. No communication.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ __all__ = [
     "was_begun",
 ]
 
-# What this package puts into the folders it owns; whatever else is there was added by somebody.
+# The names of the files that this package writes into a folder; the user has added every other file.
 OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
 
-# In the header of every safetensors file this package writes: tells its exports from somebody's model folder.
+# The mark in the header of every safetensors file of this package: it tells an export from another tool's model folder.
 MARK, MARK_VALUE = "written_by", "dist_ema"
 
-# Files that hold somebody's weights, whatever tool wrote them.
+# The names of files of weights, whatever tool wrote them.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|distcp|npz|gguf|h5|msgpack)|manifest\.json")
 
 
 class Content(enum.Enum):
-    """What a folder holds."""
+    """The kinds of content of a folder."""
 
     NOTHING = "nothing"
     AVERAGE = "a whole saved average"
@@ -70,7 +70,7 @@ class Content(enum.Enum):
 
 
 def content_of(folder: Path) -> Content:
-    """What is there now. The tensors are not read."""
+    """The present content of a folder. The tensors are not read."""
     if not os.path.lexists(folder):
         return Content.NOTHING
     if not folder.is_dir():
@@ -103,7 +103,7 @@ def has_manifest(folder: Path) -> bool:
 
 
 def is_average(folder: Path) -> bool:
-    """Whether the folder is a saved average of this package; a damaged manifest counts if the tensors are ours."""
+    """Whether the folder is a saved average of this package; with a damaged manifest the marks of its tensors tell."""
     if not has_manifest(folder):
         return False
     if _manifest(folder).get("format") == "dist_ema":
@@ -112,13 +112,13 @@ def is_average(folder: Path) -> bool:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether the folder is an export: files of ours, no manifest."""
+    """Whether the folder is an export: it has files of this package, and no manifest."""
     files = list(folder.glob("*.safetensors"))
     return bool(files) and not has_manifest(folder) and all(_is_marked(path) for path in files)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says, unchecked; nothing if it cannot be read."""
+    """The record of the manifest, unchecked; empty if it cannot be read."""
     try:
         record = json.loads(read_small(folder / "manifest.json"))
     except (CheckpointCorruptError, ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _has_files(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether every file that the manifest lists is there, at its size; format version 1 lists none."""
+    """Whether every file that the manifest lists is there and has its size; format version 1 lists no files."""
     try:
         files = record.get("files", {}).items()
         return all((folder / name).stat().st_size == file["size_bytes"] for name, file in files)
@@ -143,9 +143,9 @@ def _has_files(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def _is_whole_model(folder: Path) -> bool:
-    """Whether no file of an export is missing, where its names tell; all that are there have been looked at."""
+    """Whether no file of an export is missing, as far as names tell; the caller has checked those that are there."""
     if not any(OWN_FILE.fullmatch(path.name) for path in folder.glob("*.safetensors*")):
-        return True  # the names of another library
+        return True  # another library chose the names
     try:
         read_model_folder(folder)
     except CheckpointCorruptError:
@@ -154,10 +154,10 @@ def _is_whole_model(folder: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> object:
-    """What tells the average or export in the folder from any other, also after a rename; None if there is none.
+    """A value that tells the average or export in the folder from any other, also after a rename; None without one.
 
-    Of an average its manifest, which has the checksums of all tensors: what other ranks have done to their files may be
-    told late on a network file system. Of an export the names, sizes and numbers of its files.
+    For an average it is the checksum of the manifest, which has the checksums of all tensors: a network file system may
+    show late what other ranks have done to their files. For an export it is the names, sizes and numbers of its files.
     """
     if has_manifest(folder):
         try:
@@ -165,31 +165,31 @@ def fingerprint(folder: Path) -> object:
         except CheckpointCorruptError:
             return "unreadable"
     try:
-        found = [(name, os.stat(folder / name)) for name in sorted(os.listdir(folder)) if OWN_FILE.fullmatch(name)]
+        stats = [(name, os.stat(folder / name)) for name in sorted(os.listdir(folder)) if OWN_FILE.fullmatch(name)]
     except OSError:
         return None
-    return tuple((name, stat.st_size, stat.st_ino) for name, stat in found) or None
+    return tuple((name, stat.st_size, stat.st_ino) for name, stat in stats) or None
 
 
 def resolve(target: Path) -> Path:
-    """The folder to read for `target`: itself, or the former one if that is whole and the target is not.
+    """The folder to read for `target`: the target, or the former folder if that is whole and the target is not.
 
-    So it is between the renames of a commit. Warns if the target is there and holds something else.
+    The latter is so between the renames of a commit. It warns if the target is there and has other content.
 
     Raises:
         CheckpointNotFoundError: neither exists.
     """
     old = old_of(target)
     if os.path.lexists(old):
-        found = content_of(target)
-        if found in (Content.NOTHING, Content.ADDED, Content.PART) and is_whole(old):
-            if found is not Content.NOTHING:
-                _warn(target, found)
+        content = content_of(target)
+        if content in (Content.NOTHING, Content.ADDED, Content.PART) and is_whole(old):
+            if content is not Content.NOTHING:
+                _warn(target, content)
             return old
     for folder in (target, old):
         if folder.is_dir() and any(folder.iterdir()):
             return folder
-    for aside in beside(target, "old"):  # two writers died within moments: commit.py, _clear
+    for aside in beside(target, "old"):  # two writers died within moments: see `_clear` in commit.py
         if is_whole(aside):
             return aside
     if target.is_dir():
@@ -203,7 +203,7 @@ def resolve(target: Path) -> Path:
 
 
 def former_average(target: Path) -> Path | None:
-    """The former average of a target that holds something else than an average; warns if there is one."""
+    """The former average of a target whose content is no average; it warns if there is one."""
     old = old_of(target)
     if not os.path.lexists(old) or content_of(old) is not Content.AVERAGE:
         return None
@@ -211,48 +211,48 @@ def former_average(target: Path) -> Path | None:
     return old
 
 
-def _warn(target: Path, found: Content) -> None:
+def _warn(target: Path, content: Content) -> None:
     warnings.warn(
-        f"{target} holds {found.value}, where a save was cut off between its renames. The former content is whole and "
-        f"is read instead: {old_of(target)}. The next save brings them together, or says what is in its way",
+        f"{target} holds {content.value}, where a save was cut off between its renames. The former content is whole "
+        f"and is read instead: {old_of(target)}. The next save brings them together, or says what is in its way",
         UserWarning,
         stacklevel=4,
     )
 
 
 def averages_in(folder: Path) -> list[Path]:
-    """The saved averages in a folder, by name; a former one stands for one whose commit was cut off."""
+    """The saved averages in a folder, by name; a former average stands for one whose commit was cut off."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     names |= {name_of(path) for path in folder.glob(".*.old")}
-    found = []
+    candidates = []
     for name in sorted(names):
         if os.path.lexists(old_of(folder / name)):
             try:
-                found.append(resolve(folder / name))
-            except CheckpointNotFoundError:  # renamed at this moment
-                found.append(folder / name)
+                candidates.append(resolve(folder / name))
+            except CheckpointNotFoundError:  # it was renamed at this moment
+                candidates.append(folder / name)
         else:
-            found.append(folder / name)
-    return [path for path in found if has_manifest(path)]
+            candidates.append(folder / name)
+    return [path for path in candidates if has_manifest(path)]
 
 
 def name_of(folder: Path) -> str:
-    """The name of a committed folder, also of a former one whose commit was cut off."""
+    """The name of a committed folder, also of a former folder that stands for one whose commit was cut off."""
     return folder.name[1:-4] if folder.name.startswith(".") else folder.name
 
 
 def was_begun(target: Path) -> bool:
-    """Whether there is a trace of `target`: the folder, a former one, or one whose writing was cut off."""
+    """Whether there is a trace of `target`: the folder, its former content, or a save that was cut off."""
     return os.path.lexists(target) or any(True for _ in beside(target, "old", "staging", "writer", "trash"))
 
 
 def old_of(target: Path) -> Path:
-    """The place of the former content."""
+    """The path of the former content."""
     return target.parent / f".{target.name}.old"
 
 
 def beside(target: Path, *kinds: str) -> list[Path]:
-    """What lies beside the target, of some kinds: with a token, or without one as former versions named it."""
+    """The paths of some kinds beside the target: with a token, or without one, as former versions named them."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.({'|'.join(kinds)})(-[0-9a-f]{{8,}})?")
     try:
         return [target.parent / name for name in sorted(os.listdir(target.parent)) if pattern.fullmatch(name)]
@@ -261,6 +261,6 @@ def beside(target: Path, *kinds: str) -> list[Path]:
 
 
 def track_folders(target: Path) -> set[str]:
-    """The sub-folders of the tracks, where there are several."""
+    """The sub-folders of the tracks; empty where there is one track."""
     tracks = _manifest(target).get("tracks")
     return set(tracks) if isinstance(tracks, dict) and len(tracks) > 1 else set()

@@ -1,4 +1,4 @@
-"""A file that is to be in two places: one file of two names, or two files that share blocks until one is written to.
+"""A file that is needed under two names: one file with two names, or two files that share blocks until one is changed.
 
 No communication.
 """
@@ -18,7 +18,8 @@ _FICLONE = 0x40049409  # of linux/fs.h: the target gets the blocks of the source
 def clone(source: Path, target: Path) -> bool:
     """Make `target` a durable copy that shares blocks with `source`; False, and no file, where that cannot be done.
 
-    btrfs, XFS, bcachefs, ZFS and NFS 4.2 can, within one file system; ext4, tmpfs and most parallel ones cannot.
+    btrfs, XFS, bcachefs, ZFS and NFS 4.2 can do it, within one file system. ext4, tmpfs and most parallel file systems
+    cannot.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -42,7 +43,7 @@ def clone(source: Path, target: Path) -> bool:
 
 
 def give_second_name(source: Path, target: Path) -> bool:
-    """Make `target` a second name of the file `source` (a hard link); False where the file system cannot."""
+    """Make `target` a second name of the file `source` (a hard link); False where the file system has no such links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the file system under a path tells of itself: mount points, free space, and how far its locks reach.
+"""Properties of the file system under a path: mount points, free space, and how far its locks reach.
 
 No communication.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["free_bytes", "is_mount_point", "locks_reach_other_machines", "mounted_within"]
 
-# Mount options and file systems whose locks other machines do not see, or may not.
+# The mount options and file systems whose locks other machines do not see, or may not see.
 _LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock", "nobrl"}
 _LOCAL_KINDS = re.compile(r"fuse(blk|\..*)?|9p|virtiofs|vboxsf|beegfs|prl_fs|hgfs")
 
@@ -28,45 +28,45 @@ class _Mount:
 
 def is_mount_point(folder: Path) -> bool:
     """Whether another file system, or another folder of this one, is mounted there: such a folder cannot be renamed."""
-    # ismount does not follow a parent that is a link, such as /proc/self/cwd, and takes that for another disk.
+    # ismount does not follow a parent that is a link, such as /proc/self/cwd, and takes the folder for a mount point.
     follows = not os.path.islink(folder.parent)
     if os.path.ismount(folder) if follows else folder.stat().st_dev != folder.parent.stat().st_dev:
         return True
-    # A folder that is mounted a second time has the device of its parent: only the table tells.
+    # A folder that is mounted a second time has the device of its parent: only the table of mounts tells.
     return any(mount.at == folder for mount in _mounts())
 
 
 def mounted_within(folder: Path) -> Path | None:
-    """A place below the folder where something is mounted, which removing the folder would empty; None if none."""
+    """A mount point below the folder, which removing the folder would empty; None if there is none."""
     return next((mount.at for mount in _mounts() if mount.at != folder and folder in mount.at.parents), None)
 
 
 def free_bytes(path: Path) -> int | None:
     """Bytes that may still be written to the file system of the path, or of the nearest folder above that is there.
 
-    None where the file system does not tell, or tells nonsense. A quota that it does not tell of is not counted.
+    None where the file system gives no number, or nonsense. A quota that it does not report is not counted.
     """
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
-        found = shutil.disk_usage(path)
+        usage = shutil.disk_usage(path)
     except (OSError, AttributeError):
         return None
-    return found.free if 0 <= found.free <= found.total and found.total > 0 else None
+    return usage.free if 0 <= usage.free <= usage.total and usage.total > 0 else None
 
 
 def locks_reach_other_machines(path: Path) -> bool:
-    """Whether a lock on a file there is seen by every machine that sees the file."""
+    """Whether every machine that sees a file at the path sees a lock on it as well."""
     above = [mount for mount in _mounts() if path.is_relative_to(mount.at)]
     if not above:
         return False
     longest = max(len(mount.at.parts) for mount in above)
-    last = [mount for mount in above if len(mount.at.parts) == longest][-1]  # the one mounted over the others
+    last = [mount for mount in above if len(mount.at.parts) == longest][-1]  # it is mounted over the others
     return not _LOCAL_KINDS.fullmatch(last.kind) and not last.options & _LOCAL_OPTIONS
 
 
 def _mounts() -> Iterator[_Mount]:
-    """The mounts that this process sees, in the order of mounting; none where the system has no such table."""
+    """The mounts that this process sees, in the order of mounting; empty where the system has no table of mounts."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:

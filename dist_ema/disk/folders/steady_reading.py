@@ -1,7 +1,7 @@
-"""Reading folders into which somebody may be saving: again, if they were replaced meanwhile. No communication.
+"""Reading folders into which a job may be saving: a folder that was replaced meanwhile is read again. No communication.
 
-A save replaces a whole folder by two renames, so a reader that opens its files one after the other may find the first
-in the old folder and the second in the new one, or nothing at all for a moment.
+A save replaces a whole folder by two renames. So a reader that opens its files one after the other may get the first
+from the old folder and the second from the new one, or meet no folder at all for a moment.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A folder that is replaced each time is read this often at least, and for so long.
+# Before a reader gives up a folder that is replaced every time, it makes this many attempts, and goes on for so long.
 LEAST_ATTEMPTS = 3
 LEAST_SECONDS = 30.0
 
 
 class ReplacedError(CheckpointError):
-    """What was being read has been replaced, though every single read went well. Told to `steadily` only."""
+    """The folders were replaced while they were read, though every single read went well. Only `steadily` sees it."""
 
 
 def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -> T:
-    """What `read` returns, of one state of the folders: read again if they were replaced while it ran.
+    """Return what `read` returns of one state of the folders: they are read again if they were replaced while it ran.
 
     Args:
-        sources: what is read: folders of averages or exports, or folders that hold such; files too.
-        read: does all of the reading. It may call its argument before it makes anything of what it has read: that
-            raises if the folders were replaced.
+        sources: the paths that are read: folders of averages or exports, folders that contain such, or files.
+        read: does all of the reading. It may call its argument before it uses what it has read: the argument raises if
+            the folders were replaced.
 
     Raises:
         CheckpointError: every attempt met a save.
-        DistEMAError: what `read` raised while nothing was replaced.
+        DistEMAError: `read` raised it while no folder was replaced.
     """
     attempts = Attempts(sources)
     while True:
@@ -67,7 +67,7 @@ def steadily(sources: Sequence[Path], read: Callable[[Callable[[], None]], T]) -
 
 
 class Attempts:
-    """How often folders were read and found to be replaced."""
+    """The number of times that folders were replaced while they were read."""
 
     def __init__(self, sources: Sequence[Path]) -> None:
         self._sources = ", ".join(map(str, sources))
@@ -75,7 +75,7 @@ class Attempts:
         self._began = time.monotonic()
 
     def count_one(self) -> None:
-        """Another attempt has met a save."""
+        """Count an attempt that has met a save."""
         self._count += 1
         _log.debug("%s: replaced while it was read, so it is read again", self._sources)
 
@@ -85,7 +85,7 @@ class Attempts:
         return self._count >= LEAST_ATTEMPTS and time.monotonic() - self._began >= LEAST_SECONDS
 
     def refusal(self) -> CheckpointError:
-        """What to raise then."""
+        """The error to raise then."""
         return CheckpointError(
             f"{self._sources} was replaced each of {self._count} times that it was read: somebody saves into it faster "
             "than it can be read. Read a folder that nobody saves into, such as an export under a name of its own"
@@ -93,7 +93,7 @@ class Attempts:
 
 
 def generation(sources: Sequence[Path]) -> object:
-    """What tells the present state of the folders from every other one that saves may make of them. Does not raise."""
+    """A value that tells the present state of the folders from every other state that saves make. It does not raise."""
     return [list(_states(source)) for source in sources]
 
 
@@ -104,7 +104,7 @@ def _states(source: Path) -> Iterator[object]:
     for folder in (source, *beside(source, "old")):
         yield folder.name, fingerprint(folder), _numbers(folder)[:1], _numbers(folder / "manifest.json")
     if not has_manifest(source) and not has_manifest(old_of(source)):
-        # The averages in a checkpoint; snapshots may lie in folders of checkpoints.
+        # The source may be a checkpoint with averages in it, or a folder of checkpoints, as snapshots are.
         for folder in _folders_in(source):
             for inner in (folder, *_folders_in(folder)):
                 numbers = _numbers(inner / "manifest.json")
@@ -113,7 +113,7 @@ def _states(source: Path) -> Iterator[object]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """The folders in it that a reader may look at."""
+    """The folders in a folder that a reader may open."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -123,7 +123,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 def _numbers(path: Path) -> tuple[int, ...]:
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

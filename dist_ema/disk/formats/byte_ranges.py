@@ -1,4 +1,4 @@
-"""Where the bytes of a box lie in its file: strips, which are stretches of equal length at equal distances.
+"""The places of the bytes of a box in its file: strips, which are stretches of equal length at equal distances.
 
     a box of whole rows              one stretch           [==========]
     a box of some columns            a stretch per row     [===]....[===]....[===]....
@@ -20,7 +20,7 @@ __all__ = ["Cut", "Strip", "strips_of_box"]
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """`count` stretches of `run_bytes` bytes; the first begins at `start`, each `stride_bytes` after the one before."""
+    """`count` stretches of `run_bytes` bytes: the first begins at `start`, the next `stride_bytes` later, and so on."""
 
     start: int
     run_bytes: int
@@ -29,16 +29,16 @@ class Strip:
 
     @property
     def stop(self) -> int:
-        """End (exclusive) of the last stretch."""
+        """The end (exclusive) of the last stretch."""
         return self.start + (self.count - 1) * self.stride_bytes + self.run_bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all stretches."""
+        """The bytes in all stretches."""
         return self.count * self.run_bytes
 
     def cuts(self, start: int, stop: int) -> Iterator[Cut]:
-        """The parts of the strip between two offsets of the file: whole stretches, and at most two that are cut."""
+        """The parts of the strip between two offsets of the file: whole stretches, and at most two cut ones."""
         if start >= stop:
             return
         first = max(0, (start - self.start - self.run_bytes) // self.stride_bytes + 1)
@@ -73,7 +73,7 @@ class Strip:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A part of a strip: itself a strip, which begins at stretch `row` of the whole, `skipped_bytes` into it."""
+    """A part of a strip: it is a strip, which begins at stretch `row` of the whole strip, `skipped_bytes` into it."""
 
     strip: Strip
     row: int
@@ -83,7 +83,7 @@ class Cut:
 def strips_of_box(start: int, shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[tuple[int, ...], Strip]]:
     """The strips of a box of a tensor that begins at byte `start` of its file.
 
-    Yields the index of a part of the box, along its outermost dims, and the strip of that part; the part's elements,
+    It yields the index of a part of the box, along its outermost dims, and the strip of that part. The part's elements,
     row-major, are the strip's bytes in order.
     """
     if box.numel == 0:
@@ -92,7 +92,7 @@ def strips_of_box(start: int, shape: Sequence[int], itemsize: int, box: Box) -> 
     while whole > 0 and box.sizes[whole - 1] == shape[whole - 1]:
         whole -= 1
     strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
-    run_dim = max(whole - 1, 0)  # a stretch is all there is of the box along this dim and behind it
+    run_dim = max(whole - 1, 0)  # a stretch takes in all of the box along this dim and the dims after it
     run_bytes = math.prod(box.sizes[run_dim:]) * itemsize
     origin = start + sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True))
     if run_dim == 0:

@@ -1,4 +1,4 @@
-"""What a file is that is no safetensors file, told by its first bytes. Nothing is unpickled. No communication."""
+"""The kind of a file that is no safetensors file, by its first bytes. Nothing is unpickled. No communication."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONVERT = (
 )
 _TORCH = f"it is a file of torch.save, which is not read here (a pickle may run code): {_CONVERT}"
 
-# The first bytes -> what writes them, and what to do.
+# The first bytes -> the tool that writes them, and the advice.
 _KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (
         re.compile(rb"PK\x03\x04.{26}[^\x00]*?\.npy", re.DOTALL),
@@ -41,18 +41,18 @@ _LONGEST = 512  # bytes
 
 
 def kind_of(start: bytes) -> str | None:
-    """What a file with these first bytes is, and what to do; None if nothing is known."""
-    return next((told for pattern, told in _KINDS if pattern.match(start)), None)
+    """The kind of a file with these first bytes, with the advice; None if it is unknown."""
+    return next((kind for pattern, kind in _KINDS if pattern.match(start)), None)
 
 
 def kind_text(path: Path) -> str:
-    """What to add to a refusal of the file: ": it is ...", or nothing if it cannot be read or told."""
+    """The end of a refusal of the file: ": it is ...", or "" if it cannot be read or its kind is unknown."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            told = kind_of(os.pread(descriptor, _LONGEST, 0))
+            kind = kind_of(os.pread(descriptor, _LONGEST, 0))
         finally:
             os.close(descriptor)
     except OSError:
         return ""
-    return "" if told is None else f": {told}"
+    return "" if kind is None else f": {kind}"

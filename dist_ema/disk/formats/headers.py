@@ -1,7 +1,8 @@
-"""Safetensors files that somebody wrote: their headers, checked before anything is believed. No communication.
+"""Safetensors files of any origin: their headers are checked before they are used. No communication.
 
-A header is somebody's input. Lengths, dtypes, offsets and names are checked against each other and against the file's
-size before a byte of a tensor is read: https://github.com/huggingface/safetensors#format. Loads no torch.
+A header may be damaged or hostile. Lengths, dtypes, offsets and names are checked against each other and against the
+file's size before a byte of a tensor is read: https://github.com/huggingface/safetensors#format. The module loads no
+torch.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ INDEX_NAME = "model.safetensors.index.json"
 ONE_FILE_NAME = "model.safetensors"
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
-# Of a JSON file beside the tensors. The manifest is the longest: 120 bytes and the name for each tensor, 20 bytes and
-# the name for its checksum in each track. 100,000 tensors with names of 100 characters in 8 tracks make 118 MB; twice
-# that is left to whoever has more. A larger file is refused by its size: parsed it would take ten times the memory.
+# The largest JSON file beside the tensors. The manifest is the longest: 120 bytes and the name for each tensor, 20
+# bytes and the name for its checksum in each track. 100,000 tensors with names of 100 characters in 8 tracks make
+# 118 MB, and the limit is twice that. A larger file is refused unread: parsed it would take ten times the memory.
 LARGEST_RECORD_BYTES = 256 * 2**20
 
-# The dtypes that we write or read: the format's spelling -> torch's, and the bytes of an element.
+# The dtypes that this package writes or reads: the format's spelling -> torch's, and the bytes of an element.
 TORCH_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -73,7 +74,7 @@ _LARGEST_SIZE = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `start` is the byte offset from the beginning of the file, `dtype` in the format's words."""
+    """A tensor in a file: `start` is the byte offset from the beginning of the file, `dtype` is spelled as there."""
 
     file: str
     dtype: str
@@ -82,7 +83,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """The bytes of the whole tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -91,10 +92,10 @@ class StoredFile:
     """A file whose header is in order.
 
     Attributes:
-        size_bytes: of the whole file.
-        header_checksum: CRC-32 of the header, its length included.
+        size_bytes: the size of the whole file.
+        header_checksum: CRC-32 of the header, with its length.
         metadata: the text in the header.
-        tensors: what the header describes.
+        tensors: the tensors that the header describes.
     """
 
     size_bytes: int
@@ -116,7 +117,7 @@ def read_model_folder(folder: Path) -> StoredModel:
     """The tensors of a model folder: of the files that its index lists, or of `model.safetensors`.
 
     Raises:
-        CheckpointCorruptError: a file is missing, or a header or the index is not what it should be.
+        CheckpointCorruptError: a file is missing, or a header or the index is not in order.
     """
     index_path = folder / INDEX_NAME
     if not os.path.lexists(index_path):
@@ -139,7 +140,7 @@ def read_model_folder(folder: Path) -> StoredModel:
 
 
 def _other_weights(folder: Path) -> str:
-    """What the folder has in place of what was expected, and what to do."""
+    """The weights that the folder has in place of the expected files, with the advice."""
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError:
@@ -169,12 +170,12 @@ def read_header(path: Path) -> StoredFile:
     try:
         size_bytes = os.fstat(descriptor).st_size
         prefix = os.pread(descriptor, 8, 0)
-        length = int.from_bytes(prefix, "little")  # somebody's number: checked before it is used
+        length = int.from_bytes(prefix, "little")  # checked before it is used
         if len(prefix) < 8 or length > min(size_bytes - 8, LONGEST_HEADER_BYTES):
-            told = kind_text(path)
+            kind = kind_text(path)
             raise CheckpointCorruptError(
-                f"{path} is no safetensors file{told}"
-                if told
+                f"{path} is no safetensors file{kind}"
+                if kind
                 else f"{path} is damaged: its header should be {length} bytes long, the file has {size_bytes}"
             )
         text = os.pread(descriptor, length, 8)
@@ -191,7 +192,7 @@ def open_regular(path: Path) -> int:
     """Open a file for reading, without waiting for the writer of a pipe.
 
     Raises:
-        OSError: it is not there, or no regular file.
+        OSError: the file is missing, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -204,7 +205,7 @@ def read_small(path: Path) -> bytes:
     """The whole content of a JSON file, of at most `LARGEST_RECORD_BYTES`; a larger one is not read.
 
     Raises:
-        CheckpointCorruptError: it is missing, larger, or no regular file.
+        CheckpointCorruptError: the file is missing, larger, or no regular file.
     """
     try:
         descriptor = open_regular(path)
@@ -284,7 +285,7 @@ def read_exactly(descriptor: int, buffer: Any, offset: int) -> None:
     """Fill a writable buffer of bytes from an offset of the open file.
 
     Raises:
-        CheckpointCorruptError: the file ends before that.
+        CheckpointCorruptError: the file ends before the buffer is full.
     """
     rest = memoryview(buffer)
     while rest.nbytes:

@@ -1,12 +1,12 @@
-"""The safetensors files that we write: where each tensor lies in them.
+"""The safetensors files that this package writes, and the place of every tensor in them.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes, row-major,
-end to end (https://github.com/huggingface/safetensors#format). Names, shapes and dtypes are known to every
-rank, so every rank computes the same header and writes its boxes at their places; nobody needs the whole:
+end to end (https://github.com/huggingface/safetensors#format). Every rank knows the names, shapes and dtypes,
+so every rank computes the same header and writes its boxes at their places; no rank needs a whole tensor:
 
     | length | header | wte: rank 0 ... rank 1 ... | w1: rank 0 | w2: rank 0 ... rank 1 | ... |
 
-Tensors lie in the order of the model, larger elements first so that every tensor is aligned. No communication.
+Tensors lie in the order of the model, larger elements first, so every tensor is aligned. No communication.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = [
     "write_whole",
 ]
 
-# Shorter writes are left to the kernel.
+# The kernel decides when shorter writes reach the disk.
 _LONG_BYTES = 2**20
 
 _FILE_PATTERN = "model{suffix}.safetensors"
 
-# Dtypes of torch in the format's own spelling.
+# The dtypes of torch in the format's spelling.
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a whole tensor lies: `start` is the byte offset from the beginning of its file."""
+    """The place of a whole tensor: `start` is the byte offset from the beginning of its file."""
 
     fqn: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """The bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -76,10 +76,10 @@ class ModelFiles:
     """The files of a model folder.
 
     Attributes:
-        files: with the tensors.
-        index: content of the index, where there are several.
+        files: the files with the tensors.
+        index: the content of the index, where there are several files.
         texts: name -> content of further small files, such as config.json.
-        unfit: names of small files that do not describe these tensors, and must not lie beside them.
+        unfit: the names of small files that do not describe these tensors, and must not lie beside them.
     """
 
     files: tuple[FileLayout, ...]
@@ -88,7 +88,7 @@ class ModelFiles:
     unfit: Collection[str] = ()
 
     def locate(self) -> dict[str, tuple[FileLayout, Entry]]:
-        """Name of a tensor -> its file and its place there."""
+        """The name of a tensor -> its file and its place there."""
         return {fqn: (file, entry) for file in self.files for fqn, entry in file.entries.items()}
 
 
@@ -101,8 +101,8 @@ def plan_files(
     """Lay out whole tensors in files of at most `max_shard_size` bytes (or "5GB"), as huggingface_hub splits them.
 
     Args:
-        tensors: name, dtype and shape of each, in the order of the model.
-        max_shard_size: a larger tensor has a file of its own.
+        tensors: name, dtype and shape of every tensor, in the order of the model.
+        max_shard_size: the largest size of a file; a larger tensor has a file of its own.
         metadata: text for the headers, such as the aliases of tied tensors.
 
     Raises:
@@ -144,7 +144,7 @@ def plan_files(
 
 
 def _check_text(fqn: str) -> None:
-    """JSON would write half a character as an escape, and no reader of the format would take the file."""
+    """Refuse half a character: JSON would write it as an escape, and no reader of the format would read the file."""
     try:
         fqn.encode()
     except UnicodeEncodeError:
@@ -180,7 +180,7 @@ def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str])
 
 
 def write_whole(path: Path, content: bytes, *, size_bytes: int | None = None) -> None:
-    """Write a new file from its beginning, extend it to `size_bytes` where given, and fsync it."""
+    """Write a new file from its beginning, extend it to `size_bytes` if that is given, and fsync it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_all(descriptor, content, 0)
@@ -205,8 +205,9 @@ def host_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def write_all(descriptor: int, content: Any, offset: int) -> None:
     """Write a contiguous buffer of bytes at an offset of the open file, and have the disk begin with a long one.
 
-    The kernel would keep what is written in memory until the fsync, with the disk idle; told that we shall not read it
-    again, it starts at once. Measured: 256 MiB written and fsynced by each of 2 ranks took 0.7 of the time.
+    The kernel would keep the bytes in memory until the fsync, and the disk would be idle. The advice that the bytes are
+    not read again makes it start at once. Measured: 256 MiB from each of 2 ranks, written and fsynced, took 0.7 of the
+    time.
     """
     rest, at = memoryview(content), offset
     while rest.nbytes:
