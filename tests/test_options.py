@@ -95,7 +95,7 @@ def test_a_further_option_is_refused_by_what_lacks_it_until_it_is_everywhere() -
         further: bool = dataclasses.field(default=False, metadata={"recorded": True})
 
     assert Further(further=True).to_json() == {**Options().to_json(), "further": True}
-    assert Further(further=True).told() == "further=True, "
+    assert Further(further=True).arguments_text() == "further=True, "
     with pytest.raises(ConfigError, match="further is 1, expected True or False"):
         Further(further=1)
     with pytest.raises(TypeError, match="further"):
