@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,6 +106,34 @@ def test_an_error_in_any_thread_is_raised_after_all_have_stopped() -> None:
     with pytest.raises(ValueError, match="seven"):
         share_out(work, list(range(20)), 3)
     share_out(work, list(range(7)), 3)
+
+
+def test_a_signal_while_threads_are_waited_for_is_raised_after_them_as_it_is() -> None:
+    class Preempted(Exception):
+        pass
+
+    def handle(*_: object) -> None:
+        raise Preempted
+
+    def work(item: int, worker: int) -> None:
+        if worker == 0:  # the calling thread leaves one item to the other, and then waits for it
+            assert begun.wait(60)
+            return
+        begun.set()
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGALRM)  # the handler runs in the calling thread
+        time.sleep(0.2)
+        done.append(item)
+
+    begun = threading.Event()
+    done: list[int] = []
+    former = signal.signal(signal.SIGALRM, handle)
+    try:
+        with pytest.raises(Preempted):
+            share_out(work, list(range(2)), 2)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert len(done) == 1
 
 
 def counted(calls: list[int]) -> Callable[..., None]:
