@@ -1,13 +1,13 @@
-"""Whether the boxes of all ranks cover every tensor once: no overlap, no hole. No communication.
+"""The check that the boxes of all ranks cover every tensor once: no overlap, no hole. No communication.
 
-Counts of elements would not tell: two overlapping boxes may leave a hole of their size. So each box has a fingerprint,
+Counts of elements would not do: two overlapping boxes may leave a hole of their size. So every box has a fingerprint,
 
     h(box) = product over the dims d of  r_d^offset + r_d^(offset + 1) + ... + r_d^(offset + size - 1)    mod 2^61 - 1
 
 which is the sum of `r_0^i * r_1^j * ...` over its elements (i, j, ...), with random r_d for each dim of each tensor.
-The fingerprints of boxes that tile a tensor add up to that of the whole. Those of other boxes do so with a probability
-of at most sum(sizes) / 2^61, as two different polynomials agree at few points (Schwartz 1980, Zippel 1979), if the r_d
-are drawn after the boxes are fixed.
+The r_d must be drawn after the boxes are fixed. The fingerprints of boxes that tile a tensor add up to that of the
+whole. Those of other boxes do so with a probability of at most sum(sizes) / 2^61, because two different polynomials
+agree at few points (Schwartz 1980, Zippel 1979).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["Coverage"]
 
 _PRIME = 2**61 - 1
 _HALF = 2**32
-# Integers that a rank contributes for a tensor: elements, and the two halves of the fingerprint, so that no sum over
-# the ranks leaves 64 bits.
-_TOLD = 3
+# The integers that a rank contributes for a tensor: the number of elements, and the two halves of the fingerprint. In
+# halves no sum over the ranks leaves 64 bits.
+_NUM_INTEGERS = 3
 
 
 class Coverage:
@@ -32,7 +32,7 @@ class Coverage:
 
     Args:
         specs: every tensor; the same on every rank.
-        seed: drawn by one rank after the boxes are fixed; the same on every rank.
+        seed: a number that one rank draws after the boxes are fixed; the same on every rank.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], seed: int) -> None:
@@ -41,38 +41,38 @@ class Coverage:
         self._points = {spec.fqn: [draw.randrange(2, _PRIME) for _ in spec.shape] for spec in specs}
 
     def contribution(self, owned: Iterable[Box]) -> list[int]:
-        """What a rank that owns these boxes contributes to the sum over all ranks."""
+        """The contribution of a rank that owns these boxes to the sum over all ranks."""
         numels = {spec.fqn: 0 for spec in self._specs}
         prints = dict(numels)
         for box in owned:
             numels[box.fqn] += box.numel
             prints[box.fqn] += self._fingerprint(box)
-        told = []
+        integers = []
         for fqn, numel in numels.items():
             high, low = divmod(prints[fqn] % _PRIME, _HALF)
-            told += [numel, low, high]
-        return told
+            integers += [numel, low, high]
+        return integers
 
     def check(self, sums: Sequence[int]) -> None:
-        """Refuse ownership that leaves elements out or has them twice; a wrapper then told of its shards wrongly.
+        """Refuse ownership that leaves elements out or has them twice: a wrapper's layout is not what it shows.
 
         Args:
-            sums: of the contributions of all ranks.
+            sums: the sums of the contributions of all ranks.
 
         Raises:
-            UnsupportedModelError: names the first tensor that is not covered once.
+            UnsupportedModelError: the error gives the first tensor that is not covered once.
         """
         for index, spec in enumerate(self._specs):
-            numel, low, high = sums[_TOLD * index : _TOLD * (index + 1)]
+            numel, low, high = sums[_NUM_INTEGERS * index : _NUM_INTEGERS * (index + 1)]
             whole = Box(spec.fqn, (0,) * len(spec.shape), spec.shape)
             if numel != spec.numel:
-                told = f"has {spec.numel} elements, but the ranks own {numel} of them together"
+                fault = f"has {spec.numel} elements, but the ranks own {numel} of them together"
             elif (high * _HALF + low) % _PRIME != self._fingerprint(whole):
-                told = f"has {spec.numel} elements, of which the ranks own some twice and others not at all"
+                fault = f"has {spec.numel} elements, of which the ranks own some twice and others not at all"
             else:
                 continue
             raise UnsupportedModelError(
-                f"{spec.fqn} {told}: its layout is not understood. Lay it out evenly, with fully_shard or "
+                f"{spec.fqn} {fault}: its layout is not understood. Lay it out evenly, with fully_shard or "
                 "distribute_tensor on one mesh of all ranks"
             )
 

@@ -1,14 +1,14 @@
-"""Who owns what: tensors that several ranks hold alike are divided, one owner for each element. No communication.
+"""The owners: tensors that several ranks hold alike are divided, with one owner for each element. No communication.
 
-Ownership of tensors that several ranks hold alike is decided by laying them end to end and cutting the line in runs of
-nearly equal numbers of elements; rank i of the holders owns run i:
+The tensors that several ranks hold alike are laid end to end, and the line is cut in runs of nearly equal numbers of
+elements. Rank i of the holders owns run i:
 
     elements   0                                                        total
                |---- wte (rows) ----|-- w1 --|-b1-|------ w2 ------|-b2-|
     3 ranks    [      run 0      ][       run 1       ][     run 2      ]
 
-Cuts fall between rows where that leaves the shares even to 0.1%, else within a row. A run is contiguous in row-major
-order, and so in the final file.
+Cuts fall between rows where the shares are then even to 0.1%, otherwise within a row. A run is contiguous in row-major
+order, and so it is in the final file.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Division:
     """Pieces of tensors that the same ranks hold alike, divided among these ranks: one owner per element.
 
     Attributes:
-        held: the pieces, in the order of the model; equal boxes on each of the ranks.
-        ranks: the global ranks that hold them.
-        position: index of this rank in `ranks`.
-        groups: process groups through which a broadcast reaches all of `ranks`, for `exchange`.
+        held: the pieces, in the order of the model; their boxes are equal on all of the ranks.
+        ranks: the global ranks that hold the pieces.
+        position: the index of this rank in `ranks`.
+        groups: the process groups through which a broadcast reaches all of `ranks`, for `exchange`.
         averaged: whether the average keeps values for these tensors.
-        single_owner: give everything to the first rank (buffers, as DDP does), instead of dividing it. Each rank may
-            then have values of its own.
-        extra_state: these are no tensors of the model, but made anew at each use by `get_extra_state`.
+        single_owner: whether the first rank owns all of it (buffers, as in DDP) and nothing is divided. The ranks may
+            then have different values.
+        extra_state: whether these are no tensors of the model, but `get_extra_state` makes them anew at every use.
     """
 
     held: tuple[Held, ...]
@@ -52,8 +52,8 @@ class Division:
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
         boxes, points = self._boxes, self._points
-        pieces = run_between(boxes, points[position], points[position + 1])
-        return [Shard(self.held[index], box) for index, box in pieces]
+        run = run_between(boxes, points[position], points[position + 1])
+        return [Shard(self.held[index], box) for index, box in run]
 
     @functools.cached_property
     def _boxes(self) -> list[Box]:
@@ -67,11 +67,11 @@ class Division:
 
 
 def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
-    """Where the boxes, laid end to end, are cut in `parts` runs of nearly equal numbers of elements.
+    """The points that cut the boxes, laid end to end, in `parts` runs of nearly equal numbers of elements.
 
-    Returns `parts + 1` points (index of a box, element within it), in order; run i lies between points i and i + 1.
-    Each cut falls on the multiple of the box's grain that is nearest to its exact place. Pure arithmetic: linear in the
-    number of boxes, logarithmic in it for each part.
+    It returns `parts + 1` points (index of a box, element within it), in order; run i lies between points i and i + 1.
+    A cut falls on the multiple of the box's grain that is nearest to the exact point. The work is pure arithmetic:
+    linear in the number of boxes, logarithmic in it for each part.
     """
     ends = list(itertools.accumulate(box.numel for box in boxes))
     total = ends[-1] if ends else 0
@@ -97,7 +97,7 @@ _FINEST_GRAIN = 64
 
 
 def _grain(sizes: Sequence[int], finest: int) -> int:
-    """Elements between two places where a box may be cut: its outermost slices of at most `finest`, else 64."""
+    """The elements between two possible cuts of a box: its outermost slices of at most `finest`, else 64."""
     inner = math.prod(sizes)
     for size in sizes:
         inner //= size
@@ -107,23 +107,23 @@ def _grain(sizes: Sequence[int], finest: int) -> int:
 
 
 def run_between(boxes: Sequence[Box], start: tuple[int, int], stop: tuple[int, int]) -> list[tuple[int, Box]]:
-    """The run of elements from point `start` to point `stop` (half-open): pairs of a box's index and a piece of it.
+    """The run of elements from point `start` to point `stop` (half-open): pairs of a box's index and a box within it.
 
-    Empty pieces are left out.
+    Empty boxes are left out.
     """
     run = []
     for index in range(start[0], min(stop[0] + 1, len(boxes))):
         first = start[1] if index == start[0] else 0
         last = stop[1] if index == stop[0] else boxes[index].numel
-        run += [(index, piece) for _, piece in boxes_of_run(boxes[index], first, max(last - first, 0))]
+        run += [(index, part) for _, part in boxes_of_run(boxes[index], first, max(last - first, 0))]
     return run
 
 
 def boxes_of_run(box: Box, start: int, numel: int) -> Iterator[tuple[int, Box]]:
     """The run of `numel` elements from element `start` of a box, counted row-major within the box, as boxes.
 
-    Yields how many elements of the run lie before the piece, and the piece: a partial row, whole rows, a partial row,
-    and so on inward; at most `2 * len(box.sizes) - 1` of them.
+    It yields the number of elements of the run before a box, and the box: a partial row, whole rows, a partial row, and
+    so on inward; at most `2 * len(box.sizes) - 1` boxes.
     """
     if numel == 0:
         return
@@ -134,11 +134,11 @@ def boxes_of_run(box: Box, start: int, numel: int) -> Iterator[tuple[int, Box]]:
 
 
 def _boxes_below(box: Box, prefix: tuple[int, ...], start: int, stop: int, skipped: int) -> Iterator[tuple[int, Box]]:
-    """Pieces of the elements [start, stop) of the part of the box at index `prefix`."""
+    """The elements [start, stop) of the part of the box at index `prefix`, as boxes."""
     rest = box.sizes[len(prefix) + 1 :]
     inner = math.prod(rest)
     first, last = -(-start // inner), stop // inner  # whole slices along this dim: [first, last)
-    if first > last:  # within one slice
+    if first > last:  # the run lies within one slice
         yield from _boxes_below(box, (*prefix, last), start - last * inner, stop - last * inner, skipped)
         return
     if start < first * inner:

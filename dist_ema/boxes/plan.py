@@ -1,4 +1,4 @@
-"""A planned model, as one rank sees it: every tensor, and what the rank holds and owns of each.
+"""A planned model, as one rank sees it: every tensor, the pieces that the rank holds, and the shards that it owns.
 
 No communication.
 """
@@ -17,11 +17,11 @@ __all__ = ["Plan", "Remains"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remains:
-    """What is left of a plan in a model that has changed since.
+    """The part of a plan that remains in a model that has changed since.
 
     Attributes:
-        names: fqn -> all names, of each planned tensor that is as it was; ties that were cut are left out.
-        others: fqns of what else the model has now.
+        names: fqn -> all names, for every planned tensor that is as it was; ties that were cut are left out.
+        others: the fqns of the other tensors that the model has now.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -30,16 +30,16 @@ class Remains:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A model as boxes: what exists, what this rank holds of it, and what it owns.
+    """A model as boxes: its tensors, the pieces that this rank holds, and the shards that it owns.
 
     Attributes:
         specs: every persistent tensor of the model, tied ones once; the same on every rank.
         aliases: further names of tied tensors -> the name in `specs`.
-        left_out: names in the model's state dict that the user excluded and that the files do not have.
-        divisions: what this rank holds of the tensors.
+        left_out: the names in the model's state dict that the user excluded and that the files do not have.
+        divisions: the pieces that this rank holds.
         drop_gathered: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
         check_model: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
-        remains: what is left of the plan in the model as it is now. No communication.
+        remains: gives the part of the plan that remains in the model as it is now. No communication.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -52,23 +52,23 @@ class Plan:
 
     @property
     def has_replicas(self) -> bool:
-        """Whether putting averages into the model communicates."""
+        """Whether a swap communicates."""
         return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
 
     def live_buffers(self, *, extra_state: bool) -> Plan:
-        """The part of it that ranks show as the owner has it: the buffers that are not averaged.
+        """The part of the plan that all ranks show with the owner's values: the buffers that are not averaged.
 
         Args:
-            extra_state: whether what `get_extra_state` returns is among them.
+            extra_state: whether extra state is among them.
         """
-        chosen = (each for each in self.divisions if each.single_owner and not each.averaged)
+        buffers = (division for division in self.divisions if division.single_owner and not division.averaged)
         return dataclasses.replace(
-            self, divisions=tuple(each for each in chosen if extra_state or not each.extra_state)
+            self, divisions=tuple(division for division in buffers if extra_state or not division.extra_state)
         )
 
     @property
     def names_of_tensors(self) -> dict[str, list[str]]:
-        """Fqn -> all names of that tensor, the fqn first; several if it is tied."""
+        """Fqn -> all names of that tensor, the fqn first; several if the tensor is tied."""
         names = {spec.fqn: [spec.fqn] for spec in self.specs}
         for alias, fqn in self.aliases.items():
             names[fqn].append(alias)
@@ -80,9 +80,9 @@ class Plan:
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
 
     def only(self, remains: Remains) -> Plan:
-        """The tensors that remain, for files, manifests and comparisons.
+        """The plan of the tensors that remain, for files, manifests and comparisons.
 
-        Their owners are those of the whole plan: ask that one what is `owned`, this one would deal the tensors anew.
+        Its `owned` is wrong, because it would divide the tensors anew: the owners are those of the whole plan.
 
         Raises:
             ModelChangedError: no averaged tensor remains.
@@ -94,8 +94,8 @@ class Plan:
                 "when the average was built: only_unchanged=True has nothing to write"
             )
         divisions = (
-            dataclasses.replace(each, held=tuple(held for held in each.held if held.spec.fqn in remains.names))
-            for each in self.divisions
+            dataclasses.replace(division, held=tuple(held for held in division.held if held.spec.fqn in remains.names))
+            for division in self.divisions
         )
         return dataclasses.replace(
             self,
@@ -117,7 +117,7 @@ class Plan:
             )
 
     def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
-        """The shards this rank owns: of averaged tensors, or of those that are always shown live."""
+        """The shards that this rank owns: of averaged tensors, or of those that always show their live values."""
         return tuple(
             shard
             for division in self.divisions

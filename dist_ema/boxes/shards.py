@@ -1,6 +1,6 @@
-"""Shards are boxes: named pieces of named tensors.
+"""Shards are boxes, which are rectangular pieces of named tensors.
 
-Nothing here knows a parallelism, a process group or a file. No communication.
+This module knows no parallelism, no process group and no file. No communication.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 
-# How the names of what `module.get_extra_state()` returns end, in a state dict of torch.
+# The end of the name of an extra state in a state dict of torch: `module.get_extra_state()` returns it.
 EXTRA_STATE = "_extra_state"
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both show the same elements at the same address, as they stand now.
+    """Whether both tensors show the same elements at the same address now.
 
-    Compare with a tensor that was kept, not with a number that was: that address may belong to other memory by now.
+    Compare with a tensor that was kept, not with an address that was kept: that may belong to other memory by now.
     """
     if one.data_ptr() != other.data_ptr() or one.dtype != other.dtype:
         return False
@@ -47,10 +47,10 @@ class TensorSpec:
     """A whole named tensor of the model, the same on every rank.
 
     Attributes:
-        fqn: its canonical name, free of wrapper prefixes.
-        shape: its whole (global) shape.
+        fqn: the canonical name, free of wrapper prefixes.
+        shape: the whole (global) shape.
         dtype: the dtype of the live tensor.
-        averaged: whether the average keeps values for it; otherwise the averaged side shows the live ones.
+        averaged: whether the average keeps values for it; otherwise the averaged side shows the live values.
         is_buffer: whether it is a buffer, not a parameter.
     """
 
@@ -62,7 +62,7 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -76,7 +76,7 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.sizes)
 
     @property
@@ -86,30 +86,30 @@ class Box:
 
 
 class Form(Protocol):
-    """How the model's own state dict shows a held piece: as it is, or as a DTensor."""
+    """The form of a held piece in the model's own state dict: a plain tensor, or a DTensor."""
 
     def wrap(self, values: torch.Tensor) -> torch.Tensor:
         """The entry of a state dict that shares memory with `values`, of the box's sizes. No communication."""
         ...
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
-        """The values of the box, of an entry that `wrap` could have made, sharing memory. No communication.
+        """The values of the box in an entry that `wrap` could have made, sharing memory. No communication.
 
         Raises:
-            CheckpointMismatchError: it is laid out otherwise.
+            CheckpointMismatchError: the entry is laid out otherwise.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoForm:
-    """Why a held piece cannot stand in a state dict: how a sentence goes on that begins with the tensor's name."""
+    """The form of a held piece that a state dict cannot show; `reason` continues a sentence after the tensor's name."""
 
     reason: str
 
 
 class Slot(NamedTuple):
-    """Where the model keeps a tensor: `table[key]`."""
+    """The slot in which the model keeps a tensor: `table[key]`."""
 
     table: MutableMapping[str, Any]
     key: str
@@ -117,17 +117,16 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The piece of a named tensor that the live model of this rank holds, and how to reach it.
+    """The piece of a named tensor that the live model of this rank holds, and the way to its values.
 
     Attributes:
         spec: the whole tensor.
-        box: which piece of it.
-        view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. Called
-            anew at each use: training wrappers may replace the memory behind it. It may return the same tensor object
-            again only while that still stands for the same memory, dtype and strides.
-        form: how a state dict shows it, or why it cannot.
-        slot: where the model keeps the tensor that `view` shows whole; None where `view` alone can tell if its memory
-            was replaced.
+        box: the box of the piece.
+        view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. It is called anew
+            at every use, because training wrappers may replace the memory. It may return the same tensor object again
+            only while that still has the same memory, dtype and strides.
+        form: the form of the piece in a state dict, or the reason why it has none.
+        slot: the slot of the tensor that `view` shows whole; None where only `view` knows if its memory was replaced.
     """
 
     spec: TensorSpec
@@ -138,12 +137,12 @@ class Held:
 
     @property
     def takes_gradient(self) -> bool:
-        """Whether the live tensor requires a gradient, where `view` can tell; else it is believed to."""
-        told = getattr(self.view, "takes_gradient", None)
-        return True if told is None else bool(told())
+        """Whether the live tensor requires a gradient; true where `view` has no `takes_gradient`."""
+        takes_gradient = getattr(self.view, "takes_gradient", None)
+        return True if takes_gradient is None else bool(takes_gradient())
 
     def values(self) -> torch.Tensor:
-        """The live values of the box, sharing memory with the model, their shape checked.
+        """The live values of the box, sharing memory with the model; their shape is checked.
 
         Raises:
             ModelChangedError: the live tensor has another shape than it was planned with.
@@ -157,9 +156,9 @@ class Held:
         return view
 
     def restore(self, values: torch.Tensor) -> None:
-        """Give the live tensor these values again, a copy of what `view` showed.
+        """Give the live tensor these values again, which are a copy of what `view` showed.
 
-        A buffer that was made anew since, of another shape or none at all, is put back into its slot.
+        A buffer that has another shape or dtype by now, or is gone, is put back into its slot.
         """
         if self.spec.is_buffer and self.slot is not None:
             current = self.slot.table.get(self.slot.key)
@@ -186,22 +185,22 @@ class Shard:
 
     @property
     def fqn(self) -> str:
-        """Canonical name of the tensor."""
+        """The canonical name of the tensor."""
         return self.box.fqn
 
     @property
     def global_shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.held.spec.shape
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where the box begins in the whole tensor, per dim."""
+        """The first index of the box in the whole tensor, per dim."""
         return self.box.offsets
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Extent of the box, per dim."""
+        """The extent of the box, per dim."""
         return self.box.sizes
 
     def live(self) -> torch.Tensor:
@@ -213,14 +212,14 @@ class Shard:
         return self.within(self.held.values())
 
     def within(self, values: torch.Tensor) -> torch.Tensor:
-        """The part of `values`, which are those of the held piece, that the box is. Shares memory."""
+        """The values of the box, cut out of `values`, which are those of the held piece. They share memory."""
         for dim, start, length in self._narrowing:
             values = values.narrow(dim, start, length)
         return values
 
     @functools.cached_property
     def _narrowing(self) -> list[tuple[int, int, int]]:
-        """(dim, start, length) of the cuts that lead from the held piece to the box."""
+        """The cuts (dim, start, length) that lead from the held piece to the box."""
         inner, outer = self.box, self.held.box
         return [
             (dim, inner.offsets[dim] - outer.offsets[dim], inner.sizes[dim])
