@@ -1,18 +1,18 @@
 """From a model to boxes: the only package that knows the parallelisms. No communication.
 
-    planning   every tensor located by the first layout that claims it -> Plan; LAYOUTS has one line for each
-      plain, dtensor, fsdp1, extra   a layout each: its boxes, and the ranks that hold them alike
+    planning   the first layout that claims a tensor locates it -> Plan; LAYOUTS has one line for every layout
+      plain, dtensor, fsdp1, extra   one layout a file: its boxes, and the ranks that hold them alike
     names      every tensor of the model, once, with all its canonical names
-    values     which tensors a file can hold
-    layout     what a layout is: a Protocol of four methods, and the records that they exchange
+    values     the tensors whose values a file can have
+    layout     the interface of a layout: a Protocol of four methods, and the records that the files exchange
 
 | live tensor | box | ranks that hold it alike |
 |---|---|---|
-| plain, one process | everything | this one |
+| plain, one process | everything | this rank |
 | plain, in DDP or in a plain module of an initialised process group | everything | all ranks |
 | DTensor (FSDP2, HSDP, TP and their combinations) | its local piece | the ranks along the Replicate axes of its mesh |
 | in a flat parameter of FSDP1 | at most a few boxes | none; the ranks across the hybrid group; all, for NO_SHARD |
-| buffer | everything | all ranks, owned by rank 0: its copy is the one DDP broadcasts |
+| buffer | everything | all ranks; rank 0 is the owner, because DDP broadcasts its copy |
 
-A further parallelism is one more file here and one more line in `LAYOUTS`: docs/extending.md.
+A further parallelism needs one more file here and one more line in `LAYOUTS`: see docs/extending.md.
 """

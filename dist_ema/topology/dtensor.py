@@ -22,10 +22,10 @@ __all__ = ["DTensors"]
 
 
 class DTensors(Layout):
-    """DTensors: a rank holds its local box; the ranks along the Replicate axes of the mesh hold it alike."""
+    """DTensors: a rank holds its local box, and the ranks along the Replicate axes of the mesh hold it alike."""
 
     def claims(self, named: Named) -> bool:
-        """Whether it is a DTensor."""
+        """Whether the source is a DTensor."""
         return isinstance(named.source, DTensor)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
@@ -35,9 +35,9 @@ class DTensors(Layout):
     def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Make the parameters' names resolve to the sharded DTensors again. No communication.
 
-        After a forward without gradients the root group of FSDP2 stays gathered: its names then yield plain tensors
-        that are dropped at the next reshard, so reads through them are stale and writes are lost. After a forward that
-        an exception cut off, `reshard()` does nothing until the iteration is reset.
+        After a forward without gradients the root group of FSDP2 stays gathered: its names then yield plain tensors,
+        whose reads are stale and whose writes are lost, because the next reshard drops them. After a forward that an
+        exception cut off, `reshard()` does nothing until the iteration is reset.
 
         Raises:
             ModelChangedError: a group cannot be resharded.
@@ -61,7 +61,7 @@ class DTensors(Layout):
 def _finish_gathers(module: FSDPModule) -> None:
     """Let a gather that was started ahead (prefetched, or `unshard(async_op=True)`) arrive, so that reshard drops it.
 
-    Else its old values would be used by the next forward. Waits for communication under way; starts none.
+    Otherwise the next forward would use its old values. The call waits for communication under way, and starts none.
     """
     for group in _groups(module):
         if group._all_gather_result is not None:
@@ -69,9 +69,9 @@ def _finish_gathers(module: FSDPModule) -> None:
 
 
 def _end_forward(module: FSDPModule) -> None:
-    """Have FSDP take a forward that an exception cut off for ended, and reshard. No communication."""
+    """End a forward that an exception cut off, as FSDP sees it, and reshard. No communication."""
     if hasattr(module, "reset_iter_state"):
-        with suppress(RuntimeError, AttributeError):  # not a root, or it has not run yet
+        with suppress(RuntimeError, AttributeError):  # the module is no root, or has not run yet
             module.reset_iter_state()
     else:  # before torch 2.13
         for group in _groups(module):
@@ -80,10 +80,10 @@ def _end_forward(module: FSDPModule) -> None:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's record of what it has gathered; one place for its private names, which differ over torch versions.
+    """FSDP2's records of gathered parameters; the one place of its private names, which differ over torch versions.
 
-    Guarded by `test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model` and
-    `test_a_gather_started_before_a_swap_does_not_bring_the_other_weights`.
+    `test_a_forward_cut_off_by_an_exception_does_not_leave_the_average_in_the_model` and
+    `test_a_gather_started_before_a_swap_does_not_bring_the_other_weights` guard them.
     """
     state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
@@ -105,8 +105,8 @@ def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
     assert coordinate is not None  # the mesh spans all ranks
     box = _box_of(fqn, tensor, coordinate)
     for axis, placement in enumerate(placements):
-        # FSDP2 deals rows by the rank within the group, torch tells the box by the place in the mesh. `is_shard()` is
-        # False of strided shards.
+        # FSDP2 deals rows by the rank within the group, but torch computes the box from the coordinate in the mesh.
+        # `is_shard()` is False for strided shards.
         if not placement.is_replicate() and dist.get_rank(mesh.get_group(axis)) != coordinate[axis]:
             raise UnsupportedModelError(
                 f"{fqn} is sharded along axis {axis} of {mesh}, whose ranks are not in ascending order: parts of torch "
@@ -121,21 +121,21 @@ def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
 
 
 def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
-    """The box that this rank holds. Torch's list of chunks is not asked: of several runs it tells the first only."""
+    """The box that this rank holds. Torch's own list of chunks is of no use: of several runs it has the first only."""
     mesh, placements = tensor.device_mesh, tensor.placements
     axis_sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
     runs = local_runs(tensor.shape, axis_sizes, coordinate, placements)
     if runs is None:
         raise UnsupportedModelError(f"{fqn} has placements {placements}, of which one is neither Shard nor Replicate")
-    if all(runs) and any(len(each) > 1 for each in runs):
+    if all(runs) and any(len(of_dim) > 1 for of_dim in runs):
         raise UnsupportedModelError(
             f"{fqn} has placements {placements}: what a rank holds of it is several pieces that lie apart (packed "
             "columns, as transformers' packed_colwise makes them), expected one box for each rank. This version cannot "
             "save such a tensor, averaged or not; a later one will. Until then shard it in one piece: load the model "
             "with a tp_plan that has colwise or rowwise there, or none and fully_shard"
         )
-    offsets = tuple(each[0][0] if each else size for each, size in zip(runs, tensor.shape, strict=True))
-    sizes = tuple(sum(stop - start for start, stop in each) for each in runs)
+    offsets = tuple(of_dim[0][0] if of_dim else size for of_dim, size in zip(runs, tensor.shape, strict=True))
+    sizes = tuple(sum(stop - start for start, stop in of_dim) for of_dim in runs)
     with torch.no_grad():
         held = tuple(tensor.to_local().shape)
     if held != sizes:
@@ -148,11 +148,11 @@ def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
 
 
 class _LocalValues:
-    """The local tensor of the sharded parameter, taken anew at each use.
+    """The local tensor of the sharded parameter, taken anew at every use.
 
-    By name it may be a gathered copy (see `DTensors.drop_gathered`), so the DTensor is kept. Another DTensor under the
-    name is followed if it lies alike: then it has replaced the first (`load_state_dict(assign=True)`). Over tensor
-    parallelism a gathered copy is a DTensor too, on the smaller mesh.
+    The DTensor is kept, because its name may resolve to a gathered copy (see `DTensors.drop_gathered`). Over tensor
+    parallelism a gathered copy is a DTensor too, on the smaller mesh. Another DTensor under the name that lies alike
+    has replaced the kept one (`load_state_dict(assign=True)`).
     """
 
     def __init__(self, named: Named) -> None:
@@ -163,17 +163,17 @@ class _LocalValues:
         self._view = torch.empty(0, device="cpu")
 
     def _current(self) -> Any:
-        """What the model's table has under the name; None if it was removed.
+        """The entry of the model's table under the name; None if it was removed.
 
-        Not the attribute: SimpleFSDP's modules have a property there, which gathers the whole tensor.
+        The attribute is not read: SimpleFSDP's modules have a property there, which gathers the whole tensor.
         """
         return vars(self._owner)["_buffers" if self._is_buffer else "_parameters"].get(self._attribute)
 
     def is_sharded(self) -> bool:
-        """Whether the name resolves to the sharded tensor, or to one that replaced it."""
+        """Whether the name resolves to the sharded tensor, or to a DTensor that replaced it."""
         current = self._current()
         if current is None:
-            return True  # removed from the model: not for FSDP to tell
+            return True  # the tensor was removed from the model, which is not FSDP's work
         return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
 
     def takes_gradient(self) -> bool:
@@ -197,7 +197,7 @@ class _LocalValues:
 
 
 class _DTensorForm:
-    """Local values shown as a DTensor that is laid out like the live one."""
+    """Local values are shown as a DTensor that is laid out like the live one."""
 
     def __init__(self, live: DTensor) -> None:
         self._mesh, self._placements = live.device_mesh, live.placements

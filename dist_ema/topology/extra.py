@@ -1,7 +1,7 @@
-"""Extra state: what `module.get_extra_state()` returns, and `state_dict()` has as `..._extra_state`. No communication.
+"""Extra state, which `module.get_extra_state()` returns, and `state_dict()` has as `..._extra_state`. No communication.
 
-A tensor is stored under that key, as rank 0 has it when a file is written; it is never averaged, and a swap leaves it
-alone. Anything else has no place in a safetensors file.
+A file has it under that key, if it is a tensor, with the values of rank 0 when the file is written. It is never
+averaged, and a swap leaves it alone. A safetensors file cannot have an extra state of another type.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["ExtraStates", "extra_states"]
 
 
 def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
-    """The extra state of every module that has one, and the names of what the user excluded.
+    """The extra state of every module that has one, and the names of those that the user excluded.
 
     Raises:
-        UnsupportedModelError: one is no plain tensor, and not excluded.
+        UnsupportedModelError: an extra state is no plain tensor, and not excluded.
     """
-    found: dict[int, Named] = {}
+    states: dict[int, Named] = {}
     left_out = []
     for raw_name, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is nn.Module.get_extra_state:
@@ -37,8 +37,8 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
         if excludes([fqn]):
             left_out.append(fqn)
             continue
-        if id(module) in found:
-            found[id(module)].fqns.append(fqn)
+        if id(module) in states:
+            states[id(module)].fqns.append(fqn)
             continue
         state = module.get_extra_state()
         if not _is_plain(state):
@@ -48,21 +48,21 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
                 f"out of them by choice with exclude={f'*{EXTRA_STATE}'!r} and keep it yourself, or have "
                 "get_extra_state() return a tensor"
             )
-        found[id(module)] = Named(
+        states[id(module)] = Named(
             [fqn], tuple(state.shape), state.dtype, state, True, module, EXTRA_STATE, is_extra_state=True
         )
-    return list(found.values()), left_out
+    return list(states.values()), left_out
 
 
 class ExtraStates(Layout):
-    """Extra state: every rank has its own whole tensor, asked for anew at each use."""
+    """Extra state: every rank has a whole tensor of its own, which the module returns anew at every use."""
 
     def claims(self, named: Named) -> bool:
-        """Whether a module gave it as its extra state."""
+        """Whether the tensor is the extra state of a module."""
         return named.is_extra_state
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """Raises UnsupportedModelError if DDP spans some ranks only."""
+        """The locator gives a whole tensor as one box. Raises UnsupportedModelError if DDP spans some ranks only."""
         holders = holders_of_plain(model, rank, world_size)
         return lambda named: ([_whole(named)], holders)
 
@@ -78,7 +78,7 @@ def _is_plain(state: object) -> bool:
 
 
 class _ExtraValues:
-    """What the module gives now."""
+    """The extra state that the module returns now."""
 
     def __init__(self, named: Named) -> None:
         self._module, self._fqn, self._shape = named.owner, named.fqns[0], named.shape
@@ -86,10 +86,10 @@ class _ExtraValues:
     def __call__(self) -> torch.Tensor:
         state = self._module.get_extra_state()
         if not _is_plain(state) or tuple(state.shape) != self._shape:
-            told = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+            present = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
             raise ModelChangedError(
-                f"{self._fqn} is {told} now, a plain tensor of {list(self._shape)} when the average was built: build a "
-                f"new ShardedEMA, or leave it out of the files with exclude={f'*{EXTRA_STATE}'!r}"
+                f"{self._fqn} is {present} now, a plain tensor of {list(self._shape)} when the average was built: "
+                f"build a new ShardedEMA, or leave it out of the files with exclude={f'*{EXTRA_STATE}'!r}"
             )
         values: torch.Tensor = state.detach()
         return values

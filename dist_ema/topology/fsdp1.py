@@ -1,15 +1,14 @@
 """FSDP1 (`FullyShardedDataParallel`): parameters that lie flattened, end to end, in one sharded flat parameter.
 
-A rank holds a contiguous run of the flat parameter, so of each original parameter at most one run of elements; a run
-is a few boxes: a partial row, whole rows, a partial row.
+A rank holds a contiguous run of the flat parameter, so it holds at most one run of elements of an original parameter. A
+run is a few boxes: a partial row, whole rows, a partial row.
 
     flat parameter   |---- weight ----|- bias -|---- next ----|pad|
     rank 0 holds     [..............]
     rank 1 holds                     [..................]            weight: its last elements, bias, part of next
 
-FSDP1 tells of this only through private attributes of its handle. All of them are read in `_flat_slices`,
-`FSDP1.drop_gathered` and `_local_shard`, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes
-them.
+Only private attributes of FSDP1's handle show this. `_flat_slices`, `FSDP1.drop_gathered` and `_local_shard` alone read
+them, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class _FlatSlice:
     Attributes:
         handle: FSDP1's handle of the flat parameter.
         replicate_group: the process group across which whole shards are replicated (hybrid sharding), or None.
-        shape: whole shape of the original parameter.
-        start: index of the first element this rank holds, in the flattened original parameter.
-        numel: number of elements this rank holds, maybe 0.
-        offset: where they begin in this rank's shard of the flat parameter.
+        shape: the whole shape of the original parameter.
+        start: the index of the first element that this rank holds, in the flattened original parameter.
+        numel: the number of elements that this rank holds, maybe 0.
+        offset: the index of the first of them in this rank's shard of the flat parameter.
     """
 
     handle: Any
@@ -61,29 +60,29 @@ class _FlatSlice:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the sharded values that the optimizer steps."""
+        """The dtype of the sharded values that the optimizer steps."""
         return _local_shard(self.handle).dtype
 
 
 class FSDP1(Layout):
-    """Runs of flat parameters: the ranks of a hybrid group hold a run alike, and all ranks with NO_SHARD."""
+    """Runs of flat parameters: the ranks of a hybrid group hold a run alike, and all ranks do so with NO_SHARD."""
 
     def find(self, model: nn.Module) -> Mapping[Where, Any]:
-        """The original parameters, and the flat ones to be hidden. No communication.
+        """The original parameters, and None for the flat ones, which it hides. No communication.
 
         Raises:
             UnsupportedModelError: a parameter is flattened in another than row-major order, or is a DTensor.
         """
-        found: dict[Where, Any] = {}
+        slices: dict[Where, Any] = {}
         for module in model.modules():
             if isinstance(module, FullyShardedDataParallel):
-                found.update(_flat_slices(module))
-        if not found:
+                slices.update(_flat_slices(module))
+        if not slices:
             return {}
-        return dict.fromkeys(((id(module), _FLAT_PARAMETER) for module in model.modules()), None) | found
+        return dict.fromkeys(((id(module), _FLAT_PARAMETER) for module in model.modules()), None) | slices
 
     def claims(self, named: Named) -> bool:
-        """Whether it lies in a flat parameter."""
+        """Whether the tensor lies in a flat parameter."""
         return isinstance(named.source, _FlatSlice)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
@@ -93,11 +92,11 @@ class FSDP1(Layout):
     def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
 
-        FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy after a forward without gradients,
-        and would go on with it though the shards have changed.
+        After a forward without gradients FSDP1's root, and every group under SHARD_GRAD_OP, keeps its gathered copy. It
+        would use that copy again, though the shards have changed.
 
         Raises:
-            ModelChangedError: called within `summon_full_params`.
+            ModelChangedError: the call was made within `summon_full_params`.
         """
         handles = [
             module._handle
@@ -112,7 +111,7 @@ class FSDP1(Layout):
         for handle in handles:
             if hasattr(handle.flat_param, "_local_shard"):  # it has run a forward
                 if handle._use_orig_params:
-                    # `parameter.data = ...`, which FSDP1 takes over at the next forward
+                    # This does `parameter.data = ...`, which FSDP1 takes over at the next forward.
                     handle._writeback_orig_params()
                 handle.reshard(handle.uses_sharded_strategy)
                 handle.post_reshard()
@@ -135,9 +134,9 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
             "FSDP1 over tensor parallelism or on a slice of a larger mesh is not served: use FSDP2 there"
         )
     replicate_group = getattr(module, "_inter_node_pg", None)
-    found: dict[tuple[int, str], _FlatSlice] = {}
+    slices: dict[tuple[int, str], _FlatSlice] = {}
     for info, shape, local in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
-        found[id(info.module), info.param_name] = _FlatSlice(
+        slices[id(info.module), info.param_name] = _FlatSlice(
             handle=handle,
             replicate_group=replicate_group,
             shape=tuple(shape),
@@ -146,8 +145,8 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
             offset=local.offset_in_shard or 0,
         )
     for shared in flat._shared_param_infos:
-        found[id(shared.module), shared.param_name] = found[id(shared.prim_module), shared.prim_param_name]
-    return found
+        slices[id(shared.module), shared.param_name] = slices[id(shared.prim_module), shared.prim_param_name]
+    return slices
 
 
 def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
@@ -172,14 +171,14 @@ def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
 
 
 def _local_shard(handle: Any) -> torch.Tensor:
-    """The full-precision shard that the optimizer steps; before the first forward it has no name of its own."""
+    """The full-precision shard that the optimizer steps; before the first forward it is the flat parameter itself."""
     flat = handle.flat_param
     shard: torch.Tensor = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
     return shard
 
 
 class _LocalRun:
-    """A run of the flat shard, in the sizes of a box; the same object as long as the memory behind it is."""
+    """A run of the flat shard, in the sizes of a box; the object stays the same while its memory does."""
 
     def __init__(self, handle: Any, offset: int, sizes: tuple[int, ...]) -> None:
         self._handle = handle
@@ -189,7 +188,7 @@ class _LocalRun:
         self._view = torch.empty(0, device="cpu")
 
     def takes_gradient(self) -> bool:
-        """Whether anything in the flat parameter requires a gradient."""
+        """Whether any tensor in the flat parameter requires a gradient."""
         return bool(self._handle.flat_param.requires_grad)
 
     def __call__(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What a layout is, and the records that the files of this room exchange. No communication.
+"""The interface of a layout, and the records that the files of this room exchange. No communication.
 
 A layout is one way in which ranks hold the tensors of a live model. It is one file in this room, with one class that
-implements `Layout`, and one line in `planning.LAYOUTS`. Above this room there are only boxes.
+implements `Layout`, and one line in `planning.LAYOUTS`. The rooms above this one know boxes only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dist_ema.boxes.shards import Box, Form, NoForm, Slot
 
 __all__ = ["HeldBox", "Holders", "Layout", "Locator", "Named", "View", "Where"]
 
-# The identity of a module, and the name of a tensor in it.
+# The identity of a module, and the attribute of a tensor in it.
 Where = tuple[int, str]
-# Returns the live values of a box, anew at each use.
+# A view returns the live values of a box, anew at every use.
 View = Callable[[], torch.Tensor]
 
 
@@ -28,13 +28,13 @@ class Named:
     """A parameter or persistent buffer of the model.
 
     Attributes:
-        fqns: all its canonical names; several if it is tied, the first met first.
-        shape: its whole shape.
-        source: the tensor itself, or what the layout that found it gave for it.
+        fqns: all canonical names, in the order of the model; several if the tensor is tied.
+        shape: the whole shape.
+        source: the tensor itself, or the object that `Layout.find` gave for it.
         is_buffer: whether it is a buffer.
-        owner: the module in which it was met first.
-        attribute: its name there.
-        is_extra_state: whether it is what `get_extra_state()` of that module returned.
+        owner: the first module that has the tensor.
+        attribute: the name of the tensor in that module.
+        is_extra_state: whether `get_extra_state()` of that module returned it.
     """
 
     fqns: list[str]
@@ -52,9 +52,9 @@ class Holders:
     """The ranks that hold boxes alike, this rank's index among them, and how owners reach the others.
 
     Attributes:
-        ranks: global ranks, in the order of ownership.
-        position: index of this rank in `ranks`.
-        groups: process groups through which a broadcast reaches all of `ranks`, one per mesh axis; None is the
+        ranks: the global ranks, in the order of ownership.
+        position: the index of this rank in `ranks`.
+        groups: the process groups through which a broadcast reaches all of `ranks`, one per mesh axis; None is the
             default group.
     """
 
@@ -73,45 +73,45 @@ class HeldBox:
     slot: Slot | None = None
 
 
-# What `Layout.locator` gives: a tensor -> the boxes of it that this rank holds, and the ranks that hold boxes alike.
+# A locator: a tensor -> the boxes of it that this rank holds, and the ranks that hold them alike.
 Locator = Callable[[Named], tuple[Sequence[HeldBox], Holders]]
 
 
 class Layout(Protocol):
-    """One way in which ranks hold the tensors of a live model. Four methods, none of which communicates."""
+    """One way in which ranks hold the tensors of a live model. No method of the four communicates."""
 
     def find(self, model: nn.Module) -> Mapping[Where, Any]:
-        """The tensors that the modules do not show as they are: where each is looked for -> its `Named.source`.
+        """The tensors that the modules do not show as they are: module and attribute -> `Named.source`.
 
-        A source has the whole `shape` and the `dtype` of its tensor; the same source in two places is a tied tensor.
-        None hides a tensor that is a store of others. A model that has any of them is not asked for its `state_dict()`,
-        which would gather them.
+        A source has the whole `shape` and the `dtype` of its tensor; the same source under two attributes is a tied
+        tensor. None hides a tensor that stores others. A model with any such tensor is not asked for its
+        `state_dict()`, which would gather them.
 
         Raises:
-            UnsupportedModelError: one cannot be served exactly.
+            UnsupportedModelError: a tensor cannot be served exactly.
         """
         return {}
 
     def claims(self, named: Named) -> bool:
-        """Whether that tensor lies in this way. Of several layouts the first in the list has it."""
+        """Whether the tensor is laid out in this way. The first layout in the list that claims a tensor has it."""
         ...
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """Looks at the model once, and returns what locates each tensor that this layout claims.
+        """Read the model once, and return the locator of the tensors that this layout claims.
 
         Raises:
-            UnsupportedModelError: of this or of the locator: ranks hold copies that the layout does not tell of.
+            UnsupportedModelError: ranks hold copies that the layout does not show; the locator may raise it as well.
         """
         ...
 
     def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
-        """Have the live values be those that the optimizer steps: called before each use of them.
+        """Make the views show the values that the optimizer steps; called before every use of the views.
 
         Args:
             model: the wrapped model.
-            views: of all planned tensors, those of other layouts too; none while a model is planned.
+            views: the views of all planned tensors, of other layouts too; empty while a model is planned.
 
         Raises:
-            ModelChangedError: they cannot be reached now.
+            ModelChangedError: these values cannot be reached now.
         """
         return

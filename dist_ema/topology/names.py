@@ -1,4 +1,4 @@
-"""Every parameter and persistent buffer of a model, once, with the names it has without its wrappers."""
+"""Every parameter and persistent buffer of a model, once, under the names that it has without wrappers."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ __all__ = [
     "unwrapped",
 ]
 
-# Child names that wrappers of torch reserve for the module they wrap: torch.compile, activation checkpointing, FSDP1.
+# The child names that wrappers of torch reserve for their module: torch.compile, activation checkpointing, FSDP1.
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# Wrappers known by their type, as their child has a name that a user's own module may have: `module`.
+# The wrappers that only the type tells: their child is called `module`, as a user's own module may be.
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 
 
 def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
-    """Every parameter, then every persistent buffer, each in the order of the model. No communication.
+    """Every parameter, then every persistent buffer, both in the order of the model. No communication.
 
     Args:
         model: the wrapped model.
-        elsewhere: what the layouts have found in places where the modules do not show it; see `Layout.find`.
+        elsewhere: the sources of the tensors that the modules do not show as they are; see `Layout.find`.
 
     Raises:
         UnsupportedModelError: two different tensors have the same canonical name.
     """
-    found: dict[int, Named] = {}
+    by_identity: dict[int, Named] = {}
     taken: dict[str, int] = {}
     for fqn, owner, attribute, source, is_buffer in (*_parameters(model, elsewhere), *_buffers(model)):
         if taken.setdefault(fqn, id(source)) != id(source):
             raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
-        named = found.get(id(source))
+        named = by_identity.get(id(source))
         if isinstance(source, torch.Tensor) and nn.parameter.is_lazy(source):
             raise UnsupportedModelError(f"{fqn} is not initialised yet: run one forward of the lazy modules first")
         if named is None:
             named = Named([], tuple(source.shape), source.dtype, source, is_buffer, owner, attribute)
-            found[id(source)] = named
+            by_identity[id(source)] = named
         if fqn not in named.fqns:
             named.fqns.append(fqn)
-    return list(found.values())
+    return list(by_identity.values())
 
 
 _Met = tuple[str, nn.Module, str, Any, bool]
 
 
 def _parameters(model: nn.Module, elsewhere: Mapping[Where, Any]) -> Iterator[_Met]:
-    found: dict[int, list[str]] = {}
+    further: dict[int, list[str]] = {}
     for module_id, attribute in elsewhere:
-        found.setdefault(module_id, []).append(attribute)
+        further.setdefault(module_id, []).append(attribute)
     for prefix, module in _modules(model):
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        for attribute in [*own, *(name for name in found.get(id(module), ()) if name not in own)]:
+        for attribute in [*own, *(name for name in further.get(id(module), ()) if name not in own)]:
             source = elsewhere.get((id(module), attribute), own.get(attribute))
             if source is not None:
                 yield prefix + attribute, module, attribute, source, False
@@ -74,22 +74,22 @@ def _parameters(model: nn.Module, elsewhere: Mapping[Where, Any]) -> Iterator[_M
 def _buffers(model: nn.Module) -> Iterator[_Met]:
     for prefix, module in _modules(model):
         for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            # No public way tells, but a state_dict() of the whole model, which gathers under FSDP1.
+            # The only public way to know is a state_dict() of the whole model, which gathers under FSDP1.
             if attribute not in module._non_persistent_buffers_set:
                 yield prefix + attribute, module, attribute, buffer, True
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(canonical prefix with its dot, module), shared modules under each of their names."""
+    """Pairs of a canonical prefix with its dot and a module; a shared module comes under all of its names."""
     for raw_name, module in model.named_modules(remove_duplicate=False):
         yield canonical_prefix(model, raw_name), module
 
 
 def canonical_prefix(model: nn.Module, raw_name: str) -> str:
-    """The prefix of the names within a module, without what wrappers add.
+    """The prefix of the names within a module, without the parts that wrappers add.
 
-    Wrappers are recognised by type or by a child name that torch reserves, so a user's own attribute called `module`
-    keeps its name.
+    The type of a wrapper tells it, or a child name that torch reserves. So a user's own attribute called `module` keeps
+    its name.
     """
     owner: Any = model
     kept = []
@@ -104,32 +104,32 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
 def check_against_state_dict(
     model: nn.Module, names: Collection[str], left_out: Collection[str], excludes: Callable[[Sequence[str]], bool]
 ) -> list[str]:
-    """Refuse names that the model's own state dict does not have, and entries there that we do not know of.
+    """Refuse names that the model's own state dict does not have, and entries there that are no known tensor.
 
-    A state-dict hook that renames or adds entries would make files of ours unreadable to the model. Entries that a hook
-    adds (quantisation constants, say) are accepted if `exclude` names them; they are not written.
+    The model could not read the files if a state-dict hook renames or adds entries. Entries that a hook adds
+    (quantisation constants, say) are accepted if `exclude` names them; they are not written.
 
     Args:
         model: the wrapped model.
-        names: of all that the files will hold.
-        left_out: names that they will not.
-        excludes: whether the user's own `exclude` names it; what `include` does not name is not left out by choice.
+        names: the names of all tensors that the files will have.
+        left_out: the names of the tensors that the files will not have.
+        excludes: whether the user's own `exclude` names a tensor; tensors that `include` does not name do not count.
 
     Returns:
-        The further names so accepted.
+        The further names that were accepted.
 
     Raises:
-        UnsupportedModelError: names the first that is not explained.
+        UnsupportedModelError: the error gives the first name that is not explained.
     """
-    theirs = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
-    unknown = sorted(theirs.keys() - {*names, *left_out})
+    entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
+    unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
         if not excludes([fqn]):
             raise UnsupportedModelError(
-                f"the model's state_dict() has {fqn}, a {type(theirs[fqn]).__name__}, none of its parameters and "
+                f"the model's state_dict() has {fqn}, a {type(entries[fqn]).__name__}, none of its parameters and "
                 f"persistent buffers: the files would lack it. Leave it out of them by choice with exclude={fqn!r}"
             )
-    for fqn in sorted(set(names) - theirs.keys()):
+    for fqn in sorted(set(names) - entries.keys()):
         raise UnsupportedModelError(
             f"the model's state_dict() has no {fqn}, though it is a parameter or persistent buffer: files under its "
             "own names could not hold it. Remove the state-dict hook that renames it"
@@ -146,7 +146,7 @@ def _canonical_key(model: nn.Module, key: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside the outermost wrappers. Changes nothing (accelerate's `unwrap_model` may)."""
+    """The module inside the outermost wrappers. It changes nothing (accelerate's `unwrap_model` may)."""
     while True:
         children = dict(model.named_children())
         name = next((name for name in children if name in _WRAPPED_CHILD), None)
@@ -158,10 +158,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
-    """Refuse a model whose tensors are called otherwise, or lie in other modules, than when it was planned.
+    """Refuse a model whose tensors have other names, or lie in other modules, than when it was planned.
 
     Raises:
-        ModelChangedError: names the first tensor that came, went or moved.
+        ModelChangedError: the error gives the first tensor that came, went or moved.
     """
     before, after = ({tuple(named.fqns): named for named in tensors} for tensors in (planned, now))
     for fqns in [*before, *(fqns for fqns in after if fqns not in before)]:
@@ -175,10 +175,11 @@ def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:
 
 
 def unchanged_names(planned: Sequence[Named], now: Sequence[Named]) -> Remains:
-    """What is left of the planned tensors in a model that has changed since.
+    """The planned tensors that remain in a model that has changed since.
 
-    A tensor is left if its first name and shape are the same and it lies in the same module, or is the same tensor in
-    another module (`convert_sync_batchnorm`). A new module of the same shape holds other weights: it is not.
+    A tensor remains if its first name and shape are the same, and it lies in the same module, or is the same tensor in
+    another module (`convert_sync_batchnorm`). A tensor in a new module of the same shape has other values: it does not
+    remain.
     """
     present = {named.fqns[0]: named for named in now}
     names = {}
@@ -192,5 +193,5 @@ def unchanged_names(planned: Sequence[Named], now: Sequence[Named]) -> Remains:
 
 
 def class_of(module: nn.Module) -> type:
-    """The class of a module as its author wrote it: `fully_shard` puts a made one in its place."""
-    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+    """The class of a module as its author wrote it: `fully_shard` puts a class of its own in that place."""
+    return next(author_class for author_class in type(module).__mro__ if not issubclass(author_class, FSDPModule))

@@ -18,7 +18,7 @@ __all__ = ["Plain", "PlainForm", "holders_of_plain"]
 
 
 def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
-    """Who holds the model's plain tensors: all ranks, alike. No communication.
+    """The ranks that hold the model's plain tensors: all ranks, alike. No communication.
 
     Raises:
         UnsupportedModelError: DDP spans some ranks only.
@@ -38,18 +38,20 @@ class Plain(Layout):
     """Whole tensors, in one process, in DDP, ignored by FSDP, or buffers: all ranks hold them alike."""
 
     def claims(self, named: Named) -> bool:
-        """Whether it is a tensor; what is more than that belongs to a layout before this one."""
+        """Whether the source is a tensor; a layout before this one claims the tensors of its own kind."""
         return isinstance(named.source, torch.Tensor)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """Raises UnsupportedModelError if DDP spans some ranks only."""
+        """The locator gives a whole tensor as one box. Raises UnsupportedModelError if DDP spans some ranks only."""
         holders = holders_of_plain(model, rank, world_size)
         return lambda named: ([_whole(named)], holders)
 
 
 def _whole(named: Named) -> HeldBox:
-    """The whole tensor, looked up by name at each use: buffers are often assigned anew in the forward, and
-    `load_state_dict(assign=True)` and `.to()` replace parameters.
+    """The whole tensor, looked up by name at every use.
+
+    A kept tensor would be stale: a forward often assigns buffers anew, and `load_state_dict(assign=True)` and `.to()`
+    replace parameters.
     """
     box = Box(named.fqns[0], (0,) * len(named.shape), named.shape)
     # nn.Module has no public name for its tables; looking a name up in them is ten times faster than getattr.
@@ -72,7 +74,7 @@ class PlainForm:
 
 
 class _PlainValues:
-    """The tensor under a name, without its autograd history; the same object as long as the memory behind it is."""
+    """The tensor under a name, without its autograd history; the object stays the same while its memory does."""
 
     def __init__(self, named: Named) -> None:
         self._owner = named.owner
@@ -94,14 +96,14 @@ class _PlainValues:
         return bool(getattr(getattr(self._owner, self._attribute, None), "requires_grad", False))
 
     def _check(self, values: object) -> None:
-        told = f"{self._attribute!r} of {type(self._owner).__name__}"
+        name = f"{self._attribute!r} of {type(self._owner).__name__}"
         if isinstance(values, DTensor):
             raise ModelChangedError(
-                f"{told} was plain when the average was built and is a DTensor now: wrap the model first (fully_shard, "
+                f"{name} was plain when the average was built and is a DTensor now: wrap the model first (fully_shard, "
                 "parallelize_module), then build the ShardedEMA"
             )
         if not isinstance(values, torch.Tensor) or (self._is_parameter and not isinstance(values, nn.Parameter)):
             raise ModelChangedError(
-                f"{told} is a {type(values).__name__} now (removed, parametrized or wrapped since?): build a new "
+                f"{name} is a {type(values).__name__} now (removed, parametrized or wrapped since?): build a new "
                 "ShardedEMA after changing a model"
             )

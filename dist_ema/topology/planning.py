@@ -1,4 +1,4 @@
-"""`plan_model`: every tensor of a model as boxes, and what several ranks hold alike divided among them."""
+"""`plan_model`: every tensor of a model as boxes; pieces that several ranks hold alike are divided among them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_ema.topology.values import check_tensor, foreign_kind
 
 __all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
 
-# Every layout. Of those that claim a tensor the first has it, so the last takes what is nothing but a tensor.
+# Every layout. The first one that claims a tensor has it, so the last one gets the tensors of no special kind.
 LAYOUTS: tuple[Layout, ...] = (FSDP1(), DTensors(), ExtraStates(), Plain())
 
 
@@ -38,27 +38,27 @@ def plan_model(
     """Plan the averaging of `model` on this rank. No communication.
 
     Args:
-        model: plain, DDP, FSDP1 or FSDP2 module, or one of DTensors, possibly wrapped further.
-        averages: all canonical names of a tensor (several if tied) -> whether it is to be averaged.
-        excludes: all canonical names of a tensor -> whether the user's own patterns exclude it. What cannot be stored
-            is then left out of the files.
+        model: a plain, DDP, FSDP1 or FSDP2 module, or a module of DTensors, possibly wrapped further.
+        averages: all canonical names of a tensor (several if it is tied) -> whether it is to be averaged.
+        excludes: all canonical names of a tensor -> whether the user's own patterns exclude it. An excluded tensor that
+            cannot be stored is left out of the files.
         update_buffers: whether floating-point buffers are averaged like parameters.
         rank: this rank in the default process group.
-        world_size: ranks in the default process group.
+        world_size: the number of ranks in the default process group.
 
     Raises:
-        UnsupportedModelError: something cannot be served exactly.
+        UnsupportedModelError: a tensor or a layout cannot be served exactly.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
 
     _drop_gathered(model)
     elsewhere = _elsewhere(model)
-    found = named_tensors(model, elsewhere)
-    stored, left_out = _storable(found, excludes)
+    tensors = named_tensors(model, elsewhere)
+    stored, left_out = _storable(tensors, excludes)
     extra, extra_left_out = extra_states(model, excludes)
     left_out += extra_left_out
-    if not elsewhere:  # else state_dict() communicates: its names are compared in the tests only
+    if not elsewhere:  # otherwise state_dict() communicates, and the tests alone compare its names
         names = [fqn for named in (*stored, *extra) for fqn in named.fqns]
         left_out += check_against_state_dict(model, names, left_out, excludes)
     locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
@@ -79,8 +79,8 @@ def plan_model(
         holders.setdefault(key, held_by)
     views = [held.view for group in members.values() for held in group]
 
-    # Without the tensors, which may be replaced: the first ones would stay for as long as the average does.
-    planned = [dataclasses.replace(named, source=None) for named in found]
+    # The records keep no tensor: the memory of a tensor that was replaced would stay for as long as the average does.
+    planned = [dataclasses.replace(named, source=None) for named in tensors]
     planned_extra = [dataclasses.replace(named, source=None) for named in extra]
 
     def drop_gathered() -> None:
@@ -119,15 +119,15 @@ def plan_model(
 
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:
-    """Identity -> raw name of every parameter that requires a gradient, as an optimizer holds them."""
+    """Identity -> raw name of every parameter that requires a gradient, as an optimizer has them."""
     _drop_gathered(model)
     return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _storable(found: Sequence[Named], excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
-    """The tensors whose values files can hold, and the names of those that the user leaves out of them."""
+def _storable(tensors: Sequence[Named], excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
+    """The tensors whose values files can have, and the names of those that the user leaves out of the files."""
     stored, left_out = [], []
-    for named in found:
+    for named in tensors:
         kind = foreign_kind(named.source)
         if kind is None:
             check_tensor(named)
@@ -158,5 +158,5 @@ def _drop_gathered(model: nn.Module, views: Sequence[View] = ()) -> None:
 
 
 def _elsewhere(model: nn.Module) -> dict[Where, Any]:
-    """What the layouts find where the modules do not show it."""
+    """The sources of the tensors that the modules do not show as they are, of all layouts."""
     return {where: source for layout in LAYOUTS for where, source in layout.find(model).items()}

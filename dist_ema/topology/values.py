@@ -1,7 +1,7 @@
-"""Which tensors have whole values of plain bytes, that can be averaged and stored. No communication.
+"""The tensors whose values are whole and plain bytes, which can be averaged and stored. No communication.
 
-A tensor subclass may keep its values elsewhere, or need constants to read its bytes (quantised weights): a file of its
-bytes would lack them. A parameter that an engine has partitioned (DeepSpeed ZeRO-3) has no values at all.
+A file of the bytes of a tensor subclass may lack its values: the subclass may keep them elsewhere, or need constants to
+read them (quantised weights). A parameter that an engine has partitioned (DeepSpeed ZeRO-3) has no values at all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dist_ema.topology.layout import Named
 
 __all__ = ["check_tensor", "foreign_kind"]
 
-# What DeepSpeed's ZeRO-3 puts on a parameter when it takes its values away.
+# The attributes that DeepSpeed's ZeRO-3 gives a parameter when it takes the values away.
 _PARTITIONED = ("ds_id", "ds_shape", "ds_tensor", "ds_status")
-# Sizes that modules of torch declare, all positive where a weight has elements.
+# The sizes that modules of torch declare; all are positive where a weight has elements.
 _DECLARED = (
     ("out_features", "in_features"),
     ("num_embeddings", "embedding_dim"),
@@ -30,14 +30,15 @@ _DECLARED = (
 
 
 def foreign_kind(tensor: object) -> str | None:
-    """What a tensor is whose bytes alone are not its values; None for plain ones and DTensors of plain ones."""
+    """The kind of a tensor whose bytes alone are not its values; None for a plain tensor, also in a DTensor."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             tensor = tensor.to_local()
     if not isinstance(tensor, torch.Tensor):
         return None
     kind = type(tensor)
-    # `nn.Parameter(subclass)` is of the subclass. Such as torchvision's tv_tensors only name a meaning: they are plain.
+    # `nn.Parameter(subclass)` is an instance of the subclass. A subclass without a dispatch of its own is plain, such as
+    # torchvision's tv_tensors.
     wraps = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or hasattr(kind, "__tensor_flatten__")
     of_torch = kind.__module__.split(".")[0] == "torch"
     packs = issubclass(kind, nn.Parameter) and not of_torch and not tensor.dtype.is_floating_point
@@ -47,10 +48,10 @@ def foreign_kind(tensor: object) -> str | None:
 
 
 def check_tensor(named: Named) -> None:
-    """Refuse what has no values of its own, or none that lie row by row.
+    """Refuse a tensor that has no values of its own, or whose values do not lie row by row.
 
     Raises:
-        UnsupportedModelError: it is on the meta device, partitioned, freed, expanded, or not dense.
+        UnsupportedModelError: the tensor is on the meta device, partitioned, freed, expanded, or not dense.
     """
     fqn, tensor = named.fqns[0], named.source
     if not isinstance(tensor, torch.Tensor):
@@ -71,7 +72,7 @@ def check_tensor(named: Named) -> None:
 
 
 def _check_present(named: Named, tensor: torch.Tensor) -> None:
-    """Refuse a parameter whose values somebody has taken away."""
+    """Refuse a parameter whose values an engine has taken away."""
     fqn = named.fqns[0]
     if any(hasattr(tensor, name) for name in _PARTITIONED):
         whole = list(getattr(tensor, "ds_shape", ()))
@@ -81,11 +82,11 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
             "shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2 with ShardedEMA on the module"
         )
     if tensor.numel() == 0:
-        told = _contradiction(named, tensor)
-        if told is not None:
+        contradiction = _contradiction(named, tensor)
+        if contradiction is not None:
             raise UnsupportedModelError(
-                f"{fqn} has shape {list(tensor.shape)}, but {told}: an engine has taken its values away, and its "
-                "average would be one of nothing. Expected parameters that hold their values: shard the model with "
+                f"{fqn} has shape {list(tensor.shape)}, but {contradiction}: an engine has taken its values away, and "
+                "its average would be one of nothing. Expected parameters that hold their values: shard the model with "
                 "fully_shard (FSDP2)"
             )
     elif tensor.layout is torch.strided and tensor.untyped_storage().nbytes() == 0:
@@ -96,16 +97,16 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
 
 
 def _contradiction(named: Named, tensor: torch.Tensor) -> str | None:
-    """What says that a parameter without elements should have some; None if nothing does."""
+    """The clause of a sentence that shows that a parameter without elements should have some; None if nothing does."""
     for name, value in vars(tensor).items():
         if isinstance(value, torch.Tensor) and value.numel():
             return f"its attribute {name} holds {value.numel()} elements"
-        if isinstance(value, tuple | list) and value and all(_is_positive(each) for each in value):
+        if isinstance(value, tuple | list) and value and all(_is_positive(size) for size in value):
             return f"its attribute {name} is {list(value)}"
     for names in _DECLARED if named.attribute in ("weight", "bias") else ():
         sizes = [getattr(named.owner, name, 0) for name in names]
         flat = list(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
-        if flat and all(_is_positive(each) for each in flat):
+        if flat and all(_is_positive(size) for size in flat):
             return f"its module has {', '.join(f'{name}={getattr(named.owner, name)}' for name in names)}"
     return None
 
