@@ -32,8 +32,8 @@ def _light() -> dict[str, Any]:
     """What needs no torch, by name: errors, and what a registered schedule is called by."""
     errors = importlib.import_module("dist_ema.errors")
     schedules = importlib.import_module("dist_ema.schedules.records").SCHEDULES
-    found = {name: getattr(errors, name) for name in errors.__all__}
-    return found | {name: registration.call for name, registration in schedules.items()}
+    light = {name: getattr(errors, name) for name in errors.__all__}
+    return light | {name: registration.call for name, registration in schedules.items()}
 
 
 def __getattr__(name: str) -> Any:

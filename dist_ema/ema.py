@@ -197,11 +197,11 @@ class ShardedEMA:
     def average_parameters(self, track: str | None = None) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
-        Every rank must enter it. It communicates where ranks hold the same tensors (DDP, Replicate axes): an owner
-        broadcasts its run, and every rank gets the persistent buffers of rank 0, which are those of the files. Under
-        FSDP nothing is sent, and every rank keeps its own buffers. It needs memory for one copy of the averaged tensors
-        that this rank's model holds. The live weights, and the rank's own persistent buffers, are restored bit for bit,
-        also after an exception or an interrupt, which is raised after that.
+        Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
+        must enter it, an owner broadcasts its run, and every rank gets the persistent buffers of rank 0, which are
+        those of the files. Elsewhere nothing is sent, and every rank keeps its own buffers. It needs memory for one
+        copy of the averaged tensors that this rank's model holds. The live weights, and the rank's own persistent
+        buffers, are restored bit for bit, also after an exception or an interrupt, which is raised after that.
 
         Args:
             track: the name of the average; may be left out if there is one.
@@ -214,10 +214,10 @@ class ShardedEMA:
         return Swap(self._calls, self._state, self._replicas, track)
 
     def copy_to_model(self, track: str | None = None) -> None:
-        """Put the averaged weights into the model for good. It communicates as `average_parameters` does.
+        """Put the averaged weights into the model for good. Collective where `average_parameters` is.
 
-        Where that communicates, every rank then has the persistent buffers of rank 0 as well. Where ranks hold the same
-        tensors it needs memory for one copy: after an interrupt the live weights are put back.
+        Where ranks hold the same tensors, every rank then has the persistent buffers of rank 0 as well, and memory is
+        needed for one copy: after an interrupt the live weights are put back.
 
         Args:
             track: the name of the average; may be left out if there is one.

@@ -17,7 +17,7 @@ import dist_ema
 from dist_ema import ConstantSchedule, CosineSchedule, HalfLifeSchedule, PowerSchedule, scaled_batch
 
 STEPS = [0, 1, 2, 3, 7, 50, 999, 31_622, 10**6]
-GOLDEN = Path(__file__).parent / "golden" / "schedules.json"
+GOLDEN = Path(__file__).parent.parent / "golden" / "schedules.json"
 
 
 def half_life_in_images(fraction: float, longest_steps: float | None) -> Callable[[int], float]:
