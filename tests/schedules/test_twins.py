@@ -1,23 +1,18 @@
 """Schedules that no installed tool has: compared with naive twins, written from what their papers say.
 
-All others are compared with the momentum observed in the tool that they come from (tests/golden/schedules.json); the
-last test sees that every schedule is compared in one of the two ways.
+All others are compared with the momentum observed in the tool that they come from (tests/golden/schedules.json);
+test_registry.py sees that every schedule is compared in one of the two ways.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-import dist_ema
 from dist_ema import ConstantSchedule, CosineSchedule, HalfLifeSchedule, PowerSchedule, scaled_batch
 
 STEPS = [0, 1, 2, 3, 7, 50, 999, 31_622, 10**6]
-GOLDEN = Path(__file__).parent.parent / "golden" / "schedules.json"
 
 
 def half_life_in_images(fraction: float, longest_steps: float | None) -> Callable[[int], float]:
@@ -59,16 +54,3 @@ def test_a_scaled_batch_moves_as_far_as_the_small_batches_it_is_made_of(kappa, i
         for _ in range(kappa):
             averaged = (1 - momentum) * averaged + momentum * live
         assert schedule.momentum(step) == pytest.approx(averaged, rel=0, abs=1e-12), step
-
-
-def test_every_schedule_is_compared_with_a_tool_or_a_naive_twin() -> None:
-    public = {
-        name
-        for name in dist_ema.__all__
-        if getattr(getattr(dist_ema, name), "__module__", "").startswith("dist_ema.schedules.")
-    }
-    assert {"CosineSchedule", "after"} <= public
-    observed = {name for case in json.loads(GOLDEN.read_text()) for name in re.findall(r"\w+", case["ours"])}
-    twins = {"HalfLifeSchedule", "scaled_batch"}
-    assert public == (observed & public) | twins
-    assert not observed & twins, "a tool has it by now, and docs/schedules.md says that none does"
