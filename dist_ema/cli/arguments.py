@@ -1,6 +1,7 @@
-"""The command line, `dist-ema`. Loads torch only where tensors are converted.
+"""The command line, `dist-ema`. It loads torch only where tensors are converted.
 
-Exit codes: 0 the answer is good, 1 it is bad (told on stderr, without a traceback), 2 wrong usage, 130 interrupted.
+Exit codes: 0 the answer is good, 1 it is bad (stderr has the reason, without a traceback), 2 wrong usage, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    chosen = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        told = chosen.run(chosen)
+        text = options.run(options)
     except commands.BadAnswer as answer:
-        return _print(answer.told) or _complain(answer)
+        return _print(answer.text) or _complain(answer)
     except (DistEMAError, OSError) as error:
         return _complain(error)
     except KeyboardInterrupt:
         print("dist-ema: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    return _print(told)
+    return _print(text)
 
 
 def _complain(error: Exception) -> int:
@@ -41,25 +42,26 @@ def _complain(error: Exception) -> int:
     return 1
 
 
-def _print(told: str) -> int:
+def _print(text: str) -> int:
     if sys.stdout is None:
         return _complain(OSError("there is no standard output"))
     try:
-        print(_printable(told, sys.stdout))
+        print(_printable(text, sys.stdout))
         sys.stdout.flush()
     except OSError as error:
-        # Keep the interpreter from complaining at exit. The reader of a pipe that closed has seen enough.
+        # With stdout on devnull the interpreter does not complain at exit. A closed pipe is no error: its reader has
+        # what it wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if isinstance(error, BrokenPipeError) else _complain(error)
     return 0
 
 
 def _printable(text: str, stream: TextIO) -> str:
-    """Names in a checkpoint are somebody's input: escape what a terminal would obey, or the stream cannot encode."""
+    """Escape the characters that a terminal would obey, or the stream cannot encode: a checkpoint may be hostile."""
     encoding = stream.encoding or "utf-8"
     escaped = "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape", "surrogatepass").decode()
-        for each in text
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
     )
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "weights of all observations come nearest. The profile error tells how near (relative L2).",
         "dist-ema synthesize --sigma-rel 0.15 run/snapshots model",
         source="snapshots",
-        told="folder of the saved averages of a run, or of checkpoints that hold them",
+        source_help="folder of the saved averages of a run, or of checkpoints that hold them",
     )
     synthesize.add_argument("out", metavar="OUT", type=Path, help="folder to write; a former export is replaced")
     wanted = synthesize.add_mutually_exclusive_group(required=True)
@@ -192,7 +194,7 @@ def _command(
     description: str,
     example: str,
     source: str = "src",
-    told: str = "folder of an average, or the checkpoint that holds it",
+    source_help: str = "folder of an average, or the checkpoint that holds it",
     optional: bool = False,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = known.add_parser(
@@ -202,6 +204,6 @@ def _command(
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(source, metavar=source.upper(), type=Path, nargs="?" if optional else None, help=told)
+    command.add_argument(source, metavar=source.upper(), type=Path, nargs="?" if optional else None, help=source_help)
     command.set_defaults(run=run)
     return command

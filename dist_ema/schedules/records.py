@@ -28,7 +28,7 @@ _LARGEST_NUMBER = 2.0**53
 
 
 def is_known(schedule: Schedule) -> bool:
-    """Whether it can be rebuilt from its JSON: one of ours, made of ours."""
+    """Whether a schedule can be rebuilt from its JSON: it is one of this package, and so are those within it."""
     registration = registration_of(schedule)
     if registration is None:
         return False
@@ -36,26 +36,26 @@ def is_known(schedule: Schedule) -> bool:
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
-    """A JSON object that tells `schedule`; one of ours can be rebuilt from it, another is told by its repr."""
+    """The JSON object of a schedule: it can rebuild a schedule of this package, and has the repr of any other."""
     registration = registration_of(schedule)
     if registration is not None:
-        ours: Any = schedule
-        inner = {"schedule": schedule_to_json(ours.schedule)} if registration.is_combinator else {}
-        return {"type": registration.name, **ours.to_json(), **inner}
-    # The default repr holds a memory address, which differs over the ranks and runs.
-    told = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
-    return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": told}
+        known: Any = schedule
+        inner = {"schedule": schedule_to_json(known.schedule)} if registration.is_combinator else {}
+        return {"type": registration.name, **known.to_json(), **inner}
+    # The default repr has a memory address, which differs over the ranks and runs.
+    text = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
+    return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": text}
 
 
 def schedule_text(saved: Mapping[str, Any]) -> str:
-    """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
-    kind = str(saved.get("type"))  # a record within another may say anything
+    """A schedule's JSON as a call: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
+    kind = str(saved.get("type"))  # the type of a record within another may be any JSON value
     fields: Mapping[str, Any] = {name: value for name, value in saved.items() if name != "type"}
     is_combinator = False
     if is_registered(kind):
-        fields, is_combinator = SCHEDULES[kind].told(fields), SCHEDULES[kind].is_combinator
-    told = {name: _value_text(value) for name, value in fields.items()}
-    parts = told.values() if is_combinator else (f"{name}={value}" for name, value in told.items())
+        fields, is_combinator = SCHEDULES[kind].reader_fields(fields), SCHEDULES[kind].is_combinator
+    texts = {name: _value_text(value) for name, value in fields.items()}
+    parts = texts.values() if is_combinator else (f"{name}={text}" for name, text in texts.items())
     return f"{kind}({', '.join(parts)})"
 
 
@@ -66,7 +66,7 @@ def _value_text(value: object) -> str:
 
 
 def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
-    """The schedule that `schedule_to_json` wrote. Of what its user was warned of, nobody is warned again.
+    """The schedule that `schedule_to_json` wrote. It gives no warnings, because its user has had them.
 
     Raises:
         ConfigError: the type is not one of this package's schedules, or an argument is wrong.
@@ -76,24 +76,24 @@ def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
 
 
 def check_record(saved: Mapping[str, Any]) -> None:
-    """See that a record of one of ours rebuilds it; a record of another type passes, only its author can judge it.
+    """Refuse a record that cannot rebuild a schedule of this package; a record of another type passes unchecked.
 
     Raises:
-        ConfigError: it is not what `schedule_to_json` writes.
+        ConfigError: `schedule_to_json` writes no such record.
     """
     with rebuilding():
         _rebuilt(saved, 0, _Unknown())
 
 
 class _Unknown:
-    """Stands for a schedule that only its author can rebuild."""
+    """A stand-in for a schedule that only its author can rebuild."""
 
     def momentum(self, step: int) -> float:
         raise NotImplementedError
 
 
 def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
-    """The schedule of a record; `unknown` stands for one of a type that is none of ours."""
+    """The schedule of a record; `unknown` stands in for a schedule whose type is not of this package."""
     if not isinstance(saved, Mapping) or not isinstance(saved.get("type"), str):
         raise ConfigError(f"a schedule is {shown(saved)}, expected an object with the name of its type")
     if depth > DEEPEST:
@@ -115,18 +115,18 @@ def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
 
 
 def _argument(value: object) -> object:
-    """A whole number that another JSON writer wrote as 1e9 is a whole number."""
+    """An argument of a record: a whole number is an int, though another JSON writer may write it as 1e9."""
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_NUMBER
     return int(value) if is_whole else value  # type: ignore[call-overload]
 
 
 def schedule_from_text(text: str) -> Schedule:
-    """The schedule that a Python expression tells: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
+    """The schedule of a Python expression: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
 
-    Understands calls of this package's schedules with numbers and None, and every repr of theirs. Nothing is evaluated.
+    It understands calls of this package's schedules with numbers and None, and their reprs. Nothing is evaluated.
 
     Raises:
-        ConfigError: it is anything else, or an argument is wrong.
+        ConfigError: the text is no such expression, or an argument is wrong.
     """
     if len(text) > _LONGEST_TEXT:
         raise ConfigError(f"the schedule has {len(text)} characters, expected at most {_LONGEST_TEXT}")
@@ -141,16 +141,16 @@ def schedule_from_text(text: str) -> Schedule:
 def _schedule_of(node: ast.expr, text: str, depth: int) -> Schedule:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not is_registered(node.func.id):
         raise _refusal(node, text, f"a call of one of {', '.join(sorted(SCHEDULES))}")
-    names = {each.arg for each in node.keywords}
+    names = {keyword.arg for keyword in node.keywords}
     if depth > DEEPEST or None in names or len(names) < len(node.keywords):
         raise _refusal(node, text, f"each argument once, no '**', at most {DEEPEST} schedules within each other")
-    arguments = [_argument_of(each, text, depth) for each in node.args]
-    named = {str(each.arg): _argument_of(each.value, text, depth) for each in node.keywords}
+    arguments = [_argument_of(argument, text, depth) for argument in node.args]
+    named = {str(keyword.arg): _argument_of(keyword.value, text, depth) for keyword in node.keywords}
     try:
-        found: Schedule = SCHEDULES[node.func.id].call(*arguments, **named)
+        schedule: Schedule = SCHEDULES[node.func.id].call(*arguments, **named)
     except TypeError as error:
         raise ConfigError(f"the schedule {text[:200]!r} has wrong arguments: {error}") from None
-    return found
+    return schedule
 
 
 def _argument_of(node: ast.expr, text: str, depth: int) -> object:
@@ -166,5 +166,5 @@ def _argument_of(node: ast.expr, text: str, depth: int) -> object:
 
 
 def _refusal(node: ast.expr, text: str, expected: str) -> ConfigError:
-    found = ast.get_source_segment(text, node) or text
-    return ConfigError(f"the schedule {text[:200]!r} has {found[:80]!r}, expected {expected}")
+    part = ast.get_source_segment(text, node) or text
+    return ConfigError(f"the schedule {text[:200]!r} has {part[:80]!r}, expected {expected}")
