@@ -1,7 +1,7 @@
-"""The command line, `dist-ema`. Loads torch only where tensors are converted.
+"""The command line, `dist-ema`. It loads torch only where tensors are converted.
 
-Exit codes: 0 the answer is good, 1 it is bad (the reason is on stderr, without a traceback), 2 wrong usage,
-130 interrupted.
+Exit codes: 0 the answer is good, 1 it is bad (stderr has the reason, without a traceback), 2 wrong usage, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parsed = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        answer = parsed.run(parsed)
-    except commands.BadAnswer as bad:
-        return _print(bad.answer) or _complain(bad)
+        text = options.run(options)
+    except commands.BadAnswer as answer:
+        return _print(answer.text) or _complain(answer)
     except (DistEMAError, OSError) as error:
         return _complain(error)
     except KeyboardInterrupt:
         print("dist-ema: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    return _print(answer)
+    return _print(text)
 
 
 def _complain(error: Exception) -> int:
@@ -42,21 +42,22 @@ def _complain(error: Exception) -> int:
     return 1
 
 
-def _print(answer: str) -> int:
+def _print(text: str) -> int:
     if sys.stdout is None:
         return _complain(OSError("there is no standard output"))
     try:
-        print(_printable(answer, sys.stdout))
+        print(_printable(text, sys.stdout))
         sys.stdout.flush()
     except OSError as error:
-        # Keep the interpreter from complaining at exit. The reader of a pipe that closed has seen enough.
+        # With stdout on devnull the interpreter does not complain at exit. A closed pipe is no error: its reader has
+        # what it wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if isinstance(error, BrokenPipeError) else _complain(error)
     return 0
 
 
 def _printable(text: str, stream: TextIO) -> str:
-    """The text, with what a terminal would obey or the stream cannot encode escaped: names in files may be hostile."""
+    """Escape the characters that a terminal would obey, or the stream cannot encode: a checkpoint may be hostile."""
     encoding = stream.encoding or "utf-8"
     escaped = "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode()
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         known,
         "synthesize",
         commands.synthesize,
-        "make an average that no track kept from the snapshots of a run",
+        "make an average that nobody tracked from the snapshots of a run",
         "Write the average that another schedule would have made, as a plain model folder: the sum of snapshots whose\n"
         "weights of all observations come nearest. The profile error tells how near (relative L2).",
         "dist-ema synthesize --sigma-rel 0.15 run/snapshots model",

@@ -1,4 +1,4 @@
-"""What the commands of `dist-ema` do: each takes the parsed arguments and returns what to print."""
+"""The commands of `dist-ema`: a command takes the parsed options and returns the text to print."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dist_ema.schedules.records import schedule_from_json, schedule_from_text, s
 __all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
 
 
-def verify(arguments: argparse.Namespace) -> str:
+def verify(options: argparse.Namespace) -> str:
     """Read all of an average and compare its checksums."""
-    source = local(arguments.src)
+    source = local(options.src)
     return steadily([source], lambda check: _verify(source))
 
 
@@ -49,100 +49,100 @@ def _verify(source: Path) -> str:
     return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
 
 
-def consolidate(arguments: argparse.Namespace) -> str:
+def consolidate(options: argparse.Namespace) -> str:
     """Write one average as a plain model folder."""
-    import torch  # not needed by the other commands
+    import torch  # the other commands do not need it
 
     from dist_ema.offline.consolidation import consolidate_checkpoint
 
-    saved = read_saved(local(arguments.src))
-    track = saved.track(arguments.track)
+    saved = read_saved(local(options.src))
+    track = saved.track(options.track)
     total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
     with _progress(total) as bar:
         consolidate_checkpoint(
-            arguments.src,
-            arguments.dst,
+            options.src,
+            options.dst,
             track=track,
-            dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-            max_shard_size=arguments.max_shard_size,
-            link=arguments.link,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            max_shard_size=options.max_shard_size,
+            link=options.link,
             progress=bar.update,
         )
-    return f"{arguments.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
+    return f"{options.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
 
 
-def diff(arguments: argparse.Namespace) -> str:
+def diff(options: argparse.Namespace) -> str:
     """Tell how far two sets of weights lie apart."""
     from dist_ema.live.distance import relative_distance  # loads torch
     from dist_ema.offline.comparison import Difference, differences
 
-    sources = [local(arguments.a), local(arguments.b)]
-    tracks = [arguments.track, arguments.track if arguments.track_b is None else arguments.track_b]
+    sources = [local(options.a), local(options.b)]
+    tracks = [options.track, options.track if options.track_b is None else options.track_b]
 
     def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
         a, b = map(find_weights, sources, tracks)
-        return a, b, sorted(differences(a, b), key=lambda difference: -difference.relative)
+        return a, b, sorted(differences(a, b), key=lambda tensor: -tensor.relative)
 
-    a, b, tensors = steadily(sources, read)
+    a, b, compared = steadily(sources, read)
     total = relative_distance(
-        sum(difference.difference for difference in tensors), sum(difference.reference for difference in tensors)
+        sum(tensor.difference for tensor in compared), sum(tensor.reference for tensor in compared)
     )
-    ours, theirs = a.model.tensors, b.model.tensors
+    of_a, of_b = a.model.tensors, b.model.tensors
     apart = [
-        *(f"only in {a.path}: {name}" for name in ours if name not in theirs),
-        *(f"only in {b.path}: {name}" for name in theirs if name not in ours),
+        *(f"only in {a.path}: {name}" for name in of_a if name not in of_b),
+        *(f"only in {b.path}: {name}" for name in of_b if name not in of_a),
         *(
-            f"{name}: {list(ours[name].shape)} against {list(theirs[name].shape)}"
-            for name in ours
-            if name in theirs and ours[name].shape != theirs[name].shape
+            f"{name}: {list(of_a[name].shape)} against {list(of_b[name].shape)}"
+            for name in of_a
+            if name in of_b and of_a[name].shape != of_b[name].shape
         ),
     ]
-    if arguments.json:
+    if options.json:
         facts = {
             "a": str(a.path),
             "b": str(b.path),
             "relative": total,
-            "tensors": {difference.name: difference.relative for difference in tensors},
+            "tensors": {tensor.name: tensor.relative for tensor in compared},
             "apart": apart,
         }
-        answer = json.dumps(facts, indent=1)
+        text = json.dumps(facts, indent=1)
     else:
-        lines = [f"{difference.relative:10.3e}  {difference.name}" for difference in tensors[: max(arguments.top, 0)]]
+        lines = [f"{tensor.relative:10.3e}  {tensor.name}" for tensor in compared[: max(options.top, 0)]]
         paths = [f"a: {a.path}", f"b: {b.path}"]
-        answer = "\n".join([*paths, f"{total:10.3e}  all {len(tensors)} tensors that both have", *lines])
+        text = "\n".join([*paths, f"{total:10.3e}  all {len(compared)} tensors that both have", *lines])
     if apart:
-        raise BadAnswer(answer, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
-    return answer
+        raise BadAnswer(text, f"{len(apart)} tensors cannot be compared: {'; '.join(apart[:3])}")
+    return text
 
 
-def synthesize(arguments: argparse.Namespace) -> str:
-    """Make an average that no track kept."""
-    import torch  # not needed by most commands
+def synthesize(options: argparse.Namespace) -> str:
+    """Make an average that was no track of the run."""
+    import torch  # most commands do not need it
 
     from dist_ema.offline.synthesis import Synthesis, weigh, write
 
-    target = target_folder(arguments.out)
+    target = target_folder(options.out)
     wanted = (
-        schedule_from_text(arguments.schedule)
-        if arguments.sigma_rel is None
-        else PowerSchedule(sigma_rel=arguments.sigma_rel)
+        schedule_from_text(options.schedule)
+        if options.sigma_rel is None
+        else PowerSchedule(sigma_rel=options.sigma_rel)
     )
 
     def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
-        weighed = weigh(arguments.snapshots, wanted, arguments.num_updates)
+        weighed = weigh(options.snapshots, wanted, options.num_updates)
         with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
             warnings.simplefilter("always")
             made = write(
                 weighed,
                 target,
-                dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-                max_shard_size=arguments.max_shard_size,
+                dtype=None if options.dtype is None else getattr(torch, options.dtype),
+                max_shard_size=options.max_shard_size,
                 progress=bar.update,
                 check=check,
             )
         return made, warned
 
-    made, warned = steadily([absolute(arguments.snapshots)], work)
+    made, warned = steadily([absolute(options.snapshots)], work)
     facts = {
         "folder": str(made.folder),
         "schedule": repr(made.schedule),
@@ -156,7 +156,7 @@ def synthesize(arguments: argparse.Namespace) -> str:
         ],
         "warnings": [str(warning.message) for warning in warned],
     }
-    if arguments.json:
+    if options.json:
         return json.dumps(facts, indent=1)
     lines = [
         f"{made.folder}: {made.schedule!r} after {made.num_updates:,} updates",
@@ -167,86 +167,84 @@ def synthesize(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def plot(arguments: argparse.Namespace) -> str:
+def plot(options: argparse.Namespace) -> str:
     """Draw schedules, or the profile that snapshots can express."""
-    local(arguments.out)
-    if arguments.sigma_rel is not None:
-        if arguments.src is None or arguments.schedule or arguments.steps is not None:
-            arguments.refuse(
+    local(options.out)
+    if options.sigma_rel is not None:
+        if options.src is None or options.schedule or options.steps is not None:
+            options.refuse(
                 "--sigma-rel needs SRC, the folder of the snapshots, and goes without --schedule and --steps"
             )
-        return _plot_profiles(arguments)
-    if arguments.src is None and not arguments.schedule:
-        arguments.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
+        return _plot_profiles(options)
+    if options.src is None and not options.schedule:
+        options.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
     from dist_ema.offline.plots import draw_schedules
 
     manifest = None
-    if arguments.src is not None:
-        source = local(arguments.src)
+    if options.src is not None:
+        source = local(options.src)
         manifest = steadily([source], lambda check: read_manifest(find_saved(source)))
     tracks = {} if manifest is None else manifest.tracks
     try:
         schedules = {f"{name}: {schedule_text(saved)}": schedule_from_json(saved) for name, saved in tracks.items()}
     except ConfigError as error:
-        raise CheckpointMismatchError(
-            f"{arguments.src} has a schedule that only its author can draw: {error}"
-        ) from None
-    schedules |= {text: schedule_from_text(text) for text in arguments.schedule}
+        raise CheckpointMismatchError(f"{options.src} has a schedule that only its author can draw: {error}") from None
+    schedules |= {text: schedule_from_text(text) for text in options.schedule}
     now = None if manifest is None else manifest.num_updates
-    steps = arguments.steps
+    steps = options.steps
     if steps is None:
         steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)
-    draw_schedules(schedules, steps, arguments.out, now=now)
-    answer = f"{arguments.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
-    return answer if now is None else f"{answer}, now at {now:,}"
+    draw_schedules(schedules, steps, options.out, now=now)
+    text = f"{options.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
+    return text if now is None else f"{text}, now at {now:,}"
 
 
 def _total_steps(schedule: Schedule) -> int:
-    """The end of a schedule that has one, also within another; else 0."""
+    """The `total_steps` of a schedule, or of the schedule within it; 0 if there are none."""
     inner = getattr(schedule, "schedule", None)
     return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
 
 
-def _plot_profiles(arguments: argparse.Namespace) -> str:
+def _plot_profiles(options: argparse.Namespace) -> str:
     from dist_ema.offline.plots import MOST_POINTS, draw_profiles
     from dist_ema.offline.posthoc import masses  # loads torch
     from dist_ema.offline.synthesis import weigh
 
-    wanted = PowerSchedule(sigma_rel=arguments.sigma_rel)
-    weighed = steadily([absolute(arguments.src)], lambda check: weigh(arguments.src, wanted))
+    wanted = PowerSchedule(sigma_rel=options.sigma_rel)
+    weighed = steadily([absolute(options.src)], lambda check: weigh(options.src, wanted))
     snapshots, end = weighed.snapshots, weighed.snapshots.num_updates
     edges = sorted({end * point // MOST_POINTS for point in range(MOST_POINTS + 1)})
     *profiles, target = masses([*(source.profile for source in snapshots.sources), snapshots.profile(wanted)], edges)
     achieved = sum(weight * profile for weight, profile in zip(weighed.fit.weights, profiles, strict=True))
     draw_profiles(
         edges,
-        (f"wanted: sigma_rel {arguments.sigma_rel:g}", target.tolist()),
+        (f"wanted: sigma_rel {options.sigma_rel:g}", target.tolist()),
         (f"sum of snapshots, profile error {weighed.fit.error:.2e}", achieved.tolist()),
         [profile.tolist() for profile in profiles],
-        arguments.out,
+        options.out,
     )
     return (
-        f"{arguments.out}: sigma_rel {arguments.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved "
+        f"{options.out}: sigma_rel {options.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved "
         f"averages, profile error {weighed.fit.error:.2e}"
     )
 
 
 class BadAnswer(DistEMAError):
-    """An answer to print all the same, and what is bad about it."""
+    """An answer to print all the same; the message of the error says what is bad about it."""
 
-    def __init__(self, answer: str, bad: str) -> None:
+    def __init__(self, text: str, bad: str) -> None:
         super().__init__(bad)
-        self.answer = answer
+        self.text = text
 
 
 def _progress(total_bytes: int) -> tqdm[Any]:
-    """A bar on stderr, where that is a terminal."""
+    """A progress bar on stderr, if that is a terminal."""
     return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def inspect(arguments: argparse.Namespace) -> str:
+def inspect(options: argparse.Namespace) -> str:
     """Tell what a saved average is."""
-    source = local(arguments.src)
+    source = local(options.src)
 
     def read(check: Callable[[], None]) -> dict[str, Any]:
         folder = find_saved(source)
@@ -255,7 +253,7 @@ def inspect(arguments: argparse.Namespace) -> str:
         return _facts(folder, manifest)
 
     facts = steadily([source], read)
-    return json.dumps(facts, indent=1) if arguments.json else _facts_text(facts)
+    return json.dumps(facts, indent=1) if options.json else _facts_text(facts)
 
 
 def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -277,7 +275,7 @@ def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
-    """Momentum of the next update; None for a schedule that only the code of the user can rebuild."""
+    """The momentum of the next update; None for a schedule that only its author can rebuild."""
     try:
         return schedule_from_json(schedule).momentum(num_updates)
     except (ConfigError, ArithmeticError):

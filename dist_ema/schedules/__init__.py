@@ -1,1 +1,1 @@
-"""Schedules: the momentum of an update as a pure function of its number. docs/schedules.md tells which to choose."""
+"""Schedules: the momentum of an update is a pure function of its number. docs/schedules.md compares them."""

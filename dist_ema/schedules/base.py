@@ -1,12 +1,12 @@
-"""What a schedule is, and the checks that all of ours share.
+"""The interface of a schedule, and the checks that all schedules of this package share.
 
 *Momentum* is the weight of the new observation, `averaged <- (1 - m) * averaged + m * live`: it is
-`1 - decay`, and neither the optimizer's momentum nor BYOL's tau. Everything is float64 on the host.
+`1 - decay`, and neither the optimizer's momentum nor BYOL's tau. All arithmetic is float64 on the host.
 
 [Note: counting]
-Update number `step` counts from 0. Update number 0 copies the live weights whatever the schedule says, so the average
-then holds one observation; after update number k it holds k + 1. Tools that count observations, or steps from 1, are
-shifted accordingly; each schedule says how.
+`step` is the number of an update, and counts from 0. Update number 0 copies the live weights whatever the schedule
+says, so the average then has one observation; after update number k it has k + 1. Tools that count observations, or
+steps from 1, are shifted accordingly; every schedule states the shift.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["Schedule", "checked_momentum", "fraction_between", "momentum_of_upda
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Anything that tells the momentum of update number `step` (0 for the first call)."""
+    """An object that gives the momentum of update number `step` (0 for the first call)."""
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`, in [0, 1]."""
+        """The weight of the live values in update number `step`, in [0, 1]."""
         ...
 
 
@@ -37,7 +37,7 @@ def checked_momentum(name: str, value: object) -> float:
     """`value` as a momentum strictly between 0 and 1.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the value is no such number.
     """
     momentum = real_number(name, value)
     if not 0.0 < momentum < 1.0:
@@ -53,7 +53,7 @@ _is_rebuilding: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_rebui
 
 @contextlib.contextmanager
 def rebuilding() -> Iterator[None]:
-    """What is built within was warned of when its user built it: a reader of the record need not hear it again."""
+    """Rebuild schedules without their warnings: the user had them when the schedule was built."""
     token = _is_rebuilding.set(True)
     try:
         yield
@@ -62,7 +62,7 @@ def rebuilding() -> Iterator[None]:
 
 
 def warn_if_large(momentum: float, given: str, meant: str) -> None:
-    """The two ends of [0, 1] are easily confused: the weight of the new value is usually small."""
+    """Warn of a momentum above one half: users confuse it with the decay, and it is usually small."""
     if momentum > 0.5 and not _is_rebuilding.get():
         warnings.warn(
             f"{given} gives the new value a weight of {momentum:g}, which is usually small; did you mean {meant}?",
@@ -72,10 +72,10 @@ def warn_if_large(momentum: float, given: str, meant: str) -> None:
 
 
 def fraction_between(name: str, value: object, low: float, high: float, *, closed: bool = False) -> float:
-    """`value` as a float between two bounds, which are themselves allowed if `closed`.
+    """`value` as a float between two bounds, which are allowed values only if `closed`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the value is no such number.
     """
     number = real_number(name, value)
     if not (low <= number <= high if closed else low < number < high):
@@ -91,14 +91,14 @@ def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval
     with m would.
 
     Raises:
-        ConfigError: the schedule gave something else than a number from 0 to 1.
+        ConfigError: the schedule gave a momentum that is no number from 0 to 1.
     """
     momentum = schedule.momentum(step)
-    if type(momentum) is not float:  # the name is made for those only: making it takes longer than all the rest
+    if type(momentum) is not float:  # only then the message is built, which takes longer than all the rest
         momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", momentum)
     if not 0.0 <= momentum <= 1.0:
         raise ConfigError(f"{schedule!r} gave momentum {momentum!r} at update {step}, expected a number from 0 to 1")
     if interval_correction and momentum < 1.0:
-        # Without cancellation for small m.
+        # The formula has no cancellation for small m.
         return -math.expm1(interval * math.log1p(-momentum))
     return momentum

@@ -1,4 +1,4 @@
-"""Every file of schedules: one line for each, so that importing this one registers all of them."""
+"""Every file of schedules has a line here, so an import of this module registers all schedules."""
 
 from dist_ema.schedules.classic import *  # noqa: F403
 from dist_ema.schedules.combinators import *  # noqa: F403

@@ -22,14 +22,14 @@ class CosineSchedule:
     `m(k) = end + (start - end) * (cos(pi * k / K) + 1) / 2` for update number k in [0, K], K =
     `total_steps` optimizer steps, so m(0) = start and m(K) = end. Beyond K it stays at `end`.
 
-    Source: `CosineEMA` of mmpretrain (BYOL, MoCo v3); its published documentation has the sign of the
-    difference reversed, its code has not. There momentum rises again beyond K; here k is clamped.
-    Off by one: update number 0 copies the live values, so m(0) itself is never applied.
+    Source: `CosineEMA` of mmpretrain (BYOL, MoCo v3). Its published documentation has the sign of the difference
+    reversed, but its code has not. There momentum rises again beyond K; here k is clamped. Off by one: update number 0
+    copies the live values, so m(0) itself is never applied.
 
     Args:
-        momentum: weight of the new value at the start, strictly between 0 and 1.
-        end_momentum: weight of the new value at the end, from 0 to 1.
-        total_steps: number of optimizer steps of the whole run, at least 1.
+        momentum: the weight of the new value at the start, strictly between 0 and 1.
+        end_momentum: the weight of the new value at the end, from 0 to 1.
+        total_steps: the number of optimizer steps of the whole run, at least 1.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -56,7 +56,7 @@ class CosineSchedule:
         )
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         clamped_step = min(max(step, 0), self.total_steps)
         fraction = (math.cos(math.pi * clamped_step / self.total_steps) + 1.0) / 2.0
         return self.end_momentum + (self.start_momentum - self.end_momentum) * fraction
@@ -75,16 +75,16 @@ class CosineSchedule:
 class ConstantSchedule:
     """The same momentum at every update; give one of `decay`, `momentum = 1 - decay`, and `half_life_steps`.
 
-    Source: `ExponentialMovingAverage` of mmengine, `get_ema_multi_avg_fn(decay)` of torch; the half-life of Composer's
-    `EMA`: after h updates an observation has half its weight, decay = 2^(-1/h).
+    Source: `ExponentialMovingAverage` of mmengine, and `get_ema_multi_avg_fn(decay)` of torch. The half-life is that of
+    Composer's `EMA`: after h updates an observation has half its weight, decay = 2^(-1/h).
 
     Args:
-        decay: weight of the old average, strictly between 0 and 1.
-        momentum: weight of the new value, strictly between 0 and 1.
-        half_life_steps: updates after which the weight of an observation has halved, above 0.
+        decay: the weight of the old average, strictly between 0 and 1.
+        momentum: the weight of the new value, strictly between 0 and 1.
+        half_life_steps: the number of updates after which the weight of an observation has halved, above 0.
 
     Raises:
-        ConfigError: several or none were given, or the value is out of its range.
+        ConfigError: several arguments or none were given, or the value is out of its range.
     """
 
     constant: float
@@ -104,12 +104,12 @@ class ConstantSchedule:
             if not 0.0 < kept < 1.0:
                 raise ConfigError(f"decay is {kept!r}, expected a number strictly between 0 and 1")
             value = 1.0 - kept
-            if value < 1.0:  # else it is refused below
+            if value < 1.0:  # a larger value is refused below
                 warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
         else:
             value = checked_momentum("momentum", momentum)
             warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
-        if not 0.0 < value < 1.0:  # of a decay or half-life near its bounds; it could not be rebuilt from its record
+        if not 0.0 < value < 1.0:  # a decay or half-life was near its bounds; the record could not rebuild the schedule
             raise ConfigError(
                 f"decay={decay!r}, half_life_steps={half_life_steps!r} is a momentum of {value:g} in float64, expected "
                 "one strictly between 0 and 1"
@@ -120,7 +120,7 @@ class ConstantSchedule:
         return f"ConstantSchedule(momentum={self.constant!r})"
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         return self.constant
 
     def to_json(self) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class ConstantSchedule:
 class AnnealedSchedule:
     """Momentum that falls like `gamma / (gamma + k)` to a floor: `m(k) = max(momentum, gamma / (gamma + k))`.
 
-    Source: `MomentumAnnealingEMA` of mmengine (its defaults), which counts as we do ([Note: counting]).
+    Source: `MomentumAnnealingEMA` of mmengine with its defaults. It counts as this package does ([Note: counting]).
 
     Args:
         momentum: the smallest weight of the new value, strictly between 0 and 1.
-        gamma: updates until the weight is one half, above 0.
+        gamma: the number of updates until the weight is one half, above 0.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -154,7 +154,7 @@ class AnnealedSchedule:
         return f"AnnealedSchedule(momentum={self.floor_momentum!r}, gamma={self.gamma!r})"
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         return max(self.floor_momentum, self.gamma / (self.gamma + step))
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class AnnealedSchedule:
 class _WarmUp:
     """A decay that grows with `t = k - update_after_step`, within bounds; the live weights are copied while t <= 0.
 
-    Source of the counting: `EMAModel.get_decay` of diffusers, which adds 1 to its step before and takes it off again.
+    The counting is that of `EMAModel.get_decay` of diffusers, which adds 1 to its step before and subtracts it again.
     """
 
     max_decay: float = 0.9999
@@ -186,7 +186,7 @@ class _WarmUp:
         raise NotImplementedError
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         elapsed_steps = step - self.update_after_step
         if elapsed_steps <= 0:
             return 1.0
@@ -207,11 +207,11 @@ class InverseGammaSchedule(_WarmUp):
     215.4 thousand. The live weights are copied while t <= 0.
 
     Args:
-        inv_gamma: steps of the warm-up's beginning, above 0.
-        power: how fast it grows, above 0.
-        max_decay: strictly between 0 and 1.
-        min_decay: from 0 to `max_decay`.
-        update_after_step: the average begins here.
+        inv_gamma: the number of steps of the warm-up's beginning, above 0.
+        power: the exponent of the growth, above 0.
+        max_decay: the largest decay, strictly between 0 and 1.
+        min_decay: the smallest decay, from 0 to `max_decay`.
+        update_after_step: the number of the update at which the average begins.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -234,13 +234,13 @@ class InverseGammaSchedule(_WarmUp):
 class RampSchedule(_WarmUp):
     """Decay that grows as `(1 + t) / (10 + t)`, t = k - update_after_step, within bounds.
 
-    Source: `EMAModel` of diffusers, which has it from `ExponentialMovingAverage(num_updates=...)` of TensorFlow. The
-    live weights are copied while t <= 0.
+    Source: `EMAModel` of diffusers, which has the formula from `ExponentialMovingAverage(num_updates=...)` of
+    TensorFlow. The live weights are copied while t <= 0.
 
     Args:
-        max_decay: strictly between 0 and 1.
-        min_decay: from 0 to `max_decay`.
-        update_after_step: the average begins here.
+        max_decay: the largest decay, strictly between 0 and 1.
+        min_decay: the smallest decay, from 0 to `max_decay`.
+        update_after_step: the number of the update at which the average begins.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -15,12 +15,12 @@ from dist_ema.schedules.registry import registered
 __all__ = ["after", "every", "scaled_batch"]
 
 
-# Of `every`: the momentum of one update is made of as many of the inner schedule.
+# The largest `steps` of `every`, which computes the momentum of one update from as many of the inner schedule.
 _MOST_STEPS = 10**6
 
 
 def after(step: int, schedule: Schedule) -> After:
-    """`schedule` from update number `step` on, counted anew; until then the average is the live weights.
+    """`schedule` begins at update number `step`, where its count begins; until then the average is the live weights.
 
     Raises:
         ConfigError: `step` is not an integer of at least 1.
@@ -38,7 +38,7 @@ def every(steps: int, schedule: Schedule) -> Every:
 
 
 def scaled_batch(kappa: float, schedule: Schedule) -> ScaledBatch:
-    """`schedule`, tuned at some batch size, for a batch `kappa` times as large.
+    """`schedule` was tuned at some batch size, and is used for a batch `kappa` times as large.
 
     Raises:
         ConfigError: `kappa` is not above 0.
@@ -62,7 +62,7 @@ class After(Combined):
         return f"after({self.start_step}, {self.schedule!r})"
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         return 1.0 if step <= self.start_step else self.schedule.momentum(step - self.start_step)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class After(Combined):
         return {"start_step": self.start_step}
 
     def steps_around(self, inner_steps: int) -> int:
-        """Number of updates until so many of the inner schedule are over."""
+        """The number of updates until so many updates of the inner schedule are over."""
         return self.start_step + inner_steps
 
 
@@ -79,8 +79,8 @@ class After(Combined):
 class Every(Combined):
     """See `every`: `1 - m = (1 - m(k - n + 1)) ... (1 - m(k))` where n divides k, else 0.
 
-    For a constant decay rho it is rho^n (the linear-time correction): 0.9999 applied every 10 steps without it would
-    have a half-life of 69 thousand steps, not 6.9.
+    For a constant decay rho the new decay is rho^n (the linear-time correction). Without it a decay of 0.9999, applied
+    every 10 steps, would have a half-life of 69 thousand steps, not 6.9 thousand.
     """
 
     num_steps: int
@@ -96,7 +96,7 @@ class Every(Combined):
         return f"every({self.num_steps}, {self.schedule!r})"
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         if step % self.num_steps:
             return 0.0
         momenta = [self.schedule.momentum(inner) for inner in range(max(step - self.num_steps + 1, 0), step + 1)]
@@ -109,7 +109,7 @@ class Every(Combined):
         return {"num_steps": self.num_steps}
 
     def steps_around(self, inner_steps: int) -> int:
-        """Number of updates until the one that takes in the inner update number `inner_steps - 1`, the last to move."""
+        """The number of updates up to the one that takes in inner update number `inner_steps - 1`, the last to move."""
         return -(-(inner_steps - 1) // self.num_steps) * self.num_steps + 1
 
 
@@ -132,7 +132,7 @@ class ScaledBatch(Combined):
         return f"scaled_batch({self.kappa!r}, {self.schedule!r})"
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         momentum = self.schedule.momentum(step)
         return 1.0 if momentum >= 1.0 else -math.expm1(self.kappa * math.log1p(-momentum))
 

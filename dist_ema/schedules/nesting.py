@@ -1,4 +1,4 @@
-"""Schedules within each other: what all combinators share."""
+"""Schedules within each other: the base of all combinators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_ema.schedules.base import Schedule
 
 __all__ = ["DEEPEST", "Combined", "steps_of"]
 
-# Schedules within each other. Whoever reads a record, or draws one, walks down as many levels.
+# The largest number of schedules within each other. A reader of a record walks down as many levels.
 DEEPEST = 20
 
 
@@ -31,14 +31,14 @@ class Combined:
             raise ConfigError(f"there are more than {DEEPEST} schedules within each other, expected at most that many")
 
     def steps_around(self, inner_steps: int) -> int:
-        """Number of updates until so many of the inner schedule are over."""
+        """The number of updates until so many updates of the inner schedule are over."""
         return inner_steps
 
 
 def steps_of(schedule: Schedule) -> int | None:
-    """Number of updates until the `total_steps` of a schedule, or of the one that it is made of, are over.
+    """The number of updates until the `total_steps` of a schedule, or of the schedule within it, are over.
 
-    Of `every(n, ...)` until the last update that its inner schedule moves. None where there are no `total_steps`.
+    For `every(n, ...)` it is the number until the last update that moves. None where there are no `total_steps`.
     """
     if isinstance(schedule, Combined):
         steps = steps_of(schedule.schedule)

@@ -1,4 +1,4 @@
-"""Schedules whose averaging length grows with the run: power functions, fractions of it, equal weights."""
+"""Schedules whose averaging length grows with the run: power functions, fractions of the run, equal weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dist_ema.schedules.registry import registered
 
 __all__ = ["EqualSchedule", "HalfLifeSchedule", "PowerSchedule"]
 
-# Relative width of the flattest profile, gamma = 0: equal weights.
+# The relative width of the flattest profile, gamma = 0: equal weights.
 _WIDEST_SIGMA_REL = 12.0**-0.5
 
 
 def sigma_rel_of_gamma(gamma: float) -> float:
-    """Width of a power-function profile relative to the run, `sqrt((g + 1) / ((g + 2)^2 (g + 3)))` (EDM2, eq. 123)."""
+    """The relative width of a power-function profile, `sqrt((g + 1) / ((g + 2)^2 (g + 3)))` (EDM2, eq. 123)."""
     if gamma > 1e50:  # the cube would overflow; the limit is the same to the last digit
         return 1.0 / gamma
     return math.sqrt((gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)))
 
 
 def gamma_of_sigma_rel(sigma_rel: float) -> float:
-    """The exponent of that width: the positive root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2 = 0 (EDM2, eq. 126).
+    """The exponent of a relative width: the positive root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2 = 0 (EDM2, 126).
 
     Raises:
         ConfigError: `sigma_rel` is not above 1e-9 and at most 12^-1/2.
@@ -48,27 +48,27 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
 
 
 def _by_width(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record of `PowerSchedule` by the number that users choose."""
+    """The fields of a record of `PowerSchedule`, with the width that users give in place of gamma."""
     gamma = fields.get("gamma")
     return {"sigma_rel": sigma_rel_of_gamma(gamma)} if isinstance(gamma, float) and gamma >= 0.0 else fields
 
 
-@registered(example="PowerSchedule(sigma_rel=0.1)", shown=_by_width)
+@registered(example="PowerSchedule(sigma_rel=0.1)", reader_fields=_by_width)
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PowerSchedule:
     """The average of a power-function profile: an observation of time tau has a weight in proportion to tau^gamma.
 
     `beta(t) = (1 - 1/t)^(gamma + 1)` for the t-th step, `m = 1 - beta` (EDM2: arXiv 2312.02696, eq. 127).
-    Update number k is step t = k + 1 ([Note: counting]); the first has beta 0, so the copy of update 0 is part of the
-    formula. Its length is a fixed share of the run so far, whenever that ends: `sigma_rel`, the width of the profile
-    over the length of the run, is 0.05 to 0.25 in the paper.
+    Update number k is step t = k + 1 ([Note: counting]). The first has beta 0, so the copy of update 0 is part of the
+    formula. The averaging length is a fixed share of the run so far, whenever that ends: `sigma_rel`, the width of the
+    profile over the length of the run, is 0.05 to 0.25 in the paper.
 
     Args:
-        sigma_rel: relative width, above 0 and at most 0.2887 (equal weights).
-        gamma: the exponent, at least 0; instead of `sigma_rel`.
+        sigma_rel: the relative width, above 0 and at most 0.2887 (equal weights).
+        gamma: the exponent, at least 0; give it instead of `sigma_rel`.
 
     Raises:
-        ConfigError: both or none were given, or the value is out of its range.
+        ConfigError: both arguments or none were given, or the value is out of its range.
     """
 
     gamma: float
@@ -91,7 +91,7 @@ class PowerSchedule:
         return sigma_rel_of_gamma(self.gamma)
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         if step == 0:
             return 1.0
         return -math.expm1((self.gamma + 1.0) * math.log1p(-1.0 / (step + 1)))
@@ -106,15 +106,16 @@ class PowerSchedule:
 class HalfLifeSchedule:
     """A half-life that is a fraction of the steps so far: `decay = 2^(-1 / (fraction * t))` for the t-th step.
 
-    Update number k is step t = k + 1 ([Note: counting]). Where `max_half_life_steps` is given the half-life grows to it
-    and stays: the ramp of EDM and StyleGAN3.
+    Update number k is step t = k + 1 ([Note: counting]). With `max_half_life_steps` the half-life grows to that number
+    and stays there: the ramp of EDM and StyleGAN3.
 
     Source: `half_life_fraction` of torchtitan (arXiv 2602.03702: 0.05); `ema_rampup_ratio` of EDM (arXiv 2206.00364),
-    `beta = 0.5^(1 / min(max_half_life, fraction * t))`. EDM2 counts as we do; in EDM t = k, one update behind.
+    `beta = 0.5^(1 / min(max_half_life, fraction * t))`. EDM2 counts as this package does; in EDM t = k, one update
+    behind.
 
     Args:
-        fraction: of the steps so far, above 0.
-        max_half_life_steps: in updates; None for no limit.
+        fraction: the half-life as a fraction of the steps so far, above 0.
+        max_half_life_steps: the largest half-life in updates; None for no limit.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -130,7 +131,7 @@ class HalfLifeSchedule:
                 object.__setattr__(self, name, fraction_between(name, value, 0.0, math.inf))
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         half_life_steps = self.fraction * (step + 1)
         if self.max_half_life_steps is not None:
             half_life_steps = min(half_life_steps, self.max_half_life_steps)
@@ -146,16 +147,18 @@ class HalfLifeSchedule:
 class EqualSchedule:
     """Equal weights of every n-th observation: `m(k) = 1 / (k / n + 1)` where n divides k, else 0. SWA.
 
+    The trap: `every(500, EqualSchedule())` averages over all observations, sampled, and its first one, the copy, weighs
+    like one observation and not like one sample. The schedule usually begins at a late step: `after(90_000,
+    EqualSchedule(every_steps=500))`.
+
     Source: the default `avg_fn` of torch's `AveragedModel` (arXiv 1803.05407) and `StochasticWeightAverage` of mmengine
-    with its `interval`, both of which count as we do. Usually from a late step on: `after(90_000,
-    EqualSchedule(every_steps=500))`. (`every(500, EqualSchedule())` would average over all observations, sampled; its
-    first one, the copy, then weighs like one of them and not like one of the samples.)
+    with its `interval`. Both count as this package does.
 
     Args:
-        every_steps: n, at least 1.
+        every_steps: the number n, at least 1.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: `every_steps` is no such integer.
     """
 
     every_steps: int = 1
@@ -164,7 +167,7 @@ class EqualSchedule:
         positive_integer("every_steps", self.every_steps)
 
     def momentum(self, step: int) -> float:
-        """Weight of the live values in update number `step`."""
+        """The weight of the live values in update number `step`."""
         return 0.0 if step % self.every_steps else 1.0 / (step // self.every_steps + 1)
 
     def to_json(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _LARGEST_NUMBER = 2.0**53
 
 
 def is_known(schedule: Schedule) -> bool:
-    """Whether it can be rebuilt from its JSON: it is registered, and so is all that it is made of."""
+    """Whether a schedule can be rebuilt from its JSON: it is one of this package, and so are those within it."""
     registration = registration_of(schedule)
     if registration is None:
         return False
@@ -36,26 +36,26 @@ def is_known(schedule: Schedule) -> bool:
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
-    """A JSON object that tells `schedule`; a registered one can be rebuilt from it, of another it holds the repr."""
+    """The JSON object of a schedule: it can rebuild a schedule of this package, and has the repr of any other."""
     registration = registration_of(schedule)
     if registration is not None:
         known: Any = schedule
         inner = {"schedule": schedule_to_json(known.schedule)} if registration.is_combinator else {}
         return {"type": registration.name, **known.to_json(), **inner}
-    # The default repr holds a memory address, which differs over the ranks and runs.
+    # The default repr has a memory address, which differs over the ranks and runs.
     text = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
     return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": text}
 
 
 def schedule_text(saved: Mapping[str, Any]) -> str:
-    """A schedule's JSON as a reader knows it: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
-    kind = str(saved.get("type"))  # a record within another may say anything
+    """A schedule's JSON as a call: "CosineSchedule(momentum=0.1, ...)", "after(100, EqualSchedule())"."""
+    kind = str(saved.get("type"))  # the type of a record within another may be any JSON value
     fields: Mapping[str, Any] = {name: value for name, value in saved.items() if name != "type"}
     is_combinator = False
     if is_registered(kind):
-        fields, is_combinator = SCHEDULES[kind].shown(fields), SCHEDULES[kind].is_combinator
+        fields, is_combinator = SCHEDULES[kind].reader_fields(fields), SCHEDULES[kind].is_combinator
     texts = {name: _value_text(value) for name, value in fields.items()}
-    parts = texts.values() if is_combinator else (f"{name}={value}" for name, value in texts.items())
+    parts = texts.values() if is_combinator else (f"{name}={text}" for name, text in texts.items())
     return f"{kind}({', '.join(parts)})"
 
 
@@ -66,7 +66,7 @@ def _value_text(value: object) -> str:
 
 
 def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
-    """The schedule that `schedule_to_json` wrote. What the user was warned of once is not warned of again.
+    """The schedule that `schedule_to_json` wrote. It gives no warnings, because its user has had them.
 
     Raises:
         ConfigError: the type is not one of this package's schedules, or an argument is wrong.
@@ -76,24 +76,24 @@ def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
 
 
 def check_record(saved: Mapping[str, Any]) -> None:
-    """See that a record of a registered type rebuilds its schedule; a record of another type passes.
+    """Refuse a record that cannot rebuild a schedule of this package; a record of another type passes unchecked.
 
     Raises:
-        ConfigError: it is not what `schedule_to_json` writes.
+        ConfigError: `schedule_to_json` writes no such record.
     """
     with rebuilding():
         _rebuilt(saved, 0, _Unknown())
 
 
 class _Unknown:
-    """Stands for a schedule that only its author can rebuild."""
+    """A stand-in for a schedule that only its author can rebuild."""
 
     def momentum(self, step: int) -> float:
         raise NotImplementedError
 
 
 def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
-    """The schedule of a record; `unknown` stands for one of a type that is not registered."""
+    """The schedule of a record; `unknown` stands in for a schedule whose type is not of this package."""
     if not isinstance(saved, Mapping) or not isinstance(saved.get("type"), str):
         raise ConfigError(f"a schedule is {shown(saved)}, expected an object with the name of its type")
     if depth > DEEPEST:
@@ -115,18 +115,18 @@ def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
 
 
 def _argument(value: object) -> object:
-    """A whole number that another JSON writer wrote as 1e9 is a whole number."""
+    """An argument of a record: a whole number is an int, though another JSON writer may write it as 1e9."""
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_NUMBER
     return int(value) if is_whole else value  # type: ignore[call-overload]
 
 
 def schedule_from_text(text: str) -> Schedule:
-    """The schedule that a Python expression tells: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
+    """The schedule of a Python expression: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
 
-    Understands calls of this package's schedules with numbers and None, and every repr of these. Nothing is evaluated.
+    It understands calls of this package's schedules with numbers and None, and their reprs. Nothing is evaluated.
 
     Raises:
-        ConfigError: it is anything else, or an argument is wrong.
+        ConfigError: the text is no such expression, or an argument is wrong.
     """
     if len(text) > _LONGEST_TEXT:
         raise ConfigError(f"the schedule has {len(text)} characters, expected at most {_LONGEST_TEXT}")
@@ -166,5 +166,5 @@ def _argument_of(node: ast.expr, text: str, depth: int) -> object:
 
 
 def _refusal(node: ast.expr, text: str, expected: str) -> ConfigError:
-    segment = ast.get_source_segment(text, node) or text
-    return ConfigError(f"the schedule {text[:200]!r} has {segment[:80]!r}, expected {expected}")
+    part = ast.get_source_segment(text, node) or text
+    return ConfigError(f"the schedule {text[:200]!r} has {part[:80]!r}, expected {expected}")

@@ -37,8 +37,8 @@ def foreign_kind(tensor: object) -> str | None:
     if not isinstance(tensor, torch.Tensor):
         return None
     kind = type(tensor)
-    # `nn.Parameter(subclass)` is an instance of the subclass. A subclass without a dispatch of its own is plain, such
-    # as torchvision's tv_tensors.
+    # `nn.Parameter(subclass)` is an instance of the subclass. A subclass without a dispatch of its own is plain, as are
+    # torchvision's tv_tensors.
     wraps = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or hasattr(kind, "__tensor_flatten__")
     of_torch = kind.__module__.split(".")[0] == "torch"
     packs = issubclass(kind, nn.Parameter) and not of_torch and not tensor.dtype.is_floating_point
