@@ -1,4 +1,4 @@
-"""Checks of single values that users give: each returns the value in the type we keep, or raises."""
+"""Checks of single values that users give: a check returns the value in the type of this package, or raises."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
-# "s3://bucket/x", what pathlib makes of it ("s3:/bucket/x"), and what fsspec chains ("simplecache::s3://bucket/x"). A
-# scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
+# A URL: "s3://bucket/x", the form that pathlib gives it ("s3:/bucket/x"), and the chains of fsspec
+# ("simplecache::s3://bucket/x"). A scheme has two characters or more, so "C:/x" stays a local name, as "a:b/c" and
+# "./s3:x" do.
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)(::[A-Za-z0-9+.-]+)*:/")
 _LONGEST_TARGET_NAME_BYTES = 200
 _LARGEST_INTEGER = 2**63 - 1
@@ -23,7 +24,7 @@ def folder_name(name: str, value: object) -> str:
     """`value` as the name of one folder below another: letters, digits, '-' and '_'.
 
     Raises:
-        ConfigError: it is something else, or could leave the folder.
+        ConfigError: the value is no such name, or could lead out of the folder.
     """
     return _matching(_FOLDER_NAME, name, value, "a folder name of letters, digits, '-' and '_'")
 
@@ -32,7 +33,7 @@ def file_name(name: str, value: object) -> str:
     """`value` as the name of one file in a folder.
 
     Raises:
-        ConfigError: it is something else, or could leave the folder.
+        ConfigError: the value is no such name, or could lead out of the folder.
     """
     return _matching(_FILE_NAME, name, value, "the name of a file in the same folder")
 
@@ -47,7 +48,7 @@ def positive_integer(name: str, value: object) -> int:
     """`value` as an int of at least 1; bools and floats are refused.
 
     Raises:
-        ConfigError: it is not such a number.
+        ConfigError: the value is no such number.
     """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ def real_number(name: str, value: object) -> float:
     """`value` as a finite float; bools and strings are refused.
 
     Raises:
-        ConfigError: it is not such a number.
+        ConfigError: the value is no such number.
     """
     number = math.nan
     if not isinstance(value, bool | str | bytes):
@@ -79,7 +80,7 @@ def seconds_from_environment(name: str, default: float) -> float:
     """The environment variable `name` as seconds, at least 0.1; `default` where it is not set.
 
     Raises:
-        ConfigError: it is no such number.
+        ConfigError: the variable is no such number.
     """
     text = os.environ.get(name)
     if text is None:
@@ -102,10 +103,10 @@ def shown(value: object) -> str:
 
 
 def local(path: object) -> Path:
-    """A path as it was given, of this machine's file systems and no URL.
+    """A path as it was given; it must be one of this machine's file systems, and no URL.
 
     Raises:
-        ConfigError: it is a URL, or not a path.
+        ConfigError: the path is a URL, or no path.
     """
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
@@ -114,11 +115,11 @@ def local(path: object) -> Path:
         os.fsencode(text)
     except (TypeError, ValueError):
         raise ConfigError(f"path is {shown(path)}, expected the name of a folder") from None
-    # Some paths of other libraries are a URL in their own eyes, and a cached copy in those of os.fspath.
-    for told in (text, text if isinstance(path, str) else str(path)):
-        found = _URL.match(told)
-        if found is not None:
-            raise ConfigError(_url_refusal(told, found[1]))
+    # The str of some paths of other libraries is a URL, though os.fspath gives a cached copy.
+    for spelled in (text, text if isinstance(path, str) else str(path)):
+        url = _URL.match(spelled)
+        if url is not None:
+            raise ConfigError(_url_refusal(spelled, url[1]))
     return Path(text)
 
 
@@ -136,7 +137,7 @@ def absolute(path: object) -> Path:
     """A folder's path, absolute, links resolved, with `~` expanded.
 
     Raises:
-        ConfigError: it is a URL, or not a path.
+        ConfigError: the path is a URL, or no path.
     """
     given = local(path)
     try:
@@ -148,10 +149,10 @@ def absolute(path: object) -> Path:
 
 
 def target_folder(path: object) -> Path:
-    """As `absolute`, of a folder to write: what is staged beside it has a longer name, which must be one too.
+    """The path of a folder to write, as `absolute` gives it; its name leaves room for the longer name of staging.
 
     Raises:
-        ConfigError: it is a URL, not a path, or its name is too long.
+        ConfigError: the path is a URL or no path, or the name is too long.
     """
     target = absolute(path)
     length = len(os.fsencode(target.name))
@@ -164,7 +165,7 @@ def target_folder(path: object) -> Path:
 
 
 def working_folder(path: object) -> str | None:
-    """The working folder, from which a relative path is taken; None for a path that needs none."""
+    """The working folder, which a relative path is relative to; None for an absolute path."""
     try:
         return None if os.path.isabs(os.path.expanduser(os.fspath(path))) else os.getcwd()  # type: ignore[call-overload]
     except (TypeError, ValueError, OSError):

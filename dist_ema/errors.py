@@ -5,16 +5,16 @@
     ├── UnsupportedModelError (also TypeError)   the model cannot be averaged as it is
     ├── AttachError                              model, optimizer and accelerator do not belong together
     ├── ModelChangedError                        the model is no longer the one that was planned
-    ├── SwapError                                not allowed while the averaged weights are in the model
-    ├── CommunicationError                       other ranks died, left the call, or made another one
+    ├── SwapError                                the call is not allowed while averaged weights are in the model
+    ├── CommunicationError                       other ranks died, left the call, or made another call
     ├── RankMismatchError                        the ranks disagree about model, options or counter
     └── CheckpointError                          a folder could not be written or read
         ├── CheckpointNotFoundError              there is nothing to read at the path
-        ├── CheckpointMismatchError              it belongs to another model or other options
-        └── CheckpointCorruptError               it is damaged or was not written by this package
+        ├── CheckpointMismatchError              the checkpoint belongs to another model or other options
+        └── CheckpointCorruptError               the checkpoint is damaged, or another tool wrote it
 
-Each message says what was given, what was expected and what to do. An error found on one of several ranks
-is raised on all of them with the same class and text (see `dist_ema.ranks.exchange.Exchange.agree`).
+Every message says what was given, what was expected and what to do. An error of one rank is raised on all ranks with
+the same class and text (see `dist_ema.ranks.exchange.Exchange.agree`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 class DistEMAError(Exception):
-    """Root of every refusal of this package."""
+    """The root of every refusal of this package."""
 
 
 class ConfigError(DistEMAError, ValueError):
@@ -52,7 +52,7 @@ class AttachError(DistEMAError):
 
 
 class ModelChangedError(DistEMAError):
-    """The model's modules, names or shapes are no longer those the average was built for."""
+    """The model's modules, names or shapes are no longer those that the average was built for."""
 
 
 class SwapError(DistEMAError):
@@ -84,12 +84,12 @@ class CheckpointCorruptError(CheckpointError):
 
 
 def error_class(name: str) -> type[DistEMAError]:
-    """The class of this module called `name`; `DistEMAError` for any other name.
+    """The class of this module called `name`; `DistEMAError` for any other name. No communication.
 
-    Used to raise on every rank what one rank reported by name. No communication.
+    By it every rank raises the error that one rank reported by name.
     """
-    found = globals().get(name) if name in __all__ else None
-    return found if isinstance(found, type) and issubclass(found, DistEMAError) else DistEMAError
+    known = globals().get(name) if name in __all__ else None
+    return known if isinstance(known, type) and issubclass(known, DistEMAError) else DistEMAError
 
 
 def agreed(error: DistEMAError) -> DistEMAError:
@@ -99,12 +99,12 @@ def agreed(error: DistEMAError) -> DistEMAError:
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all ranks raise it. No communication."""
+    """Whether all ranks raise the error. No communication."""
     return getattr(error, "_agreed", False)
 
 
 def described(failure: Exception) -> tuple[str, str]:
-    """Name of the class and text of what all ranks raise for a failure of one. No communication."""
+    """The name of the class and the text of the error that all ranks raise for a failure of one. No communication."""
     if isinstance(failure, DistEMAError):
         return type(failure).__name__, str(failure)
     if isinstance(failure, OSError):

@@ -15,31 +15,33 @@ __all__ = ["arrival_seconds", "present_world", "wait_for_all"]
 _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 30.0
-# A wait that goes on is told again when it has become this many times as long.
+# A wait that goes on is logged again when it has become this many times as long.
 _GROWTH = 10.0
-# A rank that has waited for so long lets the others know where it is.
+# After so long a wait a rank tells the others which call it has come to.
 _COME_SECONDS = 1.0
-# Ranks that a message names.
+# The most ranks that a message names.
 _MOST_NAMED = 8
 
 
 def arrival_seconds() -> tuple[float, float]:
-    """After how long a wait is logged, and after how long it ends, 0 if that is not set. Read at every use.
+    """The seconds after which a wait is logged, and those after which it ends, 0 if they are not set.
+
+    The environment is read at every use.
 
     Raises:
-        ConfigError: one of the environment variables has a value that is none.
+        ConfigError: an environment variable has a value that is no number of seconds.
     """
     notice = seconds_from_environment("DIST_EMA_NOTICE_SECONDS", _NOTICE_SECONDS)
     return notice, seconds_from_environment("DIST_EMA_ARRIVAL_SECONDS", 0.0)
 
 
 def present_world(call: str, rank: int, size: int) -> World:
-    """The ranks that a call is made with. No communication, but a connection to the store.
+    """The ranks that make a call together. No communication, but a connection to the store.
 
     Args:
-        call: its name.
-        rank: of this process when the average was built.
-        size: how many ranks there were then.
+        call: the name of the call.
+        rank: the rank of this process when the average was built.
+        size: the number of ranks at that time.
 
     Raises:
         CommunicationError: their process group was destroyed.
@@ -56,13 +58,13 @@ def present_world(call: str, rank: int, size: int) -> World:
 
 
 def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float) -> None:
-    """Collective: every rank must call it. Waits until all ranks have come to the same call.
+    """Collective: every rank must call it. It waits until all ranks have come to the same call.
 
     Args:
         world: the ranks.
-        call: its name.
-        notice_seconds: after which rank 0 logs for whom it waits.
-        seconds: after which the call ends on all ranks, also on those that come later.
+        call: the name of the call.
+        notice_seconds: the time after which rank 0 logs the ranks that it waits for.
+        seconds: the time after which the call ends on all ranks, also on those that come later.
 
     Raises:
         CommunicationError: some rank did not come in time, or is gone; the same on all ranks.
@@ -76,7 +78,7 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
             *(call, waited, _missing(world), seconds),
         )
 
-    # Nobody asks who has come before somebody has waited for long.
+    # No rank asks which ranks have come before some rank has waited for long.
     deeds = [Deed(min(_COME_SECONDS, notice_seconds / 4, seconds / 4), lambda waited: world.come(call))]
     if world.rank == 0:
         deeds.append(Deed(notice_seconds, tell, growth=_GROWTH))
@@ -94,7 +96,8 @@ def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float)
                 )
                 said = world.link.leave(parting)
                 world.renew()
-                # A rank may have left the call before this one at its very end, where the others had done with it.
+                # The farewell may be of the former call: a rank may have left at its very end, when the others had
+                # finished it.
                 if not said.lives or said.call >= world.num_calls:
                     raise agreed(error_class(said.kind)(said.message)) from error
     finally:
@@ -112,7 +115,7 @@ def _missed(world: World, call: str, waited: float) -> str:
 
 
 def _missing(world: World) -> str:
-    """The ranks that have not come, as far as that can be known."""
+    """The ranks that have not come, in words."""
     try:
         missing = world.missing()
     except RuntimeError:

@@ -1,14 +1,14 @@
-"""Calls that all ranks make together: what each of them does first, and how it ends on all of them.
+"""Calls that all ranks make together: their first steps, and their end on all ranks.
 
-    1 all   come to the call (`Exchange.arrive`)
-    2 all   wait for the save in the background, if the call reads or writes folders
-    3 each  refuse while the averaged weights are in the model, see that the model is the planned one, do local work
-    4 all   raise the same error if any of them failed (`Exchange.agree`)
-    5 all   raise if they did not ask for the same (`Exchange.compare`)
+    1 all    come to the call (`Exchange.arrive`)
+    2 all    wait for the save in the background, if the call reads or writes folders
+    3 alone  refuse the call while the averaged weights are in the model, check the model, do local work
+    4 all    raise the same error if any rank failed (`Exchange.agree`)
+    5 all    raise an error if they did not ask for the same (`Exchange.compare`)
 
-A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in groups.py. A call
-leaves torch's grad mode as it found it: `torch.no_grad()` is Python, so an interrupt at its end would leave autograd
-switched off for the rest of the run.
+A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in groups.py. A call that
+fails restores torch's grad mode: `torch.no_grad()` is Python, so an interrupt at its end would leave autograd off for
+the rest of the run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class _Average(Protocol):
-    """What a call asks of the average that it is made on. Nothing of it communicates."""
+    """The part of an average that calls use. No communication."""
 
     def begin(self, call: str) -> None:
-        """Wait for updates beside training. Raises a SwapError while the averaged weights are in the model."""
+        """Wait for updates beside training. It raises a SwapError while the averaged weights are in the model."""
         ...
 
     def check_model(self) -> None:
-        """Raises a ModelChangedError unless the model is the planned one."""
+        """Raise a ModelChangedError unless the model is the planned one."""
         ...
 
 
@@ -43,7 +43,7 @@ class Calls:
 
     Args:
         exchange: the control traffic of all ranks.
-        average: this rank's part of it.
+        average: this rank's part of the average.
         wait: waits for the save in the background, and raises its error.
     """
 
@@ -53,11 +53,11 @@ class Calls:
         self.wait = wait
 
     def __call__(self, name: str, act: Callable[[Call], T]) -> T:
-        """Make a call: what `act` raises ends it for all ranks.
+        """Make a call: an error of `act` ends it for all ranks.
 
         Args:
-            name: of the method that users call.
-            act: what it does.
+            name: the name of the method that users call.
+            act: does the work of the method.
         """
         call, mode = Call(self, name), torch.is_grad_enabled()
         try:
@@ -72,7 +72,7 @@ class Call:
     """One call.
 
     Attributes:
-        name: of the method that users call.
+        name: the name of the method that users call.
         exchange: the control traffic of all ranks.
     """
 
@@ -92,21 +92,21 @@ class Call:
         of_changed: bool = False,
         working_folder: str | None = None,
     ) -> T:
-        """Collective: every rank must call it. The steps above, in that order.
+        """Collective: every rank must call it. Do the steps above, in that order.
 
         Args:
-            work: what this rank prepares; must not communicate.
-            same: what must be alike on all ranks, of what `work` returned; must survive JSON.
+            work: prepares this rank; it must not communicate.
+            same: gives, of the result of `work`, what must be alike on all ranks; it must survive JSON.
             after_saves: whether a save in the background must have ended.
             within_swap: whether the call is allowed while the averaged weights are in the model.
-            of_changed: whether the model may be another than the planned one.
-            working_folder: from which a path in `same` was taken; named where paths differ.
+            of_changed: whether the model may have changed since it was planned.
+            working_folder: the folder that a path in `same` is relative to; the message has it if paths differ.
 
         Returns:
-            What `work` returned.
+            The result of `work`.
 
         Raises:
-            DistEMAError: the same on all ranks.
+            DistEMAError: some rank failed, or the ranks differ; the error is the same on all ranks.
         """
         self.exchange.arrive(self.name)
         if after_saves:
@@ -118,7 +118,7 @@ class Call:
         return prepared
 
     def alone(self, work: Callable[[], T], *, within_swap: bool = False, of_changed: bool = False) -> T:
-        """Step 3. No communication.
+        """Do step 3. No communication.
 
         Args:
             work: as in `together`.
@@ -135,20 +135,20 @@ class Call:
         """End the call for the other ranks too, unless they have the same error.
 
         Raises:
-            DistEMAError: in place of an error of Python, torch or numpy: what the other ranks raise.
+            DistEMAError: the error that the other ranks raise, in place of an error of Python, torch or numpy.
         """
         _end_for_all(self.exchange, self.name, self._num_calls_before, error)
 
 
 @contextmanager
 def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
-    """What leaves the block by an error that the other ranks may not have ends the call for them too.
+    """End the call for the other ranks too, if the block raises an error that they may not have.
 
-    No communication, but with the store when it happens.
+    No communication, but with the store after such an error.
 
     Args:
-        exchange: of the call.
-        call: its name, for the message.
+        exchange: the control traffic of the call.
+        call: the name of the call, for the message.
     """
     before = exchange.num_calls
     try:
@@ -159,6 +159,6 @@ def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
 
 
 def _end_for_all(exchange: Exchange, call: str, num_calls_before: int, error: BaseException) -> None:
-    # Before its arrival no other rank has been met, and none waits.
+    # Before the arrival of this rank no other rank has met it, and none waits for it.
     if exchange.is_beside or exchange.num_calls > num_calls_before:
         exchange.abandon(call, error)

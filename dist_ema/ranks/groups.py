@@ -1,14 +1,15 @@
 """The gloo groups of the package's own messages: made by all ranks, left by all ranks, made anew.
 
-They need no GPU, and never mix with the traffic of training. They are made on the store that all ranks share, beside
-torch's own registry: `new_group` numbers its groups on each rank alone, so a rank that made one more than the others
+They need no GPU, and never mix with the traffic of training. They are made on the store that all ranks share, outside
+torch's own registry. `new_group` numbers its groups on every rank alone, so a rank that made one more than the others
 would change the names of all later groups, the user's among them.
 
 [Note: leaving]
-A rank that cannot go on with a call leaves its group: it says in the store why, then drops the group, which closes its
-connections. Whoever waits for this rank, now or at its next message, fails at once, reads what was said, raises that,
-and leaves too. The next call makes the group of the next number, on every rank. Only the first to leave is heard.
-No local variable may hold a group or a work while it waits: the traceback of an error would keep the connections open.
+No local variable may keep a group or a work while it waits: the traceback of an error would keep the connections open.
+A rank that cannot go on with a call leaves its group: it writes a farewell with the reason into the store, then drops
+the group, which closes its connections. A rank that waits for this one, now or at its next message, fails at once,
+reads the farewell, raises its error, and leaves too. The next call makes the group of the next number, on every rank.
+Only the farewell of the first rank that leaves counts.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ from dist_ema.ranks.broadcasts import Passing
 
 __all__ = ["Farewell", "Link", "World", "this_world"]
 
-# How long a rank waits for a message within a call that all have made, at least: a slow disk is no error.
+# The least time that a rank waits for a message within a call that all ranks have made: a slow disk is no error.
 _STAGE_SECONDS = 1800.0
-# How long a rank that leaves waits for the store to take its farewell.
+# The time that a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 
-_COMING, _READY = 1, 2  # tags of the two messages of an arrival; all others have 0
+_COMING, _READY = 1, 2  # the tags of the two messages of an arrival; all other messages have 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Farewell:
-    """Why a group was left.
+    """The reason why a group was left.
 
     Attributes:
-        call: the number of the call, counted alike on all ranks.
-        kind: name of the error that all ranks raise.
-        message: its text.
-        lives: the rank that left did so by itself; otherwise it only found that another one is gone.
+        call: the number of the call, which is the same on all ranks.
+        kind: the name of the error that all ranks raise.
+        message: the text of that error.
+        lives: whether the rank left by itself; otherwise it left because another rank is gone.
     """
 
     call: int
@@ -58,7 +59,7 @@ class Farewell:
 
 
 class Link:
-    """One gloo group of all ranks, from its making until some rank leaves it. See [Note: leaving]."""
+    """One gloo group of all ranks, from `make` until some rank leaves it. See [Note: leaving]."""
 
     def __init__(self, store: Any, name: str, rank: int, size: int) -> None:
         self._store = store
@@ -68,19 +69,19 @@ class Link:
         self._size = size
         self._group: Any = None
         self._left: Farewell | None = None
-        # Of arrivals: the other rank, and a byte that is sent or taken.
+        # The messages of an arrival: the other rank, and a byte that is sent or received.
         others = range(1, size) if rank == 0 else (0, 0)
         self._messages = [(other, torch.zeros(1, dtype=torch.uint8, device="cpu")) for other in others]
 
     @property
     def is_made(self) -> bool:
-        """Whether the group can be used, as far as this rank knows."""
+        """Whether this rank has made the group and has not left it."""
         return self._group is not None
 
     def make(self, seconds: float) -> None:
         """Collective: every rank must call it. Make the group, unless it is there.
 
-        In a thread, because the wait for the other ranks can neither be ended by a signal nor told that one has left.
+        A thread makes it: neither a signal nor the farewell of a rank can end torch's wait for the other ranks.
 
         Raises:
             RuntimeError: some rank did not come in time, or has left.
@@ -96,7 +97,7 @@ class Link:
 
         def run() -> None:
             try:
-                # A client of its own: one that waits would block the other calls.
+                # The thread has a client of its own: a client that waits would block the calls of other threads.
                 store = PrefixStore(self._name, self._store.clone())
                 made.append(dist.ProcessGroupGloo(store, self._rank, self._size, timeout))
             except Exception as error:
@@ -122,7 +123,7 @@ class Link:
             made.clear()
 
     def farewell(self) -> Farewell | None:
-        """What the first rank that left has said; None if nobody has."""
+        """The farewell of the first rank that left; None if no rank has left."""
         if self._left is None and self._store.check([self._key]):
             self._left = Farewell(**json.loads(self._store.get(self._key)))
         return self._left
@@ -131,22 +132,22 @@ class Link:
         """Leave the group. No communication but with the store.
 
         Returns:
-            What the first rank that left has said.
+            The farewell of the first rank that left.
         """
         done = threading.Event()
 
         def run() -> None:
             try:
                 if self._left is None:
-                    told = self._store.compare_set(self._key, "", json.dumps(dataclasses.asdict(said)))
-                    self._left = Farewell(**json.loads(told))
-            except Exception:  # the store is gone with the rank that kept it
+                    first = self._store.compare_set(self._key, "", json.dumps(dataclasses.asdict(said)))
+                    self._left = Farewell(**json.loads(first))
+            except Exception:  # the store is gone with the rank that served it
                 self._left = said
             finally:
                 self._group = None
                 done.set()
 
-        # In a thread, which no second interrupt can end halfway.
+        # A second interrupt cannot end the thread halfway.
         _thread.start_new_thread(run, ())
         try:
             done.wait(_FAREWELL_SECONDS)
@@ -156,7 +157,7 @@ class Link:
         return self._left or said
 
     def arrive(self, seconds: float) -> None:
-        """Collective: every rank must call it. Wait until all ranks are here, for so long at most.
+        """Collective: every rank must call it. Wait until all ranks have come, `seconds` at most.
 
         Raises:
             RuntimeError: some rank did not come in time, or is gone.
@@ -185,7 +186,7 @@ class Link:
         padded[: content.numel()] = content
         gathered = [torch.empty_like(padded) for _ in range(self._size)]
         self._live().allgather([gathered], [padded]).wait()
-        return [_unpickled(each[: int(size)]) for each, size in zip(gathered, sizes, strict=True)]
+        return [_unpickled(of_rank[: int(size)]) for of_rank, size in zip(gathered, sizes, strict=True)]
 
     def broadcast(self, value: Any) -> Any:
         """Collective: every rank must call it. The value of rank 0."""
@@ -200,7 +201,7 @@ class Link:
         return value if self._rank == 0 else _unpickled(content)
 
     def meeting(self) -> Passing:
-        """Collective: every rank must do it. A message that is through when all ranks have begun it."""
+        """Collective: every rank must call it. A message that is through when all ranks have begun it."""
         flag, options = torch.zeros(1, dtype=torch.uint8, device="cpu"), dist.AllreduceOptions()
         return Passing(partial(self._live().allreduce, [flag], options))
 
@@ -217,7 +218,7 @@ class Link:
         self._live().recv([values], source, 0).wait()
 
     def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
-        """Point to point, both ways at once; None where there is nothing to send or to receive."""
+        """Point to point: send and receive at once; None where there is nothing to send or to receive."""
         works: list[Any] = []
         try:
             if sent is not None:
@@ -237,7 +238,7 @@ class Link:
 
 
 def _wait(works: list[Any], deadline: float) -> None:
-    """Wait for all works, and forget them, whatever comes."""
+    """Wait for all works, and drop them, also after an error."""
     try:
         while works:
             works[0].wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
@@ -247,16 +248,16 @@ def _wait(works: list[Any], deadline: float) -> None:
 
 
 class World:
-    """What all ranks of one default process group share.
+    """The state that all ranks of one default process group share.
 
     Attributes:
         group: the default group.
-        rank: of this process in it.
-        size: how many ranks it has.
-        timeout_seconds: of the default group, which `init_process_group` gives to its store too.
-        num_calls: how many calls this rank has come to; the same on all ranks at the same call.
-        num_links: how many links of the calls there were; the same on all ranks within a call.
-        link: of the calls; made by the first of them.
+        rank: the rank of this process in it.
+        size: the number of its ranks.
+        timeout_seconds: the timeout of the default group, which `init_process_group` gives to its store too.
+        num_calls: the number of calls that this rank has come to; the same on all ranks at the same call.
+        num_links: the number of links that the calls have had; the same on all ranks within a call.
+        link: the link of the calls; the first call makes it.
     """
 
     def __init__(self, group: dist.ProcessGroup, number: int) -> None:
@@ -273,30 +274,30 @@ class World:
         self.link = self._new_link("calls", 1)
 
     def renew(self) -> None:
-        """Have the next call make a new group; all ranks leave the same ones. No communication."""
+        """Make the next call use a new group. No communication: all ranks leave the same groups."""
         self.num_links += 1
         self.link = self._new_link("calls", self.num_links)
 
     def come(self, call: str) -> None:
-        """Tell the other ranks that this one has come to the call number `num_calls`. No answer is waited for."""
+        """Tell the other ranks that this one has come to the call number `num_calls`, without a wait for answers."""
         self._store.set(f"at/{self.rank}", f"{self.num_calls} {call}")
 
     def missing(self) -> list[int]:
-        """The other ranks that have not told that they have come to the present call of this one."""
-        found = []
+        """The other ranks that have not said that they have come to the present call of this rank."""
+        late = []
         for rank in range(self.size):
             key = f"at/{rank}"
             number = self._store.get(key).split()[0] if self._store.check([key]) else 0
             if rank != self.rank and int(number) < self.num_calls:
-                found.append(rank)
-        return found
+                late.append(rank)
+        return late
 
     def beside(self, newest: Callable[[int], int]) -> Link:
-        """Collective: every rank must call it, and be here already. A link for a thread beside the calls.
+        """Collective: every rank must call it, and must have come. A link for a thread beside the calls.
 
         Args:
-            newest: the largest of an integer over the ranks. They take the link of this number, so that none keeps one
-                that another has left.
+            newest: gives the largest of an integer over the ranks. All ranks take the link of that number, so that no
+                rank keeps a link that another one has left.
         """
         if self._beside is None or not self._beside.is_made:
             self._num_beside, self._beside = self._num_beside + 1, None
@@ -314,7 +315,7 @@ _num_worlds = 0
 
 
 def this_world() -> World | None:
-    """The world of the default process group; None without one, or alone in it.
+    """The world of the default process group; None if there is no group, or if it has one rank.
 
     No communication, but a connection to the store.
     """
@@ -324,7 +325,7 @@ def this_world() -> World | None:
         return _worlds[0]
     if group is None or dist.get_world_size() == 1:
         return None
-    _num_worlds += 1  # keys may outlive a process group
+    _num_worlds += 1  # the keys in the store may outlive a process group
     _worlds[:] = [World(group, _num_worlds)]
     return _worlds[0]
 

@@ -1,4 +1,4 @@
-"""What is done only where a wait gets long: one thread sees to it, so that a short wait costs nothing."""
+"""Deeds that are done only when a wait gets long: one thread does them, so a short wait costs nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _REST_SECONDS = 1.0
 
 @dataclasses.dataclass
 class Deed:
-    """Something to do in another thread once a wait has taken `seconds`.
+    """A function that another thread calls once a wait has taken `seconds`.
 
     Attributes:
-        seconds: from the beginning of the wait.
-        do: given the seconds waited so far. An error of it is dropped: the wait itself will tell.
-        growth: done again each time the wait has become so many times as long; 0 for never.
+        seconds: the time from the beginning of the wait.
+        do: the function; its argument is the seconds waited so far. Its errors are dropped.
+        growth: the deed is done again whenever the wait has become so many times as long; 0 for never.
     """
 
     seconds: float
@@ -29,9 +29,9 @@ class Deed:
 
 
 class Watch:
-    """Does each deed if the wait between `begin` and `end` takes so long; one wait at a time in a process.
+    """A thread that does the deeds if the wait from `begin` to `end` takes so long; one wait at a time in a process.
 
-    A thread that sleeps until a deed is due. A wait that begins need not wake it, unless it is due sooner.
+    The thread sleeps until a deed is due. The beginning of a wait wakes it only if a deed is due sooner.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def begin(self, deeds: Sequence[Deed]) -> None:
-        """A wait begins."""
+        """Begin a wait."""
         with self._changed:
             self._began = time.monotonic()
             self._deeds = list(deeds)
             due = self._due()
-            if self._thread is None or not self._thread.is_alive():  # a fork has none
+            if self._thread is None or not self._thread.is_alive():  # a forked process has no thread
                 self._thread = threading.Thread(target=self._run, name="dist_ema-notice", daemon=True)
                 self._wakes = due
                 self._thread.start()
@@ -55,7 +55,7 @@ class Watch:
                 self._changed.notify()
 
     def end(self) -> None:
-        """It has ended."""
+        """End the wait."""
         with self._changed:
             self._deeds = []
 
@@ -67,12 +67,12 @@ class Watch:
             with self._changed:
                 now = time.monotonic()
                 if now < self._due():
-                    # Between waits it wakes now and then, so that the next need not wake it.
+                    # Between waits the thread wakes now and then, so that the next wait need not wake it.
                     self._wakes = min(self._due(), now + _REST_SECONDS)
                     self._changed.wait(self._wakes - now)
                     continue
                 waited = now - self._began
-                deed = min(self._deeds, key=lambda each: each.seconds)
+                deed = min(self._deeds, key=lambda pending: pending.seconds)
                 self._deeds.remove(deed)
                 if deed.growth:
                     self._deeds.append(dataclasses.replace(deed, seconds=waited * deed.growth))
