@@ -1,4 +1,4 @@
-"""What a user chooses about an average, checked once."""
+"""The options of an average, checked once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OptionArguments(TypedDict, total=False):
     into: nn.Module | None
 
 
-# Whether an option changes the averaged values: then the ranks compare it, the manifest keeps it, and a load warns of
+# An option that changes the averaged values is recorded: the ranks compare it, the manifest has it, and a load warns of
 # another value.
 _RECORDED: Mapping[str, Any] = {"recorded": True}
 _NOT_RECORDED: Mapping[str, Any] = {"recorded": False}
@@ -53,20 +53,20 @@ _NOT_RECORDED: Mapping[str, Any] = {"recorded": False}
 class Options:
     """The options of a `ShardedEMA`, all but the schedules and the teacher.
 
-    Each is declared here. `OptionArguments` and the keywords of `ShardedEMA` repeat the names, for type checkers and
-    readers; a test compares the three.
+    Every option is declared here. `OptionArguments` and the keywords of `ShardedEMA` repeat the names, for type
+    checkers and readers; a test compares the three.
 
     Attributes:
-        interval: average on calls number 0, n, 2n, ... of `update`; the others only count. In updates.
+        interval: with n, calls number 0, n, 2n, ... of `update` average; the others only count.
         interval_correction: use 1 - (1 - m)^n in place of m, so that `interval` does not lengthen the average.
-        update_buffers: average floating-point buffers too; otherwise the averaged side shows the live ones.
-        dtype: dtype of the averaged values.
-        device: where they are kept; None for the device of each live tensor.
+        update_buffers: average floating-point buffers too; otherwise the averaged side shows their live values.
+        dtype: the dtype of the averaged values.
+        device: the device of the averaged values; None for the device of the live tensor.
         include: glob patterns of names to average; empty for all.
         exclude: glob patterns of names not to average; wins over `include`.
         skip_nonfinite: leave out live values that are infinite or not a number.
-        compensated: keep what rounding takes from each update, and add it to the next.
-        overlap: have updates run beside training.
+        compensated: keep what rounding takes from an update, and add it to the next.
+        overlap: run updates beside training.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -118,7 +118,7 @@ class Options:
                     )
 
     def arguments_text(self) -> str:
-        """Those that are not the default, as arguments: "interval=2, overlap=True, "."""
+        """The options that are not the default, as arguments: "interval=2, overlap=True, "."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)
 
@@ -143,19 +143,19 @@ def matches_any(fqns: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def checked_device(device: object) -> torch.device | None:
-    """`device` as torch knows it; None stays None.
+    """`device` as a torch device; None stays None.
 
     Raises:
-        ConfigError: torch does not know it.
+        ConfigError: torch does not know the device, or has none here.
     """
     if device is None:
         return None
     try:
-        known: torch.device = torch.device(device)  # type: ignore[call-overload]
-        if known.type == "meta":
+        checked: torch.device = torch.device(device)  # type: ignore[call-overload]
+        if checked.type == "meta":
             raise TypeError("it holds no values")
-        torch.empty(0, device=known)  # is there one?
-        return known
+        torch.empty(0, device=checked)  # raises if the machine has no such device
+        return checked
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(f"device is {device!r}, expected a torch device such as 'cpu' or None: {error}") from None
 
@@ -164,7 +164,7 @@ def floating_dtype(name: str, value: object) -> torch.dtype | None:
     """A floating-point torch dtype, or None.
 
     Raises:
-        ConfigError: something else was given.
+        ConfigError: the value is of another type.
     """
     if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
@@ -175,7 +175,7 @@ def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ..
     """One glob pattern, several, or None, as a tuple of patterns.
 
     Raises:
-        ConfigError: something else was given.
+        ConfigError: the value is of another type.
     """
     if value is None:
         return ()
@@ -189,7 +189,7 @@ def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, 
     """Track names and their schedules; a single schedule is the track "ema".
 
     Raises:
-        ConfigError: no schedule, something without a `momentum(step)` method, or a name that cannot be a folder.
+        ConfigError: there is no schedule, one has no `momentum(step)` method, or a name cannot be a folder.
     """
     tracks = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
     if not tracks:

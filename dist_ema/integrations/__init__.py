@@ -1,1 +1,1 @@
-"""Wiring into training frameworks."""
+"""Averages are wired into training frameworks here."""

@@ -1,8 +1,8 @@
-"""Wiring into accelerate: the average follows the optimizer's steps and travels with its checkpoints.
+"""Wiring into accelerate: the average follows the optimizer's steps, and its checkpoints have the average.
 
-- step: `register_step_post_hook` of the inner torch optimizer; it fires once per real step, not per micro-batch
-  (accelerate's wrapper refuses hooks).
-- save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook`, which run on every rank;
+- step: `register_step_post_hook` of the inner torch optimizer fires once per real step, not per micro-batch.
+  Accelerate's wrapper refuses hooks.
+- save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook` run on every rank.
   `register_for_checkpointing` would write rank 0's part only.
 """
 
@@ -62,7 +62,7 @@ _NOT_IN_A_TRAINER = (
     "if the run resumes"
 )
 
-# Names in use on each accelerator: two averages of one name would overwrite each other's folder.
+# The names in use on an accelerator: two averages of one name would overwrite each other's folder.
 _attached_names: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -79,23 +79,23 @@ def attach(
 ) -> ShardedEMA:
     """Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
 
-    `update` is called after each real optimizer step; `accelerator.save_state(dir)` also writes `dir/<name>/`,
-    and `accelerator.load_state(dir)` brings it back, on any number of ranks. `ema.detach()` undoes all of it.
+    A hook calls `update` after every real optimizer step. `accelerator.save_state(dir)` also writes `dir/<name>/`, and
+    `accelerator.load_state(dir)` reads it, on any number of ranks. `ema.detach()` undoes all of this.
 
     Args:
-        accelerator: the one that prepared model and optimizer.
+        accelerator: the accelerator that prepared model and optimizer.
         model: the model as `prepare` returned it (its unwrapped module is accepted too).
         optimizer: the optimizer as `prepare` returned it.
         schedule: a schedule, or `{track_name: schedule}`.
-        name: folder of this average within a checkpoint.
+        name: the folder of this average within a checkpoint.
         on_missing: what `load_state` does with a checkpoint that has no such folder: "error", or "live" to start the
             average anew from the loaded weights, at the first update. With `into` attach after `load_state` instead.
-        background: have `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
+        background: make `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
             complete only once `ema.wait()`, or the next save, has returned.
         **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Raises:
-        AttachError: something was not prepared, the optimizer is not the model's, or the name is taken.
+        AttachError: model or optimizer was not prepared, the optimizer is not the model's, or the name is taken.
         ConfigError: an option is out of range.
         UnsupportedModelError: the model cannot be averaged exactly as it is.
     """
@@ -106,7 +106,7 @@ def attach(
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         if on_missing == "live" and options.get("into") is not None:
-            # load_state calls the hook before it loads the model: the teacher's next forward would have older weights.
+            # load_state calls the hook before it loads the model: the teacher's next forward would use older weights.
             raise ConfigError(
                 "on_missing='live' and into are given, but a teacher cannot begin with weights that load_state has yet "
                 "to load: for a checkpoint without the average attach after load_state"
@@ -133,13 +133,13 @@ def attach(
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not _is_state_initialisation():
             watch.before_update()
-            # Only a fused optimizer under a GradScaler has it, and only during its step.
+            # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
             ema.update(found_inf=getattr(stepped, "found_inf", None))
             watch.after_update()
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         if not _is_prepared(accelerator, model):  # accelerator.free_memory() was called
-            # Not the moment to detach: accelerate is walking through its hooks.
+            # A detach would change the hooks through which accelerate is iterating.
             _log.warning("the average %r is not saved, its model was released: call ema.detach()", name)
             return
         _line_up(accelerator, exchange)
@@ -151,7 +151,7 @@ def attach(
         try:
             ema.load(folder)
         except CheckpointNotFoundError as error:
-            # A trace of it means that there was one: not the case that `on_missing` is about.
+            # A trace of the folder means that an average was saved, and `on_missing` is not about that case.
             if exchange.broadcast_object(was_begun(Path(folder))):
                 raise CheckpointNotFoundError(
                     f"{error}. The writing of this one was cut off: use an older checkpoint"
@@ -189,7 +189,7 @@ def _around(
     before: Callable[[], None] | None,
     after: Callable[[], None],
 ) -> None:
-    """Have a method of the accelerator do more for as long as `ema` is attached; accelerate has no hooks there."""
+    """Extend a method of the accelerator for as long as `ema` is attached; accelerate has no hooks there."""
     former = getattr(accelerator, method)
     attached = [ema]
 
@@ -204,7 +204,7 @@ def _around(
 
     def undo() -> None:
         attached.clear()
-        if getattr(accelerator, method) is with_more:  # else a later average has wrapped it in turn
+        if getattr(accelerator, method) is with_more:  # otherwise a later average has wrapped it in turn
             setattr(accelerator, method, former)
 
     setattr(accelerator, method, with_more)
@@ -212,10 +212,9 @@ def _around(
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
-    """Collective: every rank must call it. Under FSDP rank 0 may have been writing the model alone, for long.
+    """Collective: every rank must call it. Wait under FSDP, where rank 0 may write the model alone for a long time.
 
-    So no rank is hurried here. Where the call of the average is the first collective of `save_state` (DDP), the call
-    itself waits, as every call does.
+    Under DDP the average's save is the first collective of `save_state`, and waits as every call does.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         exchange.arrive("save_state or load_state", hurried=False)
@@ -264,7 +263,7 @@ def _check(
 
 
 def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
-    # Under DDP accelerate remembers the inner module and returns the wrapped one: compare what is inside.
+    # Under DDP accelerate remembers the inner module and returns the wrapped one: the inner modules are compared.
     return any(unwrapped(prepared) is unwrapped(model) for prepared in accelerator._models)
 
 
@@ -272,9 +271,9 @@ def _is_state_initialisation() -> bool:
     """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
 
     `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
-    optimizer without state (accelerate's FSDP2 save and load reach them): no training step, so no update. An lr of
-    0 alone does not tell, a warm-up may begin there; the caller does. Guarded by
-    `test_a_phantom_step_of_dcp_is_not_counted`.
+    optimizer without state (accelerate's FSDP2 save and load reach them). That is no training step, so it is no update.
+    An lr of 0 is no proof, because a warm-up may begin there, but the calling function is.
+    `test_a_phantom_step_of_dcp_is_not_counted` guards this.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:

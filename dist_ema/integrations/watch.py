@@ -1,6 +1,6 @@
-"""What the hooks of an attached average notice: updates counted twice, and updates that were never used.
+"""The hooks of an attached average notice updates that are counted twice, and updates that are never used.
 
-No communication: what is said here, rank 0 says alone.
+No communication: rank 0 alone warns.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dist_ema.messages import tell
 __all__ = ["Watch", "is_of_a_trainer"]
 
 
-# From the return of a `main()` to the end of its process it takes less.
+# The time from the return of a `main()` to the end of its process is shorter.
 _ENDING_SECONDS = 10.0
 
 
 @dataclasses.dataclass(eq=False)
 class _Record:
-    """What is to be known of an average when the process ends; the average itself may be gone by then."""
+    """The facts about an average that the end of the process needs; the average itself may be gone by then."""
 
     name: str
     use: Use
@@ -39,26 +39,27 @@ class _Record:
 
     @property
     def is_unused(self) -> bool:
-        """Whether the hooks have made updates, in this process, and the average was never given to the user."""
+        """Whether the hooks have made updates in this process, and no call has given the average to the user."""
         return self.process == os.getpid() and self.num_hook_updates > 0 and not self.use.is_given
 
     @property
     def is_past(self) -> bool:
-        """Whether the process has gone on to other things since the average went."""
+        """Whether the process has gone on to other work since the average was freed."""
         return self.gone_at is not None and time.monotonic() - self.gone_at > _ENDING_SECONDS
 
 
-# Records of rank 0 that the end of the process asks.
+# The records of rank 0 that the end of the process reads.
 _records: list[_Record] = []
 
 
 class Watch:
-    """The hooks of one attached average, as seen from rank 0; elsewhere it watches nothing.
+    """The hooks of one attached average, as rank 0 sees them; on other ranks it watches nothing.
 
     Args:
         ema: the average.
-        name: the one given to `attach`.
-        ends: whether the user has only `ema` to get at the averages; a teacher runs forward.
+        name: the name that `attach` got.
+        rank: this rank.
+        ends: whether only `ema` gives the averages to the user; the user has a teacher module without it.
     """
 
     def __init__(self, ema: ShardedEMA, name: str, *, rank: int, ends: bool) -> None:
@@ -66,15 +67,15 @@ class Watch:
         self._seen_calls = ema.use.num_calls
         self._tells = rank == 0
         if self._tells and ends:
-            # A process that goes on to another average (a sweep, a test) has done with those that are gone.
-            _records[:] = [record for record in _records if record.gone_at is None]
+            # A process that attaches another average (a sweep, a test) needs no warning of those that are gone.
+            _records[:] = [other for other in _records if other.gone_at is None]
             _watch_exit()
             _records.append(record)
             weakref.finalize(ema, lambda: setattr(record, "gone_at", time.monotonic())).atexit = False
             ema.on_detach(self.forget)
 
     def before_update(self) -> None:
-        """To be called by the step hook before each of its updates."""
+        """Notice updates of the user; the step hook must call it before each of its own updates."""
         record = self._record
         if record.num_hook_updates == 0:
             record.use.is_given = False
@@ -87,34 +88,34 @@ class Watch:
             )
 
     def after_update(self) -> None:
-        """To be called by the step hook after each of its updates."""
+        """Count an update of the hook; the step hook must call it after each of its own updates."""
         self._record.num_hook_updates += 1
         self._seen_calls = self._record.use.num_calls
 
     def start_over(self) -> None:
-        """After a load: the updates so far are gone."""
+        """Forget the updates so far, which a load has replaced."""
         self._record.num_hook_updates = 0
 
     def end(self) -> None:
-        """At the end of training: warn if the updates were never used. Not while an exception goes through."""
+        """End the training: warn if the updates were never used, unless an exception is being raised."""
         if self._record in _records and sys.exc_info()[0] is None:
             self.forget()
             _tell_unused([self._record])
 
     def forget(self) -> None:
-        """Have the end of the process say nothing of this average."""
+        """Make the end of the process say nothing of this average."""
         if self._record in _records:
             _records.remove(self._record)
 
 
 def _at_exit() -> None:
-    if getattr(sys, "last_type", None) is None:  # set where the process ends with a traceback
+    if getattr(sys, "last_type", None) is None:  # it is set if the process ends with a traceback
         _tell_unused([record for record in _records if not record.is_past])
 
 
 @functools.cache
 def _watch_exit() -> None:
-    """Once for each process, and not at import."""
+    """Register `_at_exit` once in a process, and not at import."""
     atexit.register(_at_exit)
 
 
@@ -133,14 +134,14 @@ def _tell_unused(records: list[_Record]) -> None:
 def is_of_a_trainer(accelerator: object) -> bool:
     """Whether a `Trainer` of transformers owns the accelerator: it writes its checkpoints without `save_state`."""
     trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if not isinstance(trainer, type):  # not imported, so there is none
+    if not isinstance(trainer, type):  # transformers.trainer was not imported, so there is no Trainer
         return False
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:  # within train(), the usual place
+    while frame is not None:  # usually the call comes from within train()
         if frame.f_globals.get("__name__") == "transformers.trainer":
             owner = frame.f_locals.get("self")
             if isinstance(owner, trainer) and getattr(owner, "accelerator", None) is accelerator:
                 return True
         frame = frame.f_back
-    owners = (owner for owner in gc.get_objects() if issubclass(type(owner), trainer))
+    owners = (living for living in gc.get_objects() if issubclass(type(living), trainer))
     return any(getattr(owner, "accelerator", None) is accelerator for owner in owners)
