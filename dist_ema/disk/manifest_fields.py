@@ -41,9 +41,9 @@ __all__ = [
 class Agreement(enum.Enum):
     """How the ranks compare a field when an average is built."""
 
-    MODEL = "it tells the model: ranks that differ have models of other names, shapes or dtypes"
-    RUN = "it tells the choices and the packages of the run, which must be alike on all ranks"
-    NONE = "it counts, or is known only when a file is written"
+    MODEL = "the field describes the model: ranks that differ have models of other names, shapes or dtypes"
+    RUN = "the field has the options or the packages of the run, which must be alike on all ranks"
+    NONE = "the field is a counter, or is known only when a file is written"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ __all__ = [
     "check_files",
     "damage_text",
     "damaged_tensors",
-    "read_piece",
+    "read_chunk",
     "read_saved",
     "stored_bytes",
     "was_replaced",
@@ -194,7 +194,7 @@ def stored_bytes(folder: Path, stored: StoredTensor, *, chunk_bytes: int = _CHUN
         os.close(descriptor)
 
 
-def read_piece(folder: Path, stored: StoredTensor, offset_bytes: int, buffer: memoryview) -> None:
+def read_chunk(folder: Path, stored: StoredTensor, offset_bytes: int, buffer: memoryview) -> None:
     """Fill `buffer` from that offset of a tensor; the file is open for that long only.
 
     Raises:

@@ -20,7 +20,7 @@ from dist_ema.checks import absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
-from dist_ema.disk.saved_average import damage_text, read_piece
+from dist_ema.disk.saved_average import damage_text, read_chunk
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
 from dist_ema.offline.posthoc import Fit, fit
@@ -247,6 +247,6 @@ class _Sum:
     def _read(self, source: Source, fqn: str, start: int, count: int) -> memoryview:
         item_bytes = _dtype(source, fqn).itemsize
         chunk = self._buffer[: count * item_bytes]
-        read_piece(source.folder, source.tensors[fqn], start * item_bytes, chunk)
+        read_chunk(source.folder, source.tensors[fqn], start * item_bytes, chunk)
         self._progress(chunk.nbytes)
         return chunk

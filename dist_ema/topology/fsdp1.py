@@ -150,24 +150,24 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
 
 
 def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
-    piece: _FlatSlice = named.source
-    whole = Box(named.fqns[0], (0,) * len(piece.shape), piece.shape)
-    pieces = [
-        HeldBox(box, _LocalRun(piece.handle, piece.offset + skipped, box.sizes), _NO_FORM)
-        for skipped, box in boxes_of_run(whole, piece.start, piece.numel)
+    flat_slice: _FlatSlice = named.source
+    whole = Box(named.fqns[0], (0,) * len(flat_slice.shape), flat_slice.shape)
+    boxes = [
+        HeldBox(box, _LocalRun(flat_slice.handle, flat_slice.offset + skipped, box.sizes), _NO_FORM)
+        for skipped, box in boxes_of_run(whole, flat_slice.start, flat_slice.numel)
     ]
-    shard_group = piece.handle.process_group
-    if not piece.handle.uses_sharded_strategy:
+    shard_group = flat_slice.handle.process_group
+    if not flat_slice.handle.uses_sharded_strategy:
         group, shards = shard_group, 1
     else:
-        group, shards = piece.replicate_group, dist.get_world_size(shard_group)
+        group, shards = flat_slice.replicate_group, dist.get_world_size(shard_group)
     ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else (dist.get_rank(),)
     if len(ranks) * shards != world_size:
         raise UnsupportedModelError(
             f"{named.fqns[0]} is sharded by FSDP1 over {shards} ranks and replicated over {len(ranks)}, which leaves "
             f"out some of the {world_size} ranks. Expected process groups of all ranks"
         )
-    return pieces, Holders(ranks, ranks.index(dist.get_rank()), () if group is None else (group,))
+    return boxes, Holders(ranks, ranks.index(dist.get_rank()), () if group is None else (group,))
 
 
 def _local_shard(handle: Any) -> torch.Tensor:

@@ -71,10 +71,10 @@ def plan_model(
         spec = _spec(named, wanted)
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
-        pieces, held_by = next(locate for layout, locate in locators if layout.claims(named))(named)
+        boxes, held_by = next(locate for layout, locate in locators if layout.claims(named))(named)
         key = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
         members.setdefault(key, []).extend(
-            Held(spec, piece.box, piece.view, piece.form, piece.slot) for piece in pieces
+            Held(spec, held_box.box, held_box.view, held_box.form, held_box.slot) for held_box in boxes
         )
         holders.setdefault(key, held_by)
     views = [held.view for group in members.values() for held in group]

@@ -35,7 +35,7 @@ def test_the_error_of_a_background_save_outlives_its_average(tmp_path) -> None:
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     command = [sys.executable, "-c", LOSES_IT, str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "end of program" in done.stdout and "no saved average of ours" in done.stderr
+    assert "end of program" in done.stdout and "no saved average of this package" in done.stderr
 
 
 def two_in_the_background(folder: str) -> None:

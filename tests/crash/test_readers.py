@@ -136,7 +136,7 @@ def test_a_folder_that_is_always_replaced_is_told_to_be_so(tmp_path, monkeypatch
     monkeypatch.setattr(steady, "LEAST_SECONDS", 0.0)
     ema = saved(tmp_path / "ema", 0.0)
     values = iter(range(1, 100))
-    with pytest.raises(CheckpointError, match=r"replaced each of 3 times .* nobody saves into"):
+    with pytest.raises(CheckpointError, match=r"replaced each of 3 times .* no job saves into"):
         consolidate_checkpoint(
             tmp_path / "ema", tmp_path / "out", progress=lambda num_bytes: void(saved(tmp_path / "ema", next(values)))
         )
@@ -147,7 +147,7 @@ def test_a_folder_that_is_always_replaced_is_told_to_be_so(tmp_path, monkeypatch
         return real(*arguments)
 
     monkeypatch.setattr(loading, "read_boxes", replaced)
-    with pytest.raises(CheckpointError, match=r"replaced each of 3 times .* nobody saves into"):
+    with pytest.raises(CheckpointError, match=r"replaced each of 3 times .* no job saves into"):
         ema.load(tmp_path / "ema")
     assert sorted(os.listdir(tmp_path)) == ["ema"]
 

@@ -137,7 +137,7 @@ def test_an_export_that_was_cut_off_is_found_and_replaced(tmp_path) -> None:
     consolidate_checkpoint(tmp_path / "ckpt", tmp_path / "export", dtype=torch.float16)
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "export"]
     assert {"model.safetensors", "tokenizer.json", "tokenizer"} <= set(os.listdir(tmp_path / "export"))
-    with pytest.raises(CheckpointError, match="no saved average of ours"):
+    with pytest.raises(CheckpointError, match="no saved average of this package"):
         averaging(1).save(tmp_path / "export")
 
 
@@ -461,7 +461,7 @@ def test_a_folder_with_somebody_elses_manifest_json_is_not_replaced(tmp_path) ->
     (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
     save_file({"precious": torch.ones(2)}, tmp_path / "app" / "model.safetensors")
     before = {path.name: path.read_bytes() for path in (tmp_path / "app").iterdir()}
-    with pytest.raises(CheckpointError, match="no saved average of ours"):
+    with pytest.raises(CheckpointError, match="no saved average of this package"):
         averaged_once().save(tmp_path / "app")
     assert {path.name: path.read_bytes() for path in (tmp_path / "app").iterdir()} == before
 

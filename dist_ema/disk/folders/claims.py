@@ -126,7 +126,7 @@ def writer_text(path: Path) -> str:
         record = json.loads(path.read_bytes()[:_LONGEST_RECORD_BYTES])
         return f"process {record['pid']} on {record['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "somebody"
+        return "an unknown process"
 
 
 def _record(descriptor: int) -> dict[str, Any]:

@@ -331,7 +331,7 @@ def _check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> Non
         fits = content is Content.NOTHING or replaceable(target)
     if not fits:
         refused = former if content is Content.NOTHING else target
-        kind = "a saved average" if is_average(refused) else "no saved average of ours"
+        kind = "a saved average" if is_average(refused) else "no saved average of this package"
         old = old_of(target)
         rest = f". The former content is whole, in {old}, and stays there" if is_whole(old) else ""
         raise CheckpointError(

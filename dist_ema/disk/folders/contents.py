@@ -64,9 +64,9 @@ class Content(enum.Enum):
     NOTHING = "nothing"
     AVERAGE = "a whole saved average"
     EXPORT = "a whole export"
-    PART = "what is left of an average or export of ours"
+    PART = "what is left of an average or export of this package"
     ADDED = "files beside the weights, and no weights"
-    FOREIGN = "a file, or somebody's weights"
+    FOREIGN = "a file, or weights of another tool"
 
 
 def content_of(folder: Path) -> Content:

@@ -87,8 +87,8 @@ class Attempts:
     def refusal(self) -> CheckpointError:
         """The error to raise then."""
         return CheckpointError(
-            f"{self._sources} was replaced each of {self._count} times that it was read: somebody saves into it faster "
-            "than it can be read. Read a folder that nobody saves into, such as an export under a name of its own"
+            f"{self._sources} was replaced each of {self._count} times that it was read: a job saves into it faster "
+            "than it can be read. Read a folder that no job saves into, such as an export under a name of its own"
         )
 
 
