@@ -15,8 +15,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from accelerated import accelerator_of, prepared, take_step
 from layouts_zoo import build_layout
-from test_accelerate import accelerator_of, prepared, take_step
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
