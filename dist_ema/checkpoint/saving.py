@@ -24,7 +24,7 @@ from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
 from dist_ema.disk.formats.headers import INDEX_NAME
 from dist_ema.disk.formats.model_config import CONFIG_NAMES, are_described
-from dist_ema.disk.formats.model_files import ModelFiles, plan_files, write_whole
+from dist_ema.disk.formats.model_files import ModelFiles, lay_out_files, write_whole
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile
 from dist_ema.ranks.exchange import Exchange
 
@@ -58,7 +58,7 @@ def model_files(
     """
     tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
     metadata = {**plan.aliases, contents.MARK: contents.MARK_VALUE}
-    files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    files = lay_out_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
     described = not in_part and are_described([spec.fqn for spec in plan.specs])
     return dataclasses.replace(files, texts=texts or {}, unfit=() if described else CONFIG_NAMES)
 

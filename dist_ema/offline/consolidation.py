@@ -18,7 +18,7 @@ from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.formats.model_files import FileLayout
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, stored_bytes
 from dist_ema.errors import CheckpointCorruptError, ConfigError
-from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
+from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
 from dist_ema.options import floating_dtype
 
 __all__ = ["consolidate_checkpoint"]
@@ -66,7 +66,7 @@ def consolidate_checkpoint(
         name = saved.track(track)
         own = stored_dtypes(saved)
         dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
-        files = plan_export(saved, name, dtypes, max_shard_size, converted)
+        files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
         write_model_folder(target, files, work.values, work.unchanged, check, link=link)
 

@@ -16,11 +16,11 @@ from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.folders.file_copies import clone, give_second_name
 from dist_ema.disk.formats.headers import INDEX_NAME, read_small
 from dist_ema.disk.formats.model_config import CONFIG_NAME, CONFIG_NAMES, are_described, config_with_dtype
-from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, plan_files, write_all, write_whole
+from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, lay_out_files, write_all, write_whole
 from dist_ema.disk.saved_average import SavedAverage
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["plan_export", "stored_dtypes", "write_model_folder"]
+__all__ = ["lay_out_export", "stored_dtypes", "write_model_folder"]
 
 # Gives the values of the tensor of a name: consecutive chunks of any dtype. Raises if the tensor proves damaged.
 Values = Callable[[str], Iterable[torch.Tensor]]
@@ -31,7 +31,7 @@ def stored_dtypes(saved: SavedAverage) -> dict[str, torch.dtype]:
     return {fqn: getattr(torch, tensor.dtype) for fqn, tensor in saved.manifest.tensors.items()}
 
 
-def plan_export(
+def lay_out_export(
     saved: SavedAverage,
     track: str,
     dtypes: Mapping[str, torch.dtype],
@@ -53,7 +53,7 @@ def plan_export(
     """
     tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
     metadata = {**saved.manifest.aliases, contents.MARK: contents.MARK_VALUE}
-    files = plan_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    files = lay_out_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
     # A folder of an older version may have a configuration beside the names of an adapter, which it does not describe.
     described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
     texts = _texts(saved.folder_of(track), config_dtype) if described else {}

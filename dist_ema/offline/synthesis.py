@@ -22,7 +22,7 @@ from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.saved_average import damage_text, read_chunk
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.offline.exporting import plan_export, stored_dtypes, write_model_folder
+from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
 from dist_ema.offline.posthoc import Fit, fit
 from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
 from dist_ema.options import checked_schedules, floating_dtype
@@ -188,7 +188,7 @@ def write(
     wide = dtype or (torch.float64 if torch.float64 in {dtypes[fqn] for fqn in averaged} else torch.float32)
     dtypes |= dict.fromkeys(averaged, wide)
     dtypes = {fqn: dtype if dtype and own.is_floating_point else own for fqn, own in dtypes.items()}
-    files = plan_export(latest, last.track, dtypes, max_shard_size, wide)
+    files = lay_out_export(latest, last.track, dtypes, max_shard_size, wide)
     if best.error > _LARGE_ERROR:
         warnings.warn(
             f"the snapshots cannot express {weighed.schedule!r} after {snapshots.num_updates} updates: the profile of "

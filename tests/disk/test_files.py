@@ -28,7 +28,7 @@ from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.byte_ranges import Strip, strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
 from dist_ema.disk.formats.headers import read_model_folder
-from dist_ema.disk.formats.model_files import plan_files, write_whole
+from dist_ema.disk.formats.model_files import lay_out_files, write_whole
 from dist_ema.ranks.exchange import Exchange
 
 DTYPES = [
@@ -52,7 +52,7 @@ def values_of(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 
 def write_folder(folder, tensors: dict[str, torch.Tensor], boxes, **options):
     """Write `tensors` piece by piece, in the given boxes, as ranks would."""
-    files = plan_files(
+    files = lay_out_files(
         [(fqn, value.dtype, tuple(value.shape)) for fqn, value in tensors.items()],
         max_shard_size=options.pop("max_shard_size", "5GB"),
         metadata={"alias": "w"},
@@ -169,9 +169,9 @@ def test_file_modes_follow_the_umask(tmp_path) -> None:
 
 def test_bad_max_shard_size_and_unstorable_dtypes_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_shard_size"):
-        plan_files([("w", torch.float32, (2,))], max_shard_size="five", metadata={})
+        lay_out_files([("w", torch.float32, (2,))], max_shard_size="five", metadata={})
     with pytest.raises(UnsupportedModelError, match="complex128"):
-        plan_files([("w", torch.complex128, (2,))], max_shard_size=100, metadata={})
+        lay_out_files([("w", torch.complex128, (2,))], max_shard_size=100, metadata={})
 
 
 def test_checksums_of_pieces_make_the_checksum_of_the_whole() -> None:

@@ -215,14 +215,14 @@ def test_a_header_that_no_reader_takes_is_refused_at_construction(here, monkeypa
 @pytest.mark.parametrize("longer", [False, True])
 def test_the_limit_of_a_header_is_that_of_the_reader_of_safetensors(tmp_path, longer) -> None:
     """One name, so long that the header has exactly as many bytes as may be, or 8 more."""
-    (empty,) = files.plan_files([("", torch.float32, ())], max_shard_size="5GB", metadata={}).files
+    (empty,) = files.lay_out_files([("", torch.float32, ())], max_shard_size="5GB", metadata={}).files
     name = "n" * (headers.LONGEST_HEADER_BYTES - len(empty.header.rstrip(b" ")) + 8 + longer)
     tensors = [(name, torch.float32, ())]
     if longer:
         with pytest.raises(UnsupportedModelError, match="at most 100,000,000"):
-            files.plan_files(tensors, max_shard_size="5GB", metadata={})
+            files.lay_out_files(tensors, max_shard_size="5GB", metadata={})
         return
-    (planned,) = files.plan_files(tensors, max_shard_size="5GB", metadata={}).files
+    (planned,) = files.lay_out_files(tensors, max_shard_size="5GB", metadata={}).files
     assert len(planned.header) == 8 + headers.LONGEST_HEADER_BYTES
     files.write_whole(tmp_path / "x.safetensors", planned.header, size_bytes=planned.size_bytes)
     from safetensors import safe_open

@@ -32,7 +32,7 @@ __all__ = [
     "FileLayout",
     "ModelFiles",
     "host_bytes",
-    "plan_files",
+    "lay_out_files",
     "write_all",
     "write_whole",
 ]
@@ -92,7 +92,7 @@ class ModelFiles:
         return {fqn: (file, entry) for file in self.files for fqn, entry in file.entries.items()}
 
 
-def plan_files(
+def lay_out_files(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     *,
     max_shard_size: int | str,
