@@ -33,7 +33,7 @@ PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str] | None
 
 
-def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
+def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
     step, mode = state.num_updates, torch.is_grad_enabled()
     try:
         state.update(found_inf)
@@ -46,7 +46,7 @@ def _count_update(state: AveragedState, standstill: Standstill, found_inf: torch
 
 
 # A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
-_update = torch.compiler.disable(_count_update)
+_update = torch.compiler.disable(_update_and_count)
 
 
 class ShardedEMA:
@@ -136,7 +136,7 @@ class ShardedEMA:
         )
         self._state, self._replicas = built.state, built.replicas
         self._saves = SaveCalls(built.state, built.replicas, built.small_files)
-        self._calls = Calls(exchange, self._state, self._saves.background.wait)
+        self._calls = Calls(exchange, self._state, self._saves.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
         if overlap:
@@ -493,18 +493,18 @@ class ShardedEMA:
             CheckpointError: that save failed; the same on all ranks.
         """
         join_all()
-        self._saves.background.wait()
+        self._saves.wait()
 
     def expect_updates(self) -> None:
         """Have a save warn if the live weights have changed since now, and no update was made. No communication.
 
         It is for integrations whose hooks call `update`; they call it again where weights are loaded.
         """
-        self._saves.warnings.expect_updates(self._state.plan)
+        self._saves.expect_updates()
 
     def num_refused(self) -> int:
         """Collective: every rank must call it. How many live values `skip_nonfinite` has left out, over all updates."""
-        return self._calls("num_refused", lambda call: self._saves.num_refused(call))
+        return self._calls("num_refused", lambda call: distance.num_refused(call, self._state))
 
     def restart(self) -> None:
         """Forget the averages and the counter: the next update copies the live weights. No communication.
@@ -516,7 +516,6 @@ class ShardedEMA:
         """
         self._state.begin("restart")
         self._state.restart()
-        self._state.use.is_begun_on_purpose = True
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["LateFlag"]
+__all__ = ["LateFlag", "weight_unless"]
 
 
 class LateFlag:

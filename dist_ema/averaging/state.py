@@ -1,9 +1,8 @@
-"""The averages of one rank, their counter, and what may be done with them now.
-
-Only `restore` and `take_over` communicate, and only for a teacher that several ranks hold alike.
+"""The averages of one rank, their counter, and what may be done with them now. No communication.
 
 `ShardedEMA` is this state plus the calls that communicate. Where the averages lie in the tensors of a teacher module,
-`TeacherState` (live/teacher_state.py) takes the place of this class, and overrides the methods that differ.
+`TeacherState` (live/teacher_state.py) takes the place of this class, and overrides the methods that differ; two of its
+methods communicate.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from dist_ema.options import Options
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.uninterrupted import Job, Lane, Once
 
-__all__ = ["AveragedState", "Now"]
+__all__ = ["AveragedState"]
 
 
-class Now(NamedTuple):
+class _Now(NamedTuple):
     """What changes with each update, besides the averages.
 
     Attributes:
@@ -68,7 +67,7 @@ class AveragedState:
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
         # It is replaced as a whole by one assignment, so that its fields always agree.
-        self._now = Now()
+        self._now = _Now()
 
     def allocate(self) -> None:
         """Allocate the averaged values."""
@@ -150,17 +149,17 @@ class AveragedState:
         return []
 
     @property
-    def loaded(self) -> tuple[Shard, ...]:
+    def to_load(self) -> tuple[Shard, ...]:
         """The shards that a load reads from a checkpoint, the averaged ones first."""
         return self.shards
 
     @property
-    def loaded_fqns(self) -> set[str]:
-        """The names of the tensors that `loaded` has on any rank."""
+    def fqns_to_load(self) -> set[str]:
+        """The names of the tensors that `to_load` has on any rank."""
         return {spec.fqn for spec in self.plan.specs if spec.averaged}
 
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
-        """The tensors to read a checkpoint into, per track and shard of `loaded`, before it is known to be good.
+        """The tensors to read a checkpoint into, per track and shard of `to_load`, before it is known to be good.
 
         Before the first update the averages have no value that counts (`values` shows the live weights): they are
         filled in place, and a resume needs no memory. Later a load needs a second copy, on the host, until `restore`.
@@ -194,7 +193,7 @@ class AveragedState:
         before = self._now.num_refused_before
         if num_refused is not None:
             before = num_refused - self._updater.num_refused
-        self._take(self._replacing_all(filled, not_started), Now(num_updates, None, not_started, before))
+        self._take(self._replacing_all(filled, not_started), _Now(num_updates, None, not_started, before))
 
     def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
         """Lanes that set all averages to the filled `targets`; those of the names `not_started` are set later."""
@@ -211,16 +210,18 @@ class AveragedState:
         if step == 0 or not_started:
             lanes = [self._updater.copying_live(None if step == 0 else not_started)]
         lanes.append(self._replacing(track, values))
-        self._take(lanes, Now(num_updates, None, frozenset(), self._now.num_refused_before))
+        self._take(lanes, _Now(num_updates, None, frozenset(), self._now.num_refused_before))
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first does."""
         self._forgetting().call()
 
     def _forgetting(self) -> Once:
-        return Once(self, "_now", Now(num_refused_before=self._now.num_refused_before))
+        self.use.is_begun_on_purpose = True
+        return Once(self, "_now", _Now(num_refused_before=self._now.num_refused_before))
 
-    def _take(self, lanes: Sequence[Lane], now: Now) -> None:
+    def _take(self, lanes: Sequence[Lane], now: _Now) -> None:
+        self.use.is_begun_on_purpose = True
         self._updater.set(Job(lanes, Once(self, "_now", now)), look_later=True)
 
     def momentum(self, track: str) -> float:

@@ -14,7 +14,7 @@ class Use:
     Attributes:
         num_calls: the number of calls of `update`, by a hook or by hand; unlike `num_updates` it is never taken back.
         is_given: whether the averages left their buffers: into a file, a state dict or the model.
-        is_begun_on_purpose: whether the user set the counter, by a load, `start_from` or `restart`.
+        is_begun_on_purpose: whether the user set the counter, by a load, by `start_from`, or by `restart`.
     """
 
     num_calls: int = 0

@@ -26,12 +26,13 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     exchange = call.exchange
     now = manifest_of(state, exchange.world_size)
     filled = exchange.agree(call.name, state.targets)
-    saved, loaded = load_average(exchange, source, state.loaded, state.loaded_fqns, now, escapes, filled, verify=verify)
+    saved, loaded = load_average(
+        exchange, source, state.to_load, state.fqns_to_load, now, escapes, filled, verify=verify
+    )
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
     state.restore(filled, loaded, saved.num_updates, num_refused=refused)
-    state.use.is_begun_on_purpose = True
 
 
 def start_from(
@@ -44,7 +45,6 @@ def start_from(
     first = next(iter(filled.values()))
     loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
     state.restore(dict.fromkeys(filled, first), loaded, start)
-    state.use.is_begun_on_purpose = True
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

@@ -21,10 +21,10 @@ from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import absolute, target_folder, working_folder
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.manifest import Manifest
+from dist_ema.live.distance import sum_refused
 from dist_ema.live.replicas import Replicas
 from dist_ema.options import floating_dtype
 from dist_ema.ranks.calls import Call, ended_for_all
-from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["SaveCalls", "SmallFiles"]
 
@@ -93,6 +93,14 @@ class SaveCalls:
         self._small_files = small_files
         self._warned_of_later_in: int | None = None  # an epoch of the exchange
 
+    def wait(self) -> None:
+        """Wait for the save in the background, if one is under way, and raise its error. No communication."""
+        self.background.wait()
+
+    def expect_updates(self) -> None:
+        """Take the live weights of now for untrained; see `SaveWarnings.expect_updates`. No communication."""
+        self.warnings.expect_updates(self._state.plan)
+
     def save(
         self, call: Call, path: PathLike, max_shard_size: int | str, *, background: bool, only_unchanged: bool
     ) -> None:
@@ -153,16 +161,8 @@ class SaveCalls:
             ),
         )
 
-    def num_refused(self, call: Call) -> int:
-        """Collective: every rank must call it. See `ShardedEMA.num_refused`."""
-        call.together(lambda: None, lambda _: {}, within_swap=True, of_changed=True)
-        return self._sum_refused(call.exchange)
-
-    def _sum_refused(self, exchange: Exchange) -> int:
-        (total,) = exchange.sum_integers([self._state.num_refused])
-        return total
-
     def _write(self, call: Call, request: _Request) -> None:
+        """Collective: every rank must call it. Agree about the save, warn, compare replicas, and then write."""
         exchange = call.exchange
         target, manifest, tracks, files, part = call.together(
             lambda: self._prepared(request, exchange.rank, exchange.world_size),
@@ -180,7 +180,7 @@ class SaveCalls:
             write_export(exchange, target, files, pieces)
             return
         if self._state.options.skip_nonfinite:
-            manifest = dataclasses.replace(manifest, num_refused=self._sum_refused(exchange))
+            manifest = dataclasses.replace(manifest, num_refused=sum_refused(exchange, self._state))
         if request.background:
             self._write_behind(call, target, files, tracks, manifest)
         else:

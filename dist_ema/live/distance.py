@@ -16,7 +16,7 @@ from dist_ema.options import matches_any, name_patterns
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Groups", "distances", "metrics", "relative_distance"]
+__all__ = ["Groups", "distances", "metrics", "num_refused", "relative_distance", "sum_refused"]
 
 # Name of a group -> glob pattern or patterns of the names in it.
 Groups = Mapping[str, str | Iterable[str]]
@@ -57,6 +57,18 @@ def metrics(call: Call, state: AveragedState, prefix: str, groups: Groups | None
     for track, by_group in zip(tracks, distances(call, state, tracks, groups), strict=True):
         numbers.update(_metrics_of(state, track, prefix, by_group))
     return numbers
+
+
+def num_refused(call: Call, state: AveragedState) -> int:
+    """Collective: every rank must call it. See `ShardedEMA.num_refused`."""
+    call.together(lambda: None, lambda _: {}, within_swap=True, of_changed=True)
+    return sum_refused(call.exchange, state)
+
+
+def sum_refused(exchange: Exchange, state: AveragedState) -> int:
+    """Collective: every rank must call it. The live values that `skip_nonfinite` has left out, on all ranks."""
+    (total,) = exchange.sum_integers([state.num_refused])
+    return total
 
 
 def _checked_groups(plan: Plan, groups: Groups | None) -> dict[str, set[str]]:

@@ -41,7 +41,6 @@ def take_over(
         prepare, lambda prepared: {"track": prepared[0], "num_updates": prepared[2]}, after_saves=True
     )
     state.take_over(name, values, count)
-    state.use.is_begun_on_purpose = True
 
 
 def _check_forms(plan: Plan) -> None:

@@ -31,7 +31,7 @@ class Teacher:
 
     Attributes:
         plan: the student's plan, whose `drop_gathered` and `check_model` are also for the teacher.
-        held: the shards of all that this rank holds of the averaged tensors, also of what other ranks hold alike.
+        whole_shards: the shards of all that this rank holds of the averaged tensors, also of what other ranks hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
         repeated: the names of the tensors of which an earlier rank holds the same piece.
 
@@ -50,7 +50,7 @@ class Teacher:
         names_of_student = _names(student)
         # Fqn in the teacher -> fqn of the same tensor in the student.
         student_fqns = {fqn: names_of_student[names] for names, fqn in _names(teacher).items()}
-        self._held = _matched(student, teacher, student_fqns)
+        self._counterparts = _matched(student, teacher, student_fqns)
         self._drop_gathered = teacher.drop_gathered
 
         def drop_gathered() -> None:
@@ -69,15 +69,15 @@ class Teacher:
             return Remains(names=names, others=(*left.others, *(fqn for fqn in left.names if fqn in gone)))
 
         self.plan = dataclasses.replace(student, drop_gathered=drop_gathered, check_model=check_model, remains=remains)
-        self.held = tuple(
+        self.whole_shards = tuple(
             Shard(held, held.box) for division in student.divisions if division.averaged for held in division.held
         )
         self.repeated = {
             held.spec.fqn for division in student.divisions if division.position > 0 for held in division.held
         }
         self.shown = _part(self.plan, set(student_fqns.values()))
-        for shard in self.held:
-            _check_pair(shard.held, self._held[shard.held.box], dtype)
+        for shard in self.whole_shards:
+            _check_pair(shard.held, self._counterparts[shard.held.box], dtype)
 
     def values_of(self, shard: Shard) -> torch.Tensor:
         """The teacher's values for a shard of the student, sharing memory with the teacher."""
@@ -85,7 +85,7 @@ class Teacher:
 
     def counterpart(self, shard: Shard) -> Held:
         """What the teacher holds for the tensor of the student in which the shard lies."""
-        return self._held[shard.held.box]
+        return self._counterparts[shard.held.box]
 
     def drop_gathered(self) -> None:
         """Drop gathered copies of the teacher, so that its next forward uses the new averages."""
@@ -117,7 +117,7 @@ class Teacher:
         divisions = [division for division in plan.divisions if division.averaged == averaged]
         if all(len(division.ranks) == 1 for division in divisions):
             return [(self.values_of(shard), value) for shard, value in zip(own, values, strict=True)]
-        targets = {held.box: self._held[held.box].values() for division in divisions for held in division.held}
+        targets = {held.box: self._counterparts[held.box].values() for division in divisions for held in division.held}
         arrived = {box: torch.empty_like(target) for box, target in targets.items()}
         spread(plan, values, lambda shard: shard.within(arrived[shard.held.box]), averaged=averaged)
         return [(target, arrived[box]) for box, target in targets.items()]
@@ -128,7 +128,7 @@ class Teacher:
 
     def _shown(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [
-            (self._held[held.box].values(), held.values())
+            (self._counterparts[held.box].values(), held.values())
             for division in self.shown.divisions
             for held in division.held
         ]

@@ -43,8 +43,8 @@ class TeacherState(AveragedState):
         """Copy the model to the teacher."""
         teacher, skip = self._teacher, self.options.skip_nonfinite
         self.averages = {name: TeacherAverages(self.shards, teacher) for name in self.schedules}
-        everything = TeacherAverages(teacher.held, teacher)
-        self._updater = Updater(teacher.held, [everything], skip_nonfinite=skip, uncounted=teacher.repeated)
+        everything = TeacherAverages(teacher.whole_shards, teacher)
+        self._updater = Updater(teacher.whole_shards, [everything], skip_nonfinite=skip, uncounted=teacher.repeated)
         self._copy_live(None, [Lane.of(teacher.show_live)], counted=False)
 
     def _begin_update(self) -> list[Lane]:
@@ -53,28 +53,28 @@ class TeacherState(AveragedState):
         return [Lane.of(self._teacher.show_live)]
 
     @property
-    def loaded(self) -> tuple[Shard, ...]:
+    def to_load(self) -> tuple[Shard, ...]:
         """The averaged shards, then the shards of the teacher's other tensors."""
         return self.shards + self._teacher.shown.owned(averaged=False)
 
     @property
-    def loaded_fqns(self) -> set[str]:
-        """The names of the tensors that `loaded` has on any rank."""
-        return super().loaded_fqns | {spec.fqn for spec in self._teacher.shown.specs}
+    def fqns_to_load(self) -> set[str]:
+        """The names of the tensors that `to_load` has on any rank."""
+        return super().fqns_to_load | {spec.fqn for spec in self._teacher.shown.specs}
 
     def targets(self) -> dict[str, Sequence[torch.Tensor]]:
         """As `AveragedState.targets`; always a second copy on the host, since a teacher is always in use."""
         # A file has the bytes row by row, whatever the memory format of the live tensors (channels_last, say).
         shown = [
             shard.live().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for shard in self.loaded[len(self.shards) :]
+            for shard in self.to_load[len(self.shards) :]
         ]
         return {name: [*self._host_copies(), *shown] for name in self.averages}
 
     def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
-        ((values, *_),) = (filled.values(),)
-        numel = len(self.shards)
-        pairs = self._teacher.gather(values[:numel], values[numel:])
+        (values,) = filled.values()  # of the one track
+        num_averaged = len(self.shards)
+        pairs = self._teacher.gather(values[:num_averaged], values[num_averaged:])
         lanes = [Lane.of(functools.partial(copy_pairs, pairs))]
         if not_started:  # the teacher may run forward before the next update
             lanes.append(self._updater.copying_live(not_started, counted=False))
