@@ -124,9 +124,7 @@ class SaveCalls:
         def target() -> Path:
             return absolute(path) / _SNAPSHOT.format(self._state.num_updates)
 
-        request = _Request(
-            path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background
-        )
+        request = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background)
         self._write(call, request)
         self._warn_of_later_snapshots(call, path)
 
