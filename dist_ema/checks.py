@@ -164,8 +164,8 @@ def target_folder(path: object) -> Path:
 
 
 def working_folder(path: object) -> str | None:
-    """The working folder, to which a relative path belongs; None for an absolute path."""
+    """The working folder, to which a relative path belongs; None for an absolute path, and for what is no path."""
     try:
         return None if os.path.isabs(os.path.expanduser(os.fspath(path))) else os.getcwd()  # type: ignore[call-overload]
-    except (TypeError, ValueError, OSError):
+    except Exception:  # the `__fspath__` of another library may raise anything; `absolute` refuses it, for all ranks
         return None

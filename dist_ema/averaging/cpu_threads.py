@@ -13,8 +13,8 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -29,7 +29,7 @@ SERIAL_NUMEL = 32768 - 64
 # More threads do not make memory faster, and every thread needs a scratch.
 _MOST_WORKERS = 16
 
-_pool: ThreadPoolExecutor | None = None
+_pool: _Threads | None = None
 
 
 def num_workers() -> int:
@@ -74,7 +74,7 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
         with suppress(RuntimeError):  # no more threads, or the interpreter is ending: the existing threads do the work
             for worker in range(1, min(workers, len(batches))):
                 end = _End()
-                _threads().submit(help_out, worker, end)
+                _threads(worker).put(functools.partial(help_out, worker, end))
                 helping.append(end)
         serve(0)
     finally:
@@ -109,11 +109,35 @@ def _wait_for(helping: Sequence[_End]) -> None:
         raise latest
 
 
-def _threads() -> ThreadPoolExecutor:
+class _Threads:
+    """Threads that are kept between updates, and do the calls that `put` gives them.
+
+    A handler that raises within `ThreadPoolExecutor.submit` may leave a lock of the pool locked: every later update
+    would wait for it forever. The queue here is C, and no handler runs while it is used.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._num_threads = 0
+        self.put = self._calls.put
+
+    def grow(self, num_threads: int) -> None:
+        """Have so many threads at least. Raises a RuntimeError if there can be no more."""
+        while self._num_threads < num_threads:
+            _thread.start_new_thread(self._serve, ())
+            self._num_threads += 1
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+def _threads(num_threads: int) -> _Threads:
     global _pool
     if _pool is None:
         _watch_forks()
-        _pool = ThreadPoolExecutor(_MOST_WORKERS - 1, thread_name_prefix="dist_ema-update")
+        _pool = _Threads()
+    _pool.grow(num_threads)
     return _pool
 
 

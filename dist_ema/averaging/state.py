@@ -252,7 +252,7 @@ class AveragedState:
         """
         if name is None and len(self.schedules) == 1:
             return next(iter(self.schedules))
-        if name is None or name not in self.schedules:
+        if not isinstance(name, str) or name not in self.schedules:
             raise ConfigError(f"track is {name!r}, expected one of {list(self.schedules)}")
         return name
 

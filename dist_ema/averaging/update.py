@@ -22,7 +22,6 @@ An update is a job (uninterrupted.py): all of its steps are done, or none. Tenso
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -38,6 +37,10 @@ from dist_ema.boxes.shards import Shard
 from dist_ema.uninterrupted import Job, Lane, Once, Steps
 
 __all__ = ["Updater"]
+
+
+# Errors of torch and Python where there is no memory, or no such operation on a device: then the next update looks.
+_NO_ROOM = (MemoryError, RuntimeError, NotImplementedError, torch.OutOfMemoryError)
 
 
 class Updater:
@@ -111,8 +114,13 @@ class Updater:
         self.run(job)
         if look_later and all(value.device.type == "cpu" for track in self._tracks for value in track.values):
             return
-        with suppress(Exception):  # there may be no memory: then the next update looks
+        mode = torch.is_grad_enabled()
+        try:
             self._watch.look()
+        except Exception as error:
+            torch.set_grad_enabled(mode)  # see ranks/calls.py
+            if type(error) not in _NO_ROOM:  # what a signal handler raises goes on
+                raise
 
     def mend(self) -> None:
         """Before averages are used: see `dist_ema.averaging.infinities`."""

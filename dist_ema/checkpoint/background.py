@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 
@@ -21,6 +22,8 @@ from dist_ema.checkpoint.writing import Pieces
 __all__ = ["Background"]
 
 _ALIGNMENT_BYTES = 64
+# A thread that was started has begun within this time.
+_BEGINS_SECONDS = 1.0
 
 
 class Background:
@@ -59,7 +62,7 @@ class Background:
 
         def run() -> None:
             # All saves share one process group: they go one after the other, on every rank in the order of the calls.
-            if before is not None and before.ident is not None:
+            if before is not None and _has_begun(before):
                 before.join()
             try:
                 work()
@@ -79,7 +82,7 @@ class Background:
             CheckpointError: the save failed; the same on all ranks.
         """
         if self._thread is not None:
-            if self._thread.ident is not None:  # else an interrupt came before the thread began
+            if _has_begun(self._thread):
                 self._thread.join()
             self._thread = None
             if self in _under_way:
@@ -87,6 +90,14 @@ class Background:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+
+def _has_begun(thread: threading.Thread) -> bool:
+    """Whether a thread was started. After an interrupt within `start` it may begin a little later."""
+    deadline = time.monotonic() + _BEGINS_SECONDS
+    while thread.ident is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return thread.ident is not None
 
 
 # The saves that no call has waited for yet, in the order of the calls. They are kept alive until then.

@@ -65,6 +65,7 @@ class _Request:
 
 
 class _Prepared(NamedTuple):
+    background: bool
     target: Path
     manifest: Manifest
     tracks: dict[str, Pieces]
@@ -111,8 +112,8 @@ class SaveCalls:
                 path=path,
                 target=lambda: target_folder(path),
                 max_shard_size=max_shard_size,
-                background=bool(background),
-                only_unchanged=bool(only_unchanged),
+                background=background,
+                only_unchanged=only_unchanged,
                 replaces_former=True,
             ),
         )
@@ -131,9 +132,7 @@ class SaveCalls:
         def target() -> Path:
             return absolute(path) / _SNAPSHOT.format(self._state.num_updates)
 
-        request = _Request(
-            path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=bool(background)
-        )
+        request = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background)
         self._write(call, request)
         self._warn_of_later_snapshots(call, path)
 
@@ -157,14 +156,14 @@ class SaveCalls:
                 track=track,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
-                only_unchanged=bool(only_unchanged),
+                only_unchanged=only_unchanged,
             ),
         )
 
     def _write(self, call: Call, request: _Request) -> None:
         """Collective: every rank must call it. Agree about the save, warn, compare replicas, and then write."""
         exchange = call.exchange
-        target, manifest, tracks, files, part = call.together(
+        background, target, manifest, tracks, files, part = call.together(
             lambda: self._prepared(request, exchange.rank, exchange.world_size),
             lambda prepared: self._same(request, prepared),
             after_saves=True,
@@ -181,14 +180,14 @@ class SaveCalls:
             return
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=sum_refused(exchange, self._state))
-        if request.background:
+        if background:
             self._write_behind(call, target, files, tracks, manifest)
         else:
             write_average(exchange, target, files, tracks, manifest)
 
     def _prepared(self, request: _Request, rank: int, world_size: int) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, only_unchanged=request.only_unchanged)
+        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged))
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
@@ -196,7 +195,7 @@ class SaveCalls:
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
-        return _Prepared(target, manifest, tracks, files, part)
+        return _Prepared(bool(request.background), target, manifest, tracks, files, part)
 
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {
@@ -207,7 +206,7 @@ class SaveCalls:
             "left_out": prepared.part.left_out,
             "others": prepared.part.others,
             "max_shard_size": str(request.max_shard_size),
-            "background": request.background,
+            "background": prepared.background,
         }
 
     def _write_behind(

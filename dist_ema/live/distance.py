@@ -53,8 +53,9 @@ def distances(
 def metrics(call: Call, state: AveragedState, prefix: str, groups: Groups | None) -> dict[str, float]:
     """Collective: every rank must call it. See `ShardedEMA.metrics`."""
     tracks = list(state.schedules)
+    by_track = distances(call, state, tracks, groups)  # first: no rank fails alone before the others have come
     numbers = {f"{prefix}/num_updates": float(state.num_updates)}
-    for track, by_group in zip(tracks, distances(call, state, tracks, groups), strict=True):
+    for track, by_group in zip(tracks, by_track, strict=True):
         numbers.update(_metrics_of(state, track, prefix, by_group))
     return numbers
 

@@ -153,13 +153,16 @@ def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:
     return call.exchange.meeting(call.name) if state.plan.has_replicas else ()
 
 
+# Taken by threads only: an interrupt would leave it locked in a thread that has a signal handler.
+_RESTORING = threading.Lock()
+
+
 class _Leave:
     """Puts the live weights back and ends the swap; further calls do nothing. No communication."""
 
     def __init__(self, state: AveragedState, backup: LiveBackup) -> None:
         self._state = state
         self._backup = backup
-        self._restoring = threading.Lock()  # only threads take it: an interrupted main thread would keep it
         self._is_carried_off = False
         self._has_failed = False
         self._mode: bool | None = None  # whether autograd was on when the leaving began
@@ -199,7 +202,7 @@ class _Leave:
                 self._end()
 
     def _restore_anyway(self, again: bool) -> None:
-        with self._restoring:  # the thread of an earlier try may still be at work
+        with _RESTORING:  # the thread of an earlier try may still be at work
             if self._has_failed and not again:
                 return
             self._has_failed = True

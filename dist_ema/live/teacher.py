@@ -31,7 +31,7 @@ class Teacher:
 
     Attributes:
         plan: the student's plan, whose `drop_gathered` and `check_model` are also for the teacher.
-        whole_shards: the shards of all that this rank holds of the averaged tensors, also of what other ranks hold alike.
+        whole_shards: shards of all that this rank holds of the averaged tensors, also of what others hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
         repeated: the names of the tensors of which an earlier rank holds the same piece.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import signal
@@ -107,6 +108,50 @@ def test_an_error_in_any_thread_is_raised_after_all_have_stopped() -> None:
     with pytest.raises(ValueError, match="seven"):
         share_out(work, list(range(20)), 3)
     share_out(work, list(range(7)), 3)
+
+
+def _add(done: list[int], item: int, worker: int) -> None:
+    done.append(item)
+
+
+def test_an_exception_at_any_line_of_the_standard_library_leaves_the_threads_at_work() -> None:
+    class Preempted(Exception):
+        pass
+
+    def moments(number: int) -> int:
+        """Raise at that moment of Python's own modules, in the calling thread; returns the number of moments."""
+        seen = 0
+
+        def trace(frame: Any, event: str, arg: object) -> Any:
+            nonlocal seen
+            if "/dist_ema/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+                return trace
+            if event in ("line", "return"):
+                seen += 1
+                if seen == number:
+                    raise Preempted
+            return trace
+
+        sys.settrace(trace)
+        try:
+            share_out(lambda item, worker: None, list(range(20)), 3)
+        except Preempted:
+            pass
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # an update does so itself
+        return seen
+
+    moments(0)
+    number = 1
+    while moments(number) >= number:  # a lock that stays locked would stop every later update
+        done: list[int] = []
+        add = functools.partial(_add, done)
+        later = threading.Thread(target=share_out, args=(add, list(range(20)), 3), daemon=True)
+        later.start()
+        later.join(timeout=10)
+        assert sorted(done) == list(range(20)), f"after an exception at moment {number}"
+        number += 1
 
 
 def test_a_signal_while_threads_are_waited_for_is_raised_after_them_as_it_is() -> None:

@@ -27,6 +27,7 @@ from dist_ema import (
     ShardedEMA,
     SwapError,
 )
+from dist_ema.averaging.infinities import Watch
 from dist_ema.averaging.streams import HostThread
 from dist_ema.live import swap as swapping
 from dist_ema.live.spreading import LiveBackup
@@ -362,3 +363,39 @@ def test_the_sweep_sees_what_is_cut_in_two(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sweep_lines(BY_NAME["update, compensated"], tmp_path, 3)[1]
     assert Alarm(1.0, 0.0, KeyboardInterrupt).num_raised == 0
     assert interrupts.main(["--rows", "update, counted only", "--every", "9"]) == 0
+
+
+def test_what_a_handler_raises_while_a_copy_looks_for_infinities_is_raised_and_autograd_stays_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Preempted(Exception):
+        pass
+
+    def interrupted(self: Watch) -> None:
+        torch.set_grad_enabled(False)  # as an interrupt at the end of a `torch.no_grad()` leaves it
+        raise Preempted
+
+    ema = ShardedEMA(nn.Linear(4, 3), ConstantSchedule(momentum=0.5))
+    monkeypatch.setattr(Watch, "look", interrupted)
+    with pytest.raises(Preempted):
+        ema.update()  # the first one copies
+    assert torch.is_grad_enabled() and ema.num_updates == 1
+
+
+def test_a_save_that_was_interrupted_while_its_thread_started_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, ema = made()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        late = threading.Timer(0.2, lambda: start(thread))  # it begins after the interrupt has come out
+        late.start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ema.save(tmp_path / "ema", background=True)
+    ema.save(tmp_path / "ema")
+    ema.load(tmp_path / "ema")

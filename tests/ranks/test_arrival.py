@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dist_ema import (
     CommunicationError,
     ConfigError,
     ConstantSchedule,
+    DistEMAError,
     RankMismatchError,
     ShardedEMA,
 )
@@ -452,3 +453,49 @@ def test_a_destroyed_process_group_is_named_and_a_new_one_of_any_store_serves_th
     finally:
         fresh.stop()
     assert first == second
+
+
+class Raises:
+    """An argument that cannot even be looked at."""
+
+    def __fspath__(self) -> str:
+        raise RuntimeError("no such argument")
+
+    __bool__ = __fspath__
+    __str__ = __fspath__
+
+
+def unreadable_arguments(folder: str) -> list[str]:
+    ema = ShardedEMA(build_layout("ddp"), SCHEDULE)
+    ema.update()
+    is_bad = dist.get_rank() == 1
+    path: Any = Raises() if is_bad else folder
+    flag: Any = Raises() if is_bad else False
+    prefix: Any = Raises() if is_bad else "ema"
+    calls: list[Callable[[], Any]] = [
+        lambda: ema.save(path),
+        lambda: ema.snapshot(path),
+        lambda: ema.consolidate(path),
+        lambda: ema.load(path),
+        lambda: ema.start_from(path),
+        lambda: ema.save(folder, background=flag),
+        lambda: ema.save(folder, only_unchanged=flag),
+        lambda: ema.consolidate(folder, only_unchanged=flag),
+    ]
+    told = []
+    with environment(arrival="60"):
+        for call in calls:
+            with pytest.raises(DistEMAError) as caught:
+                call()
+            told.append(str(caught.value))
+        with pytest.raises(DistEMAError) if is_bad else nullcontext():
+            ema.metrics(prefix=prefix)
+        ema.save(folder)  # the ranks are at the same call still
+    return told
+
+
+@pytest.mark.ranks
+def test_an_argument_that_cannot_be_looked_at_on_one_rank_is_an_error_on_all_of_them(world, tmp_path) -> None:
+    first, second = world(2).run(unreadable_arguments, str(tmp_path / "ema"))
+    assert first == second
+    assert all("rank 1: RuntimeError: no such argument" in text for text in first)
