@@ -22,7 +22,6 @@ from dist_ema.errors import ConfigError, RankMismatchError
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
-from dist_ema.messages import tell
 from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
@@ -67,7 +66,7 @@ def build(
         options: the options of `ShardedEMA`.
 
     Returns:
-        The averages of this rank, allocated.
+        The average, its values allocated.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -100,12 +99,12 @@ def build(
         inner = unwrapped(model)
         return state, functools.partial(config_files, inner, class_of(inner).__name__)
 
-    _warn_of_coarse_averages(options["dtype"])
     with ended_for_all(exchange, "ShardedEMA"):
         exchange.arrive("ShardedEMA")
         state, small_files = exchange.agree(_ACTION, prepare)
         _check_alike(exchange, state, has_teacher=into is not None)
         exchange.agree(_ACTION, state.allocate)
+        _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
         replicas = Replicas(exchange, state.plan)
         replicas.check(_ACTION)
@@ -133,9 +132,10 @@ def _check_alike(exchange: Exchange, state: AveragedState, *, has_teacher: bool)
     _check_covered(exchange, state.plan)
 
 
-def _warn_of_coarse_averages(dtype: object) -> None:
+def _warn_of_coarse_averages(exchange: Exchange, dtype: torch.dtype) -> None:
+    """Collective: every rank must call it."""
     if dtype in (torch.bfloat16, torch.float16):
-        tell(
+        exchange.warn(
             f"averaged values in {dtype} stand still when the momentum is small: at a decay of 0.9999 a bfloat16 "
             "average loses 99% of the motion. Use torch.float32 and convert on export"
         )

@@ -143,7 +143,8 @@ class HostThread(SideStream):
     def join(self) -> None:
         """Wait for the thread."""
         running = self._running
-        if running is None:
+        if running is None or running.cancelled():  # a second interrupt may come right after `cancel`
+            self._running = None
             return
         try:
             running.result()

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_ema.disk import manifest_fields as fields
 from dist_ema.disk.folders import contents
+from dist_ema.disk.folders.contents import MANIFEST_NAME
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import kind_text
 from dist_ema.disk.formats.headers import LARGEST_RECORD_BYTES, read_small
@@ -36,7 +37,6 @@ __all__ = [
     "read_summed",
 ]
 
-MANIFEST_NAME = "manifest.json"
 _FORMAT = "dist_ema"
 _FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
@@ -47,13 +47,14 @@ class Manifest:
     """The record beside the tensors. A field is declared here and nowhere else: see `manifest_fields.Rule`.
 
     Attributes:
-        num_updates: the number of calls of `update` so far.
+        num_updates: the number of calls of `update` so far, less the steps that were skipped.
         num_refused: the number of live values that `skip_nonfinite` has left out, over all ranks and updates.
         options: the options that shape the averaged values.
         tracks: track name -> its schedule, as JSON.
         tensors: fqn -> shape, dtype and kind.
         aliases: further names of tied tensors -> the name in `tensors`.
-        written_by: the versions of the packages and the number of ranks, for information.
+        written_by: the versions of the packages and the number of ranks, which ranks compare; to a reader they are
+            information.
         files: path below the folder -> size and checksum of the file; empty in format version 1.
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
     """

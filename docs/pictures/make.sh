@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Draws the pictures of docs/schedules.md with the command line; run it again after a change of a schedule.
+# Draws the pictures of docs/schedules.md, or those of the given names: `bash docs/pictures/make.sh annealed`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+wanted=" $* "
 draw() { # picture, updates, schedules
+    [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]] || return 0
     local arguments=()
     for schedule in "${@:3}"; do arguments+=(--schedule "$schedule"); done
-    dist-ema plot "${arguments[@]}" --steps "$2" --out "$1.svg"
+    python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg"
 }
 
 draw cosine 12000 'CosineSchedule(0.004, total_steps=10_000)' 'CosineSchedule(0.004, 0.001, total_steps=10_000)'
@@ -20,6 +22,7 @@ draw equal 12000 'EqualSchedule()' 'after(9_000, EqualSchedule())'
 draw combinators 200 'ConstantSchedule(decay=0.95)' 'after(50, ConstantSchedule(decay=0.95))' \
     'every(20, ConstantSchedule(decay=0.95))' 'scaled_batch(4, ConstantSchedule(decay=0.95))'
 
+[ "$wanted" = "  " ] || [[ $wanted == *" profile "* ]] || exit 0
 snapshots=$(mktemp -d)
 trap 'rm -r "$snapshots"' EXIT
 python - "$snapshots" <<'RUN'
@@ -35,4 +38,4 @@ for step in range(1, 1001):
     if step % 100 == 0:
         ema.snapshot(sys.argv[1])
 RUN
-dist-ema plot "$snapshots" --sigma-rel 0.15 --out profile.svg
+python -m dist_ema.cli plot "$snapshots" --sigma-rel 0.15 --out profile.svg

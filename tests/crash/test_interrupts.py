@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,14 @@ def test_an_update_that_a_host_thread_has_not_begun_is_taken_back(monkeypatch: p
 
 class Counter:
     value = 0
+
+
+def test_an_update_that_was_taken_back_is_not_waited_for() -> None:
+    thread = HostThread.__new__(HostThread)  # its device is not asked for
+    thread._running = Future()
+    assert thread._running.cancel()  # a second interrupt came before the record of it was cleared
+    thread.join()
+    assert thread._running is None
 
 
 def test_what_counts_is_set_once() -> None:

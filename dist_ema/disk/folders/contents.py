@@ -28,6 +28,7 @@ from dist_ema.disk.formats.headers import read_header, read_model_folder, read_s
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
 __all__ = [
+    "MANIFEST_NAME",
     "MARK",
     "MARK_VALUE",
     "OWN_FILE",
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 # The names of the files that this package writes into a folder; the user has added every other file.
+# The record of a saved average. It is written last, so a folder that has it is complete.
+MANIFEST_NAME = "manifest.json"
+
 OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
 
 # The mark in the header of every safetensors file of this package: it tells an export from another tool's model folder.
@@ -99,7 +103,7 @@ def is_whole(folder: Path) -> bool:
 
 def has_manifest(folder: Path) -> bool:
     """Whether the folder looks like a saved average."""
-    return os.path.lexists(folder / "manifest.json")
+    return os.path.lexists(folder / MANIFEST_NAME)
 
 
 def is_average(folder: Path) -> bool:
@@ -120,7 +124,7 @@ def is_export(folder: Path) -> bool:
 def _manifest(folder: Path) -> dict[str, Any]:
     """The record of the manifest, unchecked; empty if it cannot be read."""
     try:
-        record = json.loads(read_small(folder / "manifest.json"))
+        record = json.loads(read_small(folder / MANIFEST_NAME))
     except (CheckpointCorruptError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -161,7 +165,7 @@ def fingerprint(folder: Path) -> object:
     """
     if has_manifest(folder):
         try:
-            return checksum(read_small(folder / "manifest.json"))
+            return checksum(read_small(folder / MANIFEST_NAME))
         except CheckpointCorruptError:
             return "unreadable"
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dist_ema.disk.folders.contents import beside, fingerprint, has_manifest, old_of
+from dist_ema.disk.folders.contents import MANIFEST_NAME, beside, fingerprint, has_manifest, old_of
 from dist_ema.errors import CheckpointError, DistEMAError
 
 __all__ = ["Attempts", "ReplacedError", "generation", "steadily"]
@@ -102,12 +102,12 @@ def _states(source: Path) -> Iterator[object]:
         yield _numbers(source)
         return
     for folder in (source, *beside(source, "old")):
-        yield folder.name, fingerprint(folder), _numbers(folder)[:1], _numbers(folder / "manifest.json")
+        yield folder.name, fingerprint(folder), _numbers(folder)[:1], _numbers(folder / MANIFEST_NAME)
     if not has_manifest(source) and not has_manifest(old_of(source)):
         # The source may be a checkpoint with averages in it, or a folder of checkpoints, as snapshots are.
         for folder in _folders_in(source):
             for inner in (folder, *_folders_in(folder)):
-                numbers = _numbers(inner / "manifest.json")
+                numbers = _numbers(inner / MANIFEST_NAME)
                 if numbers:
                     yield inner, numbers
 
