@@ -36,9 +36,13 @@ Patterns = str | Iterable[str] | None
 def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
     step, mode = state.num_updates, torch.is_grad_enabled()
     try:
-        state.update(found_inf)
-    except BaseException:
-        torch.set_grad_enabled(mode)  # see ranks/calls.py
+        try:
+            state.update(found_inf)
+        except BaseException:
+            torch.set_grad_enabled(mode)  # see ranks/calls.py
+            raise
+    except BaseException:  # a second one, before the first was dealt with
+        torch.set_grad_enabled(mode)
         raise
     state.use.num_calls += 1
     if step >= standstill.next_step:

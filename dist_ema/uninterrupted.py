@@ -66,6 +66,12 @@ class Once:
 
     def __init__(self, owner: object, name: str, value: object) -> None:
         self.call: Callable[[], Any] = partial(deque, map(partial(setattr, owner, name), (value,)), 0)
+        self._owner, self._name, self._value = owner, name, value
+
+    @property
+    def was_called(self) -> bool:
+        """Whether the attribute has the value. To be asked before others set it."""
+        return getattr(self._owner, self._name) is self._value
 
 
 class Lane:
@@ -146,6 +152,7 @@ class Job:
     ) -> None:
         self._lanes = lanes
         self._count = _COUNTS_NOTHING if count is None else count.call
+        self._counted = count
         self._share = _one_by_one if share is None else share
         self._owner: dict[str, int] = {}
         self._finishing = threading.Lock()
@@ -180,6 +187,8 @@ class Job:
 
     def withdraw(self) -> None:
         """After an exception of the stream that was given the job: have it done and counted, or neither."""
+        if self._counted is not None and self._counted.was_called:
+            return  # the exception came after the end of `count`: a thread has the job, or it is done
         owner = self._owner.setdefault("thread", 0)  # from now on no thread begins it
         if owner == threading.get_ident():
             self.finish()

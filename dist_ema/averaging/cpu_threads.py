@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["SERIAL_NUMEL", "num_workers", "share_out"]
+__all__ = ["SERIAL_NUMEL", "KeptThreads", "num_workers", "share_out"]
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ SERIAL_NUMEL = 32768 - 64
 # More threads do not make memory faster, and every thread needs a scratch.
 _MOST_WORKERS = 16
 
-_pool: _Threads | None = None
+_pool: KeptThreads | None = None
 
 
 def num_workers() -> int:
@@ -109,8 +109,8 @@ def _wait_for(helping: Sequence[_End]) -> None:
         raise latest
 
 
-class _Threads:
-    """Threads that are kept between updates, and do the calls that `put` gives them.
+class KeptThreads:
+    """Threads that are kept between updates, and do the calls that `put` gives them. They end with the process.
 
     A handler that raises within `ThreadPoolExecutor.submit` may leave a lock of the pool locked: every later update
     would wait for it forever. The queue here is C, and no handler runs while it is used.
@@ -132,11 +132,11 @@ class _Threads:
             self._calls.get()()
 
 
-def _threads(num_threads: int) -> _Threads:
+def _threads(num_threads: int) -> KeptThreads:
     global _pool
     if _pool is None:
         _watch_forks()
-        _pool = _Threads()
+        _pool = KeptThreads()
     _pool.grow(num_threads)
     return _pool
 

@@ -13,16 +13,20 @@ On a CPU the same calls run one after the other: torch's CPU streams do nothing.
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import functools
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from dist_ema.averaging.cpu_threads import KeptThreads
 
 __all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "join_before_steps", "stream_beside"]
 
@@ -112,8 +116,8 @@ class HostThread(SideStream):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._running: Future[None] | None = None
-        _watch_forks()
+        self._running: _Promise | None = None
+        _watch_process()
         _host_threads.add(self)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -130,39 +134,69 @@ class HostThread(SideStream):
                 self._stream.wait_event(fork)
                 work()
 
-        # An interrupt may come between: the future is set before the thread can have it.
-        running: Future[None] = Future()
+        # An interrupt may come between: the promise is kept before the thread can have it.
+        promise = _Promise(on_thread)
         try:
-            self._running = running
-            _thread().submit(_fulfil, running, on_thread)
+            self._running = promise
+            _host_calls().put(promise)
         except BaseException:
-            if running.cancel():
+            if promise.take_back():
                 self._running = None
             raise
 
     def join(self) -> None:
         """Wait for the thread."""
-        running = self._running
-        if running is None or running.cancelled():  # a second interrupt may come right after `cancel`
-            self._running = None
+        promise = self._running
+        if promise is None:
             return
         try:
-            running.result()
+            promise.wait()
         finally:
-            if running.done() and self._running is running:  # else the wait was interrupted
+            if promise.is_over and self._running is promise:  # else the wait was interrupted
                 self._running = None
 
 
-def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:
-    """Do the work of a promise that was not cancelled."""
-    if not promise.set_running_or_notify_cancel():
-        return
-    try:
-        work()
-    except BaseException as error:
-        promise.set_exception(error)
-    else:
-        promise.set_result(None)
+class _Promise:
+    """Work for the host thread: the thread begins it, or it is taken back, whichever comes first.
+
+    Not a `Future`: a signal handler that raises within its condition variable leaves a lock locked.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._owner: dict[str, str] = {}
+        self._failure: BaseException | None = None
+        self._is_done = False
+        self._end = _thread.allocate_lock()  # locked until the work is done
+        self._end.acquire()
+
+    def __call__(self) -> None:
+        """Do the work, on the thread."""
+        if self._owner.setdefault("by", "thread") != "thread":
+            return
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._is_done = True
+            self._end.release()
+
+    def take_back(self) -> bool:
+        """See that the thread does not begin the work; False if it has begun."""
+        return self._owner.setdefault("by", "caller") == "caller"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the work is done, or was taken back."""
+        return self._is_done or self._owner.get("by") == "caller"
+
+    def wait(self) -> None:
+        """Wait until it is over, and raise what the work raised."""
+        while not self.is_over:
+            self._end.acquire(timeout=1.0)
+        if self._failure is not None:
+            raise self._failure
 
 
 def has_streams(device: torch.device) -> bool:
@@ -225,26 +259,34 @@ def join_all() -> None:
 _beside: weakref.WeakSet[Joinable] = weakref.WeakSet()
 _host_threads: weakref.WeakSet[HostThread] = weakref.WeakSet()
 _hook: RemovableHandle | None = None
-_executor: ThreadPoolExecutor | None = None
+_host: KeptThreads | None = None
 
 
-def _thread() -> ThreadPoolExecutor:
+def _host_calls() -> KeptThreads:
     """The one thread for all averages: several would wait for the same memory."""
-    global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(1, thread_name_prefix="dist_ema-host")
-    return _executor
+    global _host
+    if _host is None:
+        _host = KeptThreads()
+    _host.grow(1)
+    return _host
 
 
 def _forget() -> None:
-    """A forked process has the records of the executor and of its work, but not its thread."""
-    global _executor
-    _executor = None
+    """A forked process has the records of the thread and of its work, but not the thread."""
+    global _host
+    _host = None
     for host_thread in _host_threads:
         host_thread._running = None
 
 
+def _join_at_exit() -> None:
+    for host_thread in list(_host_threads):
+        with suppress(Exception):
+            host_thread.join()
+
+
 @functools.cache
-def _watch_forks() -> None:
+def _watch_process() -> None:
     """Once for each process, and not at import."""
     os.register_at_fork(after_in_child=_forget)
+    atexit.register(_join_at_exit)

@@ -61,10 +61,14 @@ class Calls:
         """
         call, mode = Call(self, name), torch.is_grad_enabled()
         try:
-            return act(call)
-        except BaseException as error:
+            try:
+                return act(call)
+            except BaseException as error:
+                torch.set_grad_enabled(mode)
+                call.end_for_all(error)
+                raise
+        except BaseException:  # a second one, before the first was dealt with
             torch.set_grad_enabled(mode)
-            call.end_for_all(error)
             raise
 
 

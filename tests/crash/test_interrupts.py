@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from dist_ema import (
     ShardedEMA,
     SwapError,
 )
+from dist_ema.averaging import streams
 from dist_ema.averaging.infinities import Watch
 from dist_ema.averaging.streams import HostThread
 from dist_ema.live import swap as swapping
@@ -279,11 +279,11 @@ def test_an_update_that_a_host_thread_has_not_begun_is_taken_back(monkeypatch: p
     nn.init.zeros_(model.weight)
 
     class Interrupted:
-        def submit(self, *_: object) -> None:
+        def put(self, *_: object) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dist_ema.averaging.streams._thread", Interrupted)
+        patched.setattr("dist_ema.averaging.streams._host_calls", Interrupted)
         ema.update()
     assert ema.num_updates == 1
     assert torch.equal(ema.full_state_dict()["weight"], before)
@@ -296,11 +296,12 @@ class Counter:
 
 
 def test_an_update_that_was_taken_back_is_not_waited_for() -> None:
-    thread = HostThread.__new__(HostThread)  # its device is not asked for
-    thread._running = Future()
-    assert thread._running.cancel()  # a second interrupt came before the record of it was cleared
-    thread.join()
-    assert thread._running is None
+    done: list[int] = []
+    promise = streams._Promise(lambda: done.append(1))
+    assert promise.take_back() and promise.is_over
+    promise()
+    promise.wait()
+    assert done == []
 
 
 def test_what_counts_is_set_once() -> None:
