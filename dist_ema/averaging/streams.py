@@ -139,6 +139,7 @@ class HostThread(SideStream):
         try:
             self._running = promise
             _host_calls().put(promise)
+            promise.is_given = True
         except BaseException:
             if promise.take_back():
                 self._running = None
@@ -160,6 +161,9 @@ class _Promise:
     """Work for the host thread: the thread begins it, or it is taken back, whichever comes first.
 
     Not a `Future`: a signal handler that raises within its condition variable leaves a lock locked.
+
+    Attributes:
+        is_given: whether the thread surely gets it. Interrupts may have come between.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -167,6 +171,7 @@ class _Promise:
         self._owner: dict[str, str] = {}
         self._failure: BaseException | None = None
         self._is_done = False
+        self.is_given = False
         self._end = _thread.allocate_lock()  # locked until the work is done
         self._end.acquire()
 
@@ -193,6 +198,8 @@ class _Promise:
 
     def wait(self) -> None:
         """Wait until it is over, and raise what the work raised."""
+        if not self.is_given:
+            self.take_back()  # unless the thread has begun it
         while not self.is_over:
             self._end.acquire(timeout=1.0)
         if self._failure is not None:

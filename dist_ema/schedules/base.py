@@ -11,12 +11,11 @@ steps from 1, are shifted accordingly; every schedule states the shift.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_ema.checks import real_number
 from dist_ema.errors import ConfigError
@@ -48,17 +47,22 @@ def checked_momentum(name: str, value: object) -> float:
     return momentum
 
 
+T = TypeVar("T")
+
 _is_rebuilding: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_rebuilding", default=False)
 
 
-@contextlib.contextmanager
-def rebuilding() -> Iterator[None]:
-    """Rebuild schedules without their warnings: the user had them when the schedule was built."""
-    token = _is_rebuilding.set(True)
-    try:
-        yield
-    finally:
-        _is_rebuilding.reset(token)
+def rebuilding(work: Callable[[], T]) -> T:
+    """Do `work`, which rebuilds schedules, without their warnings: the user had them when the schedule was built.
+
+    It runs in a context of its own, which C leaves: after an interrupt later schedules warn as before.
+    """
+
+    def quietly() -> T:
+        _is_rebuilding.set(True)
+        return work()
+
+    return contextvars.copy_context().run(quietly)
 
 
 def warn_if_large(momentum: float, given: str, meant: str) -> None:

@@ -71,8 +71,7 @@ def schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
     Raises:
         ConfigError: the type is not one of this package's schedules, or an argument is wrong.
     """
-    with rebuilding():
-        return _rebuilt(saved, 0, None)
+    return rebuilding(lambda: _rebuilt(saved, 0, None))
 
 
 def check_record(saved: Mapping[str, Any]) -> None:
@@ -81,8 +80,7 @@ def check_record(saved: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: `schedule_to_json` writes no such record.
     """
-    with rebuilding():
-        _rebuilt(saved, 0, _Unknown())
+    rebuilding(lambda: _rebuilt(saved, 0, _Unknown()))
 
 
 class _Unknown:

@@ -23,6 +23,7 @@ from dist_ema import (
     every,
     scaled_batch,
 )
+from dist_ema.schedules.base import rebuilding
 from dist_ema.schedules.records import SCHEDULES, schedule_from_json, schedule_to_json
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
@@ -306,6 +307,16 @@ def test_a_schedule_that_could_not_be_read_back_is_refused_when_it_is_made() -> 
     for build in (lambda: CosineSchedule(total_steps=10**400), lambda: RampSchedule(update_after_step=10**5000)):
         with pytest.raises(ConfigError, match=r"below 2\^63"):
             build()
+
+
+def test_after_an_interrupt_while_a_record_was_read_schedules_warn_as_before() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rebuilding(interrupted)
+    with pytest.warns(UserWarning, match="usually small"):
+        ConstantSchedule(momentum=0.999)
 
 
 def test_a_reader_is_not_warned_of_what_the_user_was_warned_of(recwarn) -> None:
