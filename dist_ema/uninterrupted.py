@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Job", "Lane", "Once", "Steps", "insist", "version_of"]
+__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "version_of"]
 
 # These two are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
 _call = operator.methodcaller("__call__")
@@ -218,37 +218,65 @@ class Job:
             self._is_finished, self._has_failed = True, False
 
 
+class End:
+    """The end of work that another thread does.
+
+    The wait for it is one lock. A signal handler that raises makes a condition variable of Python, as in a `Future`,
+    raise an error of its own, or leave a lock locked.
+
+    Attributes:
+        has_come: whether the work is done, or has failed.
+        failure: what the work raised.
+    """
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self.failure: BaseException | None = None
+        self._lock = _thread.allocate_lock()  # locked until the end has come
+        self._lock.acquire()
+
+    def come_of(self, work: Callable[[], None]) -> None:
+        """Do `work`, on the other thread, and let the end come."""
+        try:
+            work()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.has_come = True
+            self._lock.release()
+
+    def wait(self) -> None:
+        """Wait until the end has come. It raises what a signal handler raises meanwhile."""
+        while not self.has_come:
+            self._lock.acquire(timeout=1.0)
+
+
 def insist(work: Callable[[], None]) -> None:
     """Have a thread, which no signal handler interrupts, do `work`; wait for it, whatever is raised meanwhile.
 
     It raises the exception of the work, else the latest exception that came while it waited.
     """
-    ended = _thread.allocate_lock()
-    ended.acquire()
-    finished: list[BaseException | None] = []
+    end = End()
     carried = _carried()
 
+    def within() -> None:
+        with carried():
+            work()
+
     def run() -> None:
-        failure = None
-        try:
-            with carried():
-                work()
-        except BaseException as error:
-            failure = error
-        finished.append(failure)
-        ended.release()
+        end.come_of(within)
 
     try:
         _thread.start_new_thread(run, ())
     except RuntimeError:  # no more threads, or the interpreter is ending
         run()
     latest: BaseException | None = None
-    while not finished:
+    while not end.has_come:
         try:
-            ended.acquire(timeout=1.0)
+            end.wait()
         except BaseException as error:
             latest = error
-    failure = finished[0] or latest
+    failure = end.failure or latest
     if failure is not None:
         raise failure
 

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 import torch
 
+from dist_ema.uninterrupted import End
+
 __all__ = ["SERIAL_NUMEL", "KeptThreads", "num_workers", "share_out"]
 
 T = TypeVar("T")
@@ -58,51 +60,29 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
                 return
             work(batch, worker)
 
-    failures: list[BaseException] = []
-
-    def help_out(worker: int, end: _End) -> None:
-        try:
-            serve(worker)
-        except BaseException as failure:
-            failures.append(failure)
-        finally:
-            end.has_come = True
-            end.lock.release()
-
-    helping: list[_End] = []
+    helping: list[End] = []
     try:
         with suppress(RuntimeError):  # no more threads, or the interpreter is ending: the existing threads do the work
             for worker in range(1, min(workers, len(batches))):
-                end = _End()
-                _threads(worker).put(functools.partial(help_out, worker, end))
+                end = End()
+                _threads(worker).put(functools.partial(end.come_of, functools.partial(serve, worker)))
                 helping.append(end)
         serve(0)
     finally:
         queue.clear()
         _wait_for(helping)
-    for failure in failures:
-        raise failure
+    for end in helping:
+        if end.failure is not None:
+            raise end.failure
 
 
-class _End:
-    """The end of one thread's work. The lock is locked until then."""
-
-    def __init__(self) -> None:
-        self.has_come = False
-        self.lock = _thread.allocate_lock()
-        self.lock.acquire()
-
-
-def _wait_for(helping: Sequence[_End]) -> None:
-    """Wait for all ends, whatever a signal handler raises meanwhile, and raise the latest of it.
-
-    `Future.result` would not do: its condition variable raises an error of its own where a handler raises.
-    """
+def _wait_for(helping: Sequence[End]) -> None:
+    """Wait for all ends, whatever a signal handler raises meanwhile, and raise the latest of it."""
     latest: BaseException | None = None
     for end in helping:
         while not end.has_come:
             try:
-                end.lock.acquire(timeout=1.0)
+                end.wait()
             except BaseException as error:
                 latest = error
     if latest is not None:

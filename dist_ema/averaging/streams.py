@@ -13,7 +13,6 @@ On a CPU the same calls run one after the other: torch's CPU streams do nothing.
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import functools
 import os
@@ -27,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dist_ema.averaging.cpu_threads import KeptThreads
+from dist_ema.uninterrupted import End
 
 __all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "join_before_steps", "stream_beside"]
 
@@ -160,8 +160,6 @@ class HostThread(SideStream):
 class _Promise:
     """Work for the host thread: the thread begins it, or it is taken back, whichever comes first.
 
-    Not a `Future`: a signal handler that raises within its condition variable leaves a lock locked.
-
     Attributes:
         is_given: whether the thread surely gets it. Interrupts may have come between.
     """
@@ -169,23 +167,13 @@ class _Promise:
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
         self._owner: dict[str, str] = {}
-        self._failure: BaseException | None = None
-        self._is_done = False
+        self._end = End()
         self.is_given = False
-        self._end = _thread.allocate_lock()  # locked until the work is done
-        self._end.acquire()
 
     def __call__(self) -> None:
         """Do the work, on the thread."""
-        if self._owner.setdefault("by", "thread") != "thread":
-            return
-        try:
-            self._work()
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._is_done = True
-            self._end.release()
+        if self._owner.setdefault("by", "thread") == "thread":
+            self._end.come_of(self._work)
 
     def take_back(self) -> bool:
         """See that the thread does not begin the work; False if it has begun."""
@@ -194,16 +182,16 @@ class _Promise:
     @property
     def is_over(self) -> bool:
         """Whether the work is done, or was taken back."""
-        return self._is_done or self._owner.get("by") == "caller"
+        return self._end.has_come or self._owner.get("by") == "caller"
 
     def wait(self) -> None:
         """Wait until it is over, and raise what the work raised."""
         if not self.is_given:
             self.take_back()  # unless the thread has begun it
-        while not self.is_over:
-            self._end.acquire(timeout=1.0)
-        if self._failure is not None:
-            raise self._failure
+        if not self.is_over:
+            self._end.wait()
+        if self._end.failure is not None:
+            raise self._end.failure
 
 
 def has_streams(device: torch.device) -> bool:
