@@ -10,6 +10,9 @@ from pathlib import Path
 
 from dist_ema.errors import ConfigError
 
+# A path as users give it.
+PathLike = str | os.PathLike[str]
+
 # "s3://bucket/x", the form of pathlib ("s3:/bucket/x"), and the chains of fsspec ("simplecache::s3://bucket/x"). A
 # scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)(::[A-Za-z0-9+.-]+)*:/")

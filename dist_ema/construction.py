@@ -22,7 +22,7 @@ from dist_ema.errors import ConfigError, RankMismatchError
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
-from dist_ema.options import Options, checked_device, checked_schedules, name_patterns
+from dist_ema.options import Options, Patterns, checked_device, checked_schedules, name_patterns
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
@@ -31,8 +31,6 @@ from dist_ema.topology.names import class_of, unwrapped
 from dist_ema.topology.planning import plan_model
 
 __all__ = ["Built", "build"]
-
-Patterns = str | Iterable[str] | None
 
 
 class Built(NamedTuple):

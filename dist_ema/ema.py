@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
@@ -18,19 +17,18 @@ from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
 from dist_ema.checkpoint import load_calls
 from dist_ema.checkpoint.save_calls import SaveCalls
+from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
 from dist_ema.live import distance, gather, sharded
 from dist_ema.live.distance import Groups
 from dist_ema.live.swap import Swap, put_for_good
+from dist_ema.options import Patterns
 from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 
 __all__ = ["ShardedEMA"]
-
-PathLike = str | os.PathLike[str]
-Patterns = str | Iterable[str] | None
 
 
 def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:

@@ -17,12 +17,16 @@ from dist_ema.schedules.base import Schedule
 __all__ = [
     "OptionArguments",
     "Options",
+    "Patterns",
     "checked_device",
     "checked_schedules",
     "floating_dtype",
     "matches_any",
     "name_patterns",
 ]
+
+# One glob pattern of names, several, or none, as users give them.
+Patterns = str | Iterable[str] | None
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -171,7 +175,7 @@ def floating_dtype(name: str, value: object) -> torch.dtype | None:
     raise ConfigError(f"{name} is {value!r}, expected a floating-point torch dtype or None")
 
 
-def name_patterns(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+def name_patterns(name: str, value: Patterns) -> tuple[str, ...]:
     """One glob pattern, several, or None, as a tuple of patterns.
 
     Raises:

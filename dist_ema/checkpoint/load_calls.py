@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.checkpoint.loading import Escapes, load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
-from dist_ema.checks import absolute, positive_integer, working_folder
-from dist_ema.options import name_patterns
+from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
+from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
 
 __all__ = ["load", "start_from"]
-
-PathLike = str | os.PathLike[str]
-Patterns = str | Iterable[str] | None
 
 
 def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, dropped: Patterns, *, verify: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
 from dist_ema.checkpoint.unchanged_part import Part
 from dist_ema.checkpoint.writing import Pieces
-from dist_ema.checks import absolute, target_folder, working_folder
+from dist_ema.checks import PathLike, absolute, target_folder, working_folder
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.manifest import Manifest
 from dist_ema.live.distance import sum_refused
@@ -27,8 +26,6 @@ from dist_ema.options import floating_dtype
 from dist_ema.ranks.calls import Call, ended_for_all
 
 __all__ = ["SaveCalls", "SmallFiles"]
-
-PathLike = str | os.PathLike[str]
 
 # Dtype of the weights in a folder -> name -> content of the small files that the model wants beside them.
 SmallFiles = Callable[[torch.dtype], Mapping[str, bytes]]

@@ -188,7 +188,7 @@ class _Leave:
         except BaseException:
             self._carry_off(again)
             raise
-        self._end()
+        state.swap_out()
 
     def _carry_off(self, again: bool) -> None:
         """Have a thread put the weights back. An interrupt before that is raised here; the caller calls again."""
@@ -199,7 +199,7 @@ class _Leave:
             if self._mode is not None:
                 torch.set_grad_enabled(self._mode)  # see calls.py
             if self._backup.is_restored and not self._has_failed:
-                self._end()
+                self._state.swap_out()
 
     def _restore_anyway(self, again: bool) -> None:
         with _RESTORING:  # the thread of an earlier try may still be at work
@@ -211,6 +211,3 @@ class _Leave:
             finally:
                 self._backup.restore(anyway=True)
             self._has_failed = False
-
-    def _end(self) -> None:
-        self._state.swap_out()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.checks import absolute, target_folder
+from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
@@ -25,8 +25,8 @@ __all__ = ["consolidate_checkpoint"]
 
 
 def consolidate_checkpoint(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: PathLike,
+    dst: PathLike,
     *,
     track: str | None = None,
     dtype: torch.dtype | None = None,

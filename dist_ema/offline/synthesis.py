@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from dist_ema.checks import absolute, target_folder
+from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
@@ -90,8 +89,8 @@ class WeighedSnapshots:
 
 
 def synthesize(
-    snapshots: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    snapshots: PathLike,
+    out: PathLike,
     schedule: Schedule,
     *,
     num_updates: int | None = None,
@@ -146,7 +145,7 @@ def synthesize(
     return steadily([absolute(snapshots)], work)
 
 
-def weigh(snapshots: str | os.PathLike[str], schedule: Schedule, num_updates: int | None = None) -> WeighedSnapshots:
+def weigh(snapshots: PathLike, schedule: Schedule, num_updates: int | None = None) -> WeighedSnapshots:
     """The weights of the saved averages, without reading their tensors; see `synthesize`.
 
     Raises:
