@@ -12,6 +12,7 @@ call for the others at once: see [Note: leaving] in groups.py, and calls.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -285,6 +286,19 @@ class Exchange:
             return value
         with self._together("exchanging a message") as link:
             return link.broadcast(value)
+
+    def reduce(self, action: str, value: Any, merge: Callable[[Any, Any], Any]) -> Any:
+        """Collective: every rank must call it. Combine a value over the ranks; the result is the same on every rank.
+
+        Args:
+            action: a name of the work, for the message.
+            value: what this rank brings; it must survive JSON, and so must what `merge` returns.
+            merge: combines the value of some ranks with that of the ranks after them; it must be associative.
+        """
+        if self.world_size == 1:
+            return json.loads(json.dumps(value))
+        with self._together(action) as link:
+            return functools.reduce(merge, link.gather(value))
 
     def compare(self, record: Mapping[str, Any], working_folder: str | None = None) -> None:
         """Collective: every rank must call it. Refuses a record that differs over the ranks.

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -331,8 +330,8 @@ def this_world() -> World | None:
 
 
 def _pickled(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(ForkingPickler.dumps(value)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def _unpickled(content: torch.Tensor) -> Any:
-    return ForkingPickler.loads(content.numpy().tobytes())
+    return json.loads(content.numpy().tobytes())
