@@ -16,6 +16,8 @@ from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["full_state_dict"]
 
+_YOUR_TURN = b"\1"
+
 
 def full_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> dict[str, torch.Tensor]:
     """Collective: every rank must call it. See `ShardedEMA.full_state_dict`."""
@@ -55,17 +57,22 @@ def _whole_tensors(
 
     # A rank that fails after the first message leaves the others waiting: every message that is sent must be received.
     whole, received = exchange.agree("full_state_dict", allocate)
-    if exchange.rank != 0:
-        for _, content in contents:
-            if content.numel():
-                exchange.send_bytes(content, 0)
-        return {}
-    for rank, boxes in enumerate(boxes_by_rank):
-        for box in boxes if rank != 0 else ():
-            if box.numel:
+    with exchange.wires("full_state_dict") as wires:
+        if exchange.rank != 0:
+            messages = [content for _, content in contents if content.numel()]
+            if messages:
+                wires.receive(bytearray(_YOUR_TURN), 0)
+            for content in messages:
+                wires.send(content, 0)
+            return {}
+        for rank, boxes in enumerate(boxes_by_rank):
+            parts = [box for box in boxes if box.numel] if rank != 0 else []
+            if parts:
+                wires.send(_YOUR_TURN, rank)  # ranks that come before their turn would knock again and again
+            for box in parts:
                 dtype = dtypes[box.fqn]
                 part = received[: box.numel * dtype.itemsize]
-                exchange.receive_bytes(part, rank)
+                wires.receive(part, rank)
                 whole[box.fqn][box.region] = part.view(dtype).view(box.sizes)
     for alias, fqn in plan.aliases.items():
         whole[alias] = whole[fqn]

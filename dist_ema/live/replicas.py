@@ -27,6 +27,7 @@ from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, tensor_checksums
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.wires import Wires
 
 __all__ = ["DRIFT_ALLOWED", "Replicas"]
 
@@ -183,8 +184,9 @@ class _Comparison:
         )
         for tensors in self._rounds:  # one tensor of a division in a round: several divisions are compared side by side
             own = []
-            for key, index, lowest, others in tensors:
-                own += self._compare(key, index, lowest, others)
+            with self._exchange.wires(self._call) as wires:
+                for key, index, lowest, others in tensors:
+                    own += self._compare(wires, key, index, lowest, others)
             self._exchange.raise_together(self._call, self._failure)
             of_round = [row for of_rank in self._exchange.gather_objects(own) for row in of_rank]
             differences += [row for row in of_round if row.relative != 0.0]
@@ -192,7 +194,7 @@ class _Comparison:
                 break
         return differences
 
-    def _compare(self, key: str, index: int, lowest: int, others: Sequence[int]) -> list[_Difference]:
+    def _compare(self, wires: Wires, key: str, index: int, lowest: int, others: Sequence[int]) -> list[_Difference]:
         """Send or receive one tensor in chunks; a failure is kept, as the other ranks wait for this rank's messages."""
         rank = self._exchange.rank
         if rank != lowest and rank not in others:
@@ -208,9 +210,9 @@ class _Comparison:
             if rank == lowest:
                 sent = message if chunk is None else chunk
                 for other in others:
-                    self._exchange.send_bytes(sent, other)
+                    wires.send(sent, other)
                 continue
-            self._exchange.receive_bytes(message, lowest)
+            wires.receive(message, lowest)
             if chunk is not None:
                 self._guarded(functools.partial(_add_squares, squares, message, chunk, dtype))
         if rank == lowest:

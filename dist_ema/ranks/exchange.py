@@ -36,6 +36,7 @@ from dist_ema.errors import (
 from dist_ema.messages import difference_text, level_of_caller
 from dist_ema.ranks.arrival import arrival_seconds, present_world, wait_for_all
 from dist_ema.ranks.groups import Farewell, Link, this_world
+from dist_ema.ranks.wires import WireError, Wires
 
 __all__ = ["Exchange"]
 
@@ -190,12 +191,16 @@ class Exchange:
                 raise RuntimeError("the process group was destroyed")
             yield link
         except (RuntimeError, ValueError) as error:
-            message = (
-                f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
-                f"call; perhaps one died, or did something else, or the process group was destroyed before wait() "
-                f"({_first_line(error)})"
-            )
-            raise self._leave(link, CommunicationError.__name__, message, lives=False) from error
+            raise self._lost(link, action, error) from error
+
+    def _lost(self, link: Link, action: str, error: Exception) -> DistEMAError:
+        """Leave a link that does not lead to the other ranks any more. Returns the error that all ranks raise."""
+        message = (
+            f"{action}: rank {self.rank} waited for the other ranks and lost them. Every rank must make the same "
+            f"call; perhaps one died, or did something else, or the process group was destroyed before wait() "
+            f"({_first_line(error)})"
+        )
+        return self._leave(link, CommunicationError.__name__, message, lives=False)
 
     def agree(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.
@@ -372,32 +377,27 @@ class Exchange:
 
         return passing.begin, wait
 
-    def transpose_integers(self, rows: torch.Tensor) -> torch.Tensor:
-        """Collective: every rank must call it. Row r goes to rank r; row r of the result comes from rank r."""
-        if self.world_size == 1:
-            return rows
-        with self._together("planning an exchange") as link:
-            received = torch.empty_like(rows)
-            link.transpose(received, rows)
-        return received
+    @contextmanager
+    def wires(self, action: str) -> Iterator[Wires]:
+        """Collective: every rank must enter it, in the same order; the ranks then send to each other what they like.
 
-    def send_bytes(self, values: torch.Tensor, target: int) -> None:
-        """Point to point: `target` must call `receive_bytes`. Sends a CPU uint8 tensor."""
-        with self._together("sending tensors") as link:
-            link.send(values, target)
+        Entering and leaving send nothing. All connections are closed at the end.
 
-    def receive_bytes(self, values: torch.Tensor, source: int) -> None:
-        """Point to point: `source` must call `send_bytes`. Fills a CPU uint8 tensor of the sent size."""
-        with self._together("receiving tensors") as link:
-            link.receive(values, source)
+        Args:
+            action: a name of the work, for the message.
 
-    def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
-        """Point to point, both ways at once: `target` must receive what is `sent`, `source` send what is `received`.
-
-        Both are CPU uint8 tensors; None where there is nothing to send or to receive.
+        Raises:
+            CommunicationError: a message did not get through; the same on all ranks.
         """
-        with self._together("exchanging tensors") as link:
-            link.pass_on(sent, target, received, source)
+        with self._together(action) as link:
+            board = link.board()
+        wires = Wires(self.rank, board)
+        try:
+            yield wires
+        except WireError as error:
+            raise self._lost(link, action, error) from error
+        finally:
+            wires.close()
 
 
 def _first_line(error: Exception) -> str:

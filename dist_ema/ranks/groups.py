@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dist_ema.ranks.broadcasts import Passing
+from dist_ema.ranks.tasks import WireError
 
-__all__ = ["Farewell", "Link", "World", "this_world"]
+__all__ = ["Farewell", "Link", "StoreBoard", "World", "this_world"]
 
 # The least time that a rank waits for a message within a call that all have made: a slow disk is no error.
 _STAGE_SECONDS = 1800.0
@@ -68,6 +69,7 @@ class Link:
         self._size = size
         self._group: Any = None
         self._left: Farewell | None = None
+        self._num_boards = 0
         # The messages of an arrival: the other rank, and a byte that is sent or received.
         others = range(1, size) if rank == 0 else (0, 0)
         self._messages = [(other, torch.zeros(1, dtype=torch.uint8, device="cpu")) for other in others]
@@ -155,6 +157,11 @@ class Link:
             raise
         return self._left or own
 
+    def board(self) -> StoreBoard:
+        """A board for one piece of work; the ranks make equally many of them. No communication."""
+        self._num_boards += 1
+        return StoreBoard(PrefixStore(f"{self._name}/{self._num_boards}", self._store), self)
+
     def arrive(self, seconds: float) -> None:
         """Collective: every rank must call it. Wait for so long at most until all ranks are here.
 
@@ -204,36 +211,56 @@ class Link:
         flag, options = torch.zeros(1, dtype=torch.uint8, device="cpu"), dist.AllreduceOptions()
         return Passing(partial(self._live().allreduce, [flag], options))
 
-    def transpose(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Collective: every rank must call it. Row r of `sent` goes to rank r."""
-        self._live().alltoall_base(received, sent, [], []).wait()
-
-    def send(self, values: torch.Tensor, target: int) -> None:
-        """Point to point: `target` must call `receive`."""
-        self._live().send([values], target, 0).wait()
-
-    def receive(self, values: torch.Tensor, source: int) -> None:
-        """Point to point: `source` must call `send`."""
-        self._live().recv([values], source, 0).wait()
-
-    def pass_on(self, sent: torch.Tensor | None, target: int, received: torch.Tensor | None, source: int) -> None:
-        """Point to point, both ways at once; None where there is nothing to send or to receive."""
-        works: list[Any] = []
-        try:
-            if sent is not None:
-                works.append(self._live().send([sent], target, 0))
-            if received is not None:
-                self.receive(received, source)
-            while works:
-                works[0].wait()
-                works.pop(0)
-        finally:
-            works.clear()
-
     def _live(self) -> Any:
         if self._group is None:
             raise RuntimeError("the group was left")
         return self._group
+
+
+class StoreBoard:
+    """Where the ranks leave texts for each other, in the store that they share; see `Board` in wires.py.
+
+    Args:
+        store: the part of the store for one piece of work.
+        link: the link of the work.
+    """
+
+    def __init__(self, store: Any, link: Link) -> None:
+        self._store = store
+        self._link = link
+
+    def post(self, key: str, text: str) -> None:
+        """Publish a text."""
+        self._store.set(key, text)
+
+    def look_up(self, key: str) -> str:
+        """The text under a key, as soon as it is there. A blocking wait could not be interrupted."""
+        pause, checked_at = 0.001, time.monotonic()
+        while not self._store.check([key]):
+            if time.monotonic() - checked_at >= 0.5:
+                self.check()
+                checked_at = time.monotonic()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return str(self._store.get(key).decode())
+
+    def announce(self, key: str, text: str) -> None:
+        """Add a text to what is under a key."""
+        self._store.append(key, text)
+        self._store.check([key])  # the answer shows that the text is there
+
+    def announced(self, key: str) -> str:
+        """All that was added under a key."""
+        return str(self._store.get(key).decode()) if self._store.check([key]) else ""
+
+    def forget(self, key: str) -> None:
+        """Remove a key."""
+        self._store.delete_key(key)
+
+    def check(self) -> None:
+        """Raises a WireError if some rank has left the link."""
+        if self._link.farewell() is not None:
+            raise WireError("another rank has left")
 
 
 def _wait(works: list[Any], deadline: float) -> None:
