@@ -273,10 +273,15 @@ class _Loading:
         failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
         self._exchange.raise_together(self._action, failure)
         if expected:
-            checksums = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
-            damaged = [name for name, value in expected.items() if checksums[name] != value]
-            if damaged:  # the same on every rank
-                raise CheckpointCorruptError(damage_text(self._folder, damaged))
+            combined = self._exchange.xor_on_rank_0(partial.partial())
+
+            def check() -> None:
+                checksums = whole_checksums(self._sizes_bytes, combined or [])
+                damaged = [name for name, value in expected.items() if checksums[name] != value]
+                if damaged:
+                    raise CheckpointCorruptError(damage_text(self._folder, damaged))
+
+            self._exchange.on_rank_0(self._action, check)
 
 
 def _warn_of_blind_ranks(exchange: Exchange, folder: Path, blind: Sequence[int]) -> None:

@@ -167,13 +167,14 @@ class _Save:
         return writers
 
     def _write(self, folder: Path, pieces: Pieces, writers: list[int]) -> dict[str, int]:
-        """Write one track. Returns the checksums of its tensors."""
+        """Write one track. Returns the checksums of its tensors, on rank 0; {} elsewhere."""
         partial = None if self._manifest is None else PartialChecksums(self._sizes_bytes)
         failure = write_tensors(self._exchange, folder, self._files, pieces, writers, partial)
         self._exchange.raise_together(self._action, failure)
         if partial is None:
             return {}
-        return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
+        combined = self._exchange.xor_on_rank_0(partial.partial())
+        return {} if combined is None else whole_checksums(self._sizes_bytes, combined)
 
     def _finish(self, checksums: Mapping[str, Mapping[str, int]]) -> None:
         assert self._staged is not None, "this is rank 0, and it has staged"

@@ -66,10 +66,11 @@ class Wait:
         call: the name of the call.
         notice_seconds: the seconds after which rank 0 logs for which ranks it waits.
         seconds: the seconds after which the call ends on all ranks, also on those that come later.
-        lost: the text for a wait that took too long, from the seconds waited and the missing ranks.
+        lost: the text for a wait that took too long, from the seconds waited, the missing ranks, and what they did.
 
     Attributes:
         link: as given.
+        seconds: as given.
     """
 
     def __init__(
@@ -79,26 +80,26 @@ class Wait:
         call: str,
         notice_seconds: float,
         seconds: float,
-        lost: Callable[[float, str], str],
+        lost: Callable[[float, str, str], str],
     ) -> None:
         self._world = world
         self.link = link
         self._call = call
         self._notice_seconds = notice_seconds
-        self._seconds = seconds
+        self.seconds = seconds
         self._lost = lost
 
     @classmethod
     def for_all(cls, world: World, call: str, notice_seconds: float, seconds: float) -> Wait:
         """The wait for all ranks to come to a call."""
 
-        def lost(waited: float, missing: str) -> str:
+        def lost(waited: float, missing: str, doing: str) -> str:
             return (
                 f"{call}: rank {world.rank} waited {waited:.0f} s, and not all {world.size} ranks came; it waited for "
-                f"{missing}. Perhaps one died, or did something else. Every rank must make the same call, at the same "
-                "place of the program: do not put it under `if is_main_process`, nor into a block of DDP's join(), "
-                "which ranks with fewer batches leave early. If ranks may be further apart in time, set a larger "
-                "DIST_EMA_ARRIVAL_SECONDS in the environment of all of them, or a longer timeout of the process group"
+                f"{missing}. Perhaps one died, or did something else. {doing}. Every rank must make the same call, at "
+                "the same place of the program: do not put it under `if is_main_process`, nor into a block of DDP's "
+                "join(), which ranks with fewer batches leave early. If ranks may be further apart in time, set a "
+                "larger DIST_EMA_ARRIVAL_SECONDS in the environment of all of them, or a longer timeout of the process group"
             )
 
         return cls(world, world.link, call, notice_seconds, seconds, lost)
@@ -107,23 +108,25 @@ class Wait:
     def within(cls, world: World, link: Link, action: str, notice_seconds: float) -> Wait:
         """The wait of a rank for the others, within a call that all have come to."""
 
-        def lost(waited: float, missing: str) -> str:
-            return f"{action}: rank {world.rank} waited {waited:.0f} s for {missing}, which are still in the call"
+        def lost(waited: float, missing: str, doing: str) -> str:
+            return f"{action}: rank {world.rank} waited {waited:.0f} s for {missing}, within the call. {doing}"
 
         return cls(world, link, action, _STAGE_FACTOR * notice_seconds, world.stage_seconds, lost)
 
     def end_of(self, waited: float) -> Farewell | None:
         """See `dist_ema.ranks.worlds.Patience`."""
-        if waited >= self._seconds:
-            message = self._lost(waited, self._world.missing(self.link, MOST_NAMED))
+        if waited >= self.seconds:
+            message = self._lost(waited, *self._world.missing(self.link, MOST_NAMED))
             return Farewell(self._world.num_calls, CommunicationError.__name__, message, lives=True)
         if waited >= _SILENCE_SECONDS:
             self._world.look_for_silence(self.link, MOST_NAMED)
         if self._world.rank == 0 and waited >= self._notice_seconds:
             self._notice_seconds = _GROWTH * waited
+            missing, doing = self._world.missing(self.link, MOST_NAMED)
             _log.warning(
-                "%s: rank 0 has waited %.0f s for %s, and waits on, %.0f s at most. Every rank must make the same call",
-                *(self._call, waited, self._world.missing(self.link, MOST_NAMED), self._seconds),
+                "%s: rank 0 has waited %.0f s for %s, and waits on, %.0f s at most. %s. Every rank must make the same "
+                "call",
+                *(self._call, waited, missing, self.seconds, doing),
             )
         return None
 

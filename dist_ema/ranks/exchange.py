@@ -463,8 +463,8 @@ class Exchange:
         combined: list[Any] = self.reduce("adding up over the ranks", list(values), merge) if values else []
         return combined
 
-    def xor_integers(self, values: Sequence[int]) -> list[int]:
-        """Collective: every rank must call it. The exclusive-or over the ranks; on rank 0 only, [] elsewhere.
+    def xor_on_rank_0(self, values: Sequence[int]) -> list[int] | None:
+        """Collective: every rank must call it. The exclusive-or over the ranks, on rank 0; None elsewhere.
 
         A rank sends the values that are not 0, with their places.
         """
@@ -474,7 +474,7 @@ class Exchange:
             return left | {place: left.get(place, 0) ^ value for place, value in right.items()}
 
         combined = self.reduce("combining the checksums", own, merge, on_rank_0=True)
-        return [combined.get(str(place), 0) for place in range(len(values))] if self.rank == 0 else []
+        return [combined.get(str(place), 0) for place in range(len(values))] if self.rank == 0 else None
 
     def meeting(self, action: str) -> tuple[Callable[[], None], Callable[[], None]]:
         """Collective: every rank must do both steps. No rank passes the second before all have done the first.

@@ -160,6 +160,13 @@ class Link:
             number += 1  # that verdict was there already
         return self._left
 
+    def check(self, store: SharedStore) -> None:
+        """Raise a LeftError if a rank has left, as far as the store shows. For waits that are no agreements."""
+        self._check()
+        text = store.look(self._verdict(self.number))
+        if text is not None:
+            self._outcome(text)
+
     def forget(self, own: Farewell) -> Farewell:
         """Leave the link without the store, which is gone."""
         if self._left is None:

@@ -40,10 +40,16 @@ _TICK_SECONDS = 0.5
 
 
 class Patience(Protocol):
-    """How long a wait may take, and what is done meanwhile."""
+    """How long a wait may take, and what is done meanwhile.
+
+    Attributes:
+        seconds: the longest wait.
+    """
+
+    seconds: float
 
     def end_of(self, waited: float) -> Farewell | None:
-        """Called about twice a second. A farewell ends the wait on all ranks.
+        """Called about twice a second, and at the end of the time. A farewell ends the wait on all ranks.
 
         Args:
             waited: the seconds since the beginning of the wait.
@@ -134,7 +140,7 @@ class World:
 
     def _wait(self, patience: Patience, end: End) -> None:
         began = time.monotonic()
-        while not end.comes_within(_TICK_SECONDS):
+        while not end.comes_within(min(_TICK_SECONDS, max(began + patience.seconds - time.monotonic(), 0.01))):
             link = self.link
             farewell = patience.end_of(time.monotonic() - began)
             if farewell is not None and not end.has_come:
@@ -187,17 +193,18 @@ class World:
         """Have the other ranks learn the number of updates of an average, where they wait for this rank."""
         self._averages.add(average)
 
-    def missing(self, link: Link, most: int) -> str:
-        """The ranks that have not come to the present agreement, and what they last did."""
+    def missing(self, link: Link, most: int) -> tuple[str, str]:
+        """The ranks that have not come to the present agreement, and a sentence about what they last did."""
         try:
             ranks, count = link.missing(self.side, most)
             seen = self._presence.last_seen(ranks)
         except RuntimeError:
-            return "ranks that cannot be named: the store of the process group is gone"
+            return "ranks that cannot be named", "The store of the process group is gone"
         if not ranks:
-            return "ranks that came and are gone"
-        texts = [f"rank {rank} ({text})" for rank, text in zip(ranks, seen, strict=True)]
-        return ", ".join(texts) + (f" and {count - len(ranks)} more" if count > len(ranks) else "")
+            return "ranks that came and are gone", "Nothing more is known of them"
+        names = ", ".join(f"rank {rank}" for rank in ranks) + (f" and {count - len(ranks)} more" * (count > len(ranks)))
+        doing = "; ".join(f"rank {rank} was {text}" for rank, text in zip(ranks, seen, strict=True))
+        return names, doing[0].upper() + doing[1:]
 
     def tend(self) -> None:
         """Give a sign of life, and end the agreements of all ranks if the next rank is gone."""
