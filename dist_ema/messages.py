@@ -47,16 +47,20 @@ def difference_text(digests: Sequence[str], records: Sequence[tuple[str, str | N
 
     Args:
         digests: the digests of the records of all ranks.
-        records: for every rank its record as JSON, and the working folder to which a path in it is relative.
+        records: for every rank its record as JSON, and the working folder to which a path in it is relative, as
+            `node:folder`.
     """
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     (first, first_folder), (second, second_folder) = records[0], records[other]
     difference = _first_difference(json.loads(first), json.loads(second))
     cause = ""
     if difference.startswith("path: ") and None not in (first_folder, second_folder) and first_folder != second_folder:
+        (first_node, _, first_folder), (second_node, _, second_folder) = (
+            str(folder).partition(":") for folder in (first_folder, second_folder)
+        )
         cause = (
-            f" (a relative path, taken from the working directories {first_folder} and {second_folder}: give an "
-            "absolute one)"
+            f" (a relative path, resolved in the working directories {first_folder} and {second_folder}, of rank 0 on "
+            f"the node {first_node} and rank {other} on the node {second_node}: give an absolute one)"
         )
     return (
         f"rank 0 and rank {other} differ in {difference}{cause}. Build the same model, give the same schedule and "
