@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from layouts_zoo import build_layout, set_whole
 from torch import nn
 from twins import assert_same_bits
 
-from dist_ema import CheckpointCorruptError, CheckpointNotFoundError, ConstantSchedule, ShardedEMA
+from dist_ema import CheckpointCorruptError, CheckpointNotFoundError, ConstantSchedule, RankMismatchError, ShardedEMA
 from dist_ema.checkpoint import loading, saving
 from dist_ema.ranks import nodes
 
@@ -180,3 +181,38 @@ def test_a_checkpoint_of_rank_0_that_is_the_newest_is_loaded_without_such_a_word
     results = restarted(world, tmp_path, updates_on)
     assert all("sees an average of" not in told for of_ranks in results.values() for told, _ in of_ranks)
     assert [num_updates for _, num_updates in results["load"]] == [updates_on[0]] * 3
+
+
+CALLS = {
+    "save": lambda ema: ema.save("out/ema"),
+    "snapshot": lambda ema: ema.snapshot("out"),
+    "consolidate": lambda ema: ema.consolidate("out/export"),
+    "load": lambda ema: ema.load("out/ema"),
+    "start_from": lambda ema: ema.start_from("out/export", num_updates=1),
+}
+
+
+def a_relative_path(root: str) -> dict[str, str]:
+    rank, former = dist.get_rank(), os.getcwd()
+    ema = ShardedEMA(nn.Linear(3, 2), SCHEDULE)
+    (Path(root) / f"home{rank}").mkdir()
+    refusals = {}
+    try:
+        os.chdir(Path(root) / f"home{rank}")
+        with on_node(f"n{rank}"):
+            for name, call in CALLS.items():
+                with pytest.raises(RankMismatchError) as caught:
+                    call(ema)
+                refusals[name] = str(caught.value)
+    finally:
+        os.chdir(former)
+    return refusals
+
+
+def test_a_relative_path_that_leads_elsewhere_on_each_node_is_named_as_such(world, tmp_path) -> None:
+    first, second = world(2).run(a_relative_path, str(tmp_path))
+    assert first == second and first.keys() == CALLS.keys()
+    folders = f"working directories {tmp_path / 'home0'} and {tmp_path / 'home1'}"
+    for told in first.values():
+        assert f"a relative path, resolved in the {folders}, of rank 0 on the node n0 and rank 1 on the node n1" in told
+    assert [path for home in tmp_path.iterdir() for path in home.iterdir()] == []
