@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from dist_ema.boxes.rank_runs import RankRuns
+from dist_ema.checkpoint.nodes import node_name
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.errors import (
     CheckpointCorruptError,
@@ -20,8 +22,6 @@ from dist_ema.errors import (
     error_class,
 )
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.nodes import node_name
-from dist_ema.ranks.rank_runs import RankRuns
 
 __all__ = ["as_rank_0_sees", "num_updates_at", "warn_of_a_newer_one", "warn_of_blind_ranks"]
 

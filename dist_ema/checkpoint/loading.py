@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 import torch
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Shard
 from dist_ema.checkpoint.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
+from dist_ema.checkpoint.nodes import blind_ranks
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
@@ -34,8 +36,6 @@ from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, w
 from dist_ema.disk.sources import find_start
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.nodes import blind_ranks
-from dist_ema.ranks.rank_runs import RankRuns
 
 __all__ = ["Escapes", "load_average", "load_model"]
 

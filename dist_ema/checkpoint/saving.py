@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
+from dist_ema.checkpoint.nodes import blind_ranks, node_name
 from dist_ema.checkpoint.writing import Pieces, write_tensors
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
@@ -27,8 +29,6 @@ from dist_ema.disk.formats.model_config import CONFIG_NAMES, are_described
 from dist_ema.disk.formats.model_files import ModelFiles, lay_out_files, write_whole
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.nodes import blind_ranks, node_name
-from dist_ema.ranks.rank_runs import RankRuns
 
 __all__ = ["model_files", "write_average", "write_export"]
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dist_ema.boxes.owners import Division
+from dist_ema.boxes.rank_runs import RankRuns, merged_runs
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.rank_runs import RankRuns, merged_runs
 
 __all__ = ["Table", "differing_tensors", "key_of"]
 

@@ -18,8 +18,7 @@ from torch import nn
 from twins import assert_same_bits
 
 from dist_ema import CheckpointCorruptError, CheckpointNotFoundError, ConstantSchedule, RankMismatchError, ShardedEMA
-from dist_ema.checkpoint import loading, saving
-from dist_ema.ranks import nodes
+from dist_ema.checkpoint import loading, nodes, saving
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 
@@ -92,7 +91,7 @@ def test_a_node_is_not_split_into_ranks_that_see_the_folder_and_ranks_that_do_no
 
 
 def test_containers_of_one_machine_that_mount_other_disks_are_no_node() -> None:
-    program = "from dist_ema.ranks.nodes import file_view; print(file_view())"
+    program = "from dist_ema.checkpoint.nodes import file_view; print(file_view())"
     python = [sys.executable, "-c", program]
 
     def view_of(*command: str) -> str:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dist_ema.boxes.rank_runs import RankRuns, merged_runs
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.rank_runs import RankRuns, merged_runs
+from dist_ema.ranks.processes import host_identity
 
 __all__ = ["blind_ranks", "file_view", "node_name"]
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MOUNTS = Path("/proc/self/ns/mnt")
 
 
@@ -36,9 +36,7 @@ def file_view() -> str:
     It is of the machine, of the mounts that this process sees (containers on one machine have their own), and of its
     root folder.
     """
-    view: list[object] = [node_name()]
-    with suppress(OSError):
-        view = [_BOOT_ID.read_text()]
+    view: list[object] = [host_identity()]
     with suppress(OSError):
         view.append(_MOUNTS.stat().st_ino)
     with suppress(OSError):

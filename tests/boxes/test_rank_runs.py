@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from dist_ema.ranks.rank_runs import RankRuns, merged_runs
+from dist_ema.boxes.rank_runs import RankRuns, merged_runs
 
 
 def combined(ranks: list[int], fan_in: int) -> RankRuns:
