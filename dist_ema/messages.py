@@ -50,16 +50,20 @@ def difference_text(other: int, of_rank_0: Record, of_other: Record) -> str:
 
     Args:
         other: the first rank whose record differs from that of rank 0.
-        of_rank_0: the record of rank 0.
-        of_other: the record of the other rank.
+        of_rank_0: the record of rank 0, as JSON, and the working folder to which a path in it is relative, as
+            `node:folder`.
+        of_other: the record of the other rank, likewise.
     """
     (first, first_folder), (second, second_folder) = of_rank_0, of_other
     difference = _first_difference(json.loads(first or "null"), json.loads(second or "null"))
     cause = ""
     if difference.startswith("path: ") and None not in (first_folder, second_folder) and first_folder != second_folder:
+        (first_node, _, first_folder), (second_node, _, second_folder) = (
+            str(folder).partition(":") for folder in (first_folder, second_folder)
+        )
         cause = (
-            f" (a relative path, taken from the working directories {first_folder} and {second_folder}: give an "
-            "absolute one)"
+            f" (a relative path, resolved in the working directories {first_folder} and {second_folder}, of rank 0 on "
+            f"the node {first_node} and rank {other} on the node {second_node}: give an absolute one)"
         )
     return (
         f"rank 0 and rank {other} differ in {difference}{cause}. Build the same model, give the same schedule and "

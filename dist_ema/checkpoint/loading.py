@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import operator
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +23,10 @@ from typing import Any, TypeVar
 import torch
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Shard
+from dist_ema.checkpoint.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
+from dist_ema.checkpoint.nodes import blind_ranks
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
@@ -92,7 +98,7 @@ def load_average(
         _common_tensors(saved, now.tensors, escapes)
         return saved
 
-    def fill(saved: SavedAverage, blind: Sequence[int]) -> None:
+    def fill(saved: SavedAverage, blind: RankRuns) -> None:
         wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
@@ -103,9 +109,11 @@ def load_average(
 
     saved = _steadily(
         exchange,
+        action,
         target,
-        lambda: _of_rank_0(exchange, action, find, SavedAverage.to_json, SavedAverage.from_json),
+        lambda: as_rank_0_sees(exchange, action, target, find, SavedAverage.from_json, lambda: num_updates_at(target)),
         sees=_sees_average,
+        warn=lambda saved, blind: warn_of_a_newer_one(exchange, target, saved.manifest.num_updates, blind),
         fill=fill,
         replaced=was_replaced,
     )
@@ -146,9 +154,15 @@ def load_model(
 
     record = _steadily(
         exchange,
+        action,
         source,
-        lambda: _of_rank_0(
-            exchange, action, lambda: steadily([source], find), _ModelRecord.to_json, _ModelRecord.from_json
+        lambda: as_rank_0_sees(
+            exchange,
+            action,
+            source,
+            lambda: steadily([source], find),
+            _ModelRecord.from_json,
+            lambda: 0 if os.path.lexists(source) else None,
         ),
         sees=lambda record: _sees_model(record.folder, record.model),
         fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
@@ -179,40 +193,26 @@ class _ModelRecord:
         return cls(Path(record["folder"]), StoredModel.from_json(record["model"]), record["names"])
 
 
-def _of_rank_0(
-    exchange: Exchange,
-    action: str,
-    find: Callable[[], T],
-    to_json: Callable[[T], dict[str, Any]],
-    from_json: Callable[[dict[str, Any]], T],
-) -> T:
-    """Collective: every rank must call it. What rank 0 has found; the other ranks make it anew from JSON."""
-    found: list[T] = []
-
-    def work() -> dict[str, Any]:
-        found.append(find())
-        return to_json(found[0])
-
-    record = exchange.on_rank_0(action, work)
-    return found[0] if found else from_json(record)
-
-
 def _steadily(
     exchange: Exchange,
+    action: str,
     source: Path,
     find: Callable[[], T],
     *,
     sees: Callable[[T], bool],
-    fill: Callable[[T, Sequence[int]], None],
+    warn: Callable[[T, RankRuns], object] = lambda record, blind: None,
+    fill: Callable[[T, RankRuns], None],
     replaced: Callable[[T], bool],
 ) -> T:
     """Collective: every rank must call it. Find and read a folder; begin again if a save has replaced it meanwhile.
 
     Args:
         exchange: the control traffic of all ranks.
-        source: the path, for the message.
+        action: a name of the work, for a message.
+        source: the path, for a message.
         find: collective; returns a record of what is to be read, the same on all ranks.
         sees: whether this rank sees the files of the record.
+        warn: collective; warns further, where ranks are blind.
         fill: collective; reads, for the given blind ranks too. Raises the same error on all ranks.
         replaced: whether these files are no longer there, as this rank sees it.
 
@@ -222,17 +222,19 @@ def _steadily(
     attempts = Attempts([source])
     while True:
         record = find()
-        views = exchange.gather_objects((exchange.rank == 0 or sees(record), exchange.rank == 0 and replaced(record)))
-        blind = [rank for rank, (seen, _) in enumerate(views) if not seen]
+        look = functools.partial(sees, record)
+        blind = blind_ranks(exchange, action, look, look)
         failure: CheckpointError | None = None
-        if not (blind and views[0][1]):  # else no rank is blind: a save replaced the files before these ranks looked
+        # If a save replaced the files before these ranks looked, no rank is blind.
+        if not (blind and exchange.broadcast_object(exchange.rank == 0 and replaced(record))):
             if blind:
-                _warn_of_blind_ranks(exchange, source, blind)
+                warn_of_blind_ranks(exchange, source, blind)
+                warn(record, blind)
             try:
                 fill(record, blind)
             except CheckpointError as error:
                 failure = error
-            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(record))):
+            if not exchange.reduce(action, exchange.rank not in blind and replaced(record), operator.or_):
                 if failure is not None:
                     raise failure
                 return record
@@ -244,7 +246,7 @@ def _steadily(
 class _Loading:
     """Reading one model folder into the shards of all ranks."""
 
-    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: Sequence[int]) -> None:
+    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: RankRuns) -> None:
         self._exchange = exchange
         self._action = action
         self._folder = folder
@@ -282,13 +284,6 @@ class _Loading:
                     raise CheckpointCorruptError(damage_text(self._folder, damaged))
 
             self._exchange.on_rank_0(self._action, check)
-
-
-def _warn_of_blind_ranks(exchange: Exchange, folder: Path, blind: Sequence[int]) -> None:
-    exchange.warn(
-        f"{len(blind)} of {exchange.world_size} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which "
-        "is slower. Load from a file system that all nodes share"
-    )
 
 
 def _sees_average(saved: SavedAverage) -> bool:

@@ -43,9 +43,10 @@ def _whole_tensors(
         "full_state_dict", lambda: [(box, host_bytes(values, dtypes[box.fqn])) for box, values in pieces]
     )
     records = [[box.fqn, box.offsets, box.sizes] for box, _ in contents]
+    records_by_rank = exchange.reduce("full_state_dict", [records], operator.add, on_rank_0=True)
     boxes_by_rank = [
         [Box(fqn, tuple(offsets), tuple(sizes)) for fqn, offsets, sizes in of_rank]
-        for of_rank in exchange.reduce("full_state_dict", [records], operator.add)
+        for of_rank in (records_by_rank if exchange.rank == 0 else [])
     ]
 
     def allocate() -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -99,7 +99,8 @@ class Wait:
                 f"{missing}. Perhaps one died, or did something else. {doing}. Every rank must make the same call, at "
                 "the same place of the program: do not put it under `if is_main_process`, nor into a block of DDP's "
                 "join(), which ranks with fewer batches leave early. If ranks may be further apart in time, set a "
-                "larger DIST_EMA_ARRIVAL_SECONDS in the environment of all of them, or a longer timeout of the process group"
+                "larger DIST_EMA_ARRIVAL_SECONDS in the environment of all of them, or a longer timeout of the "
+                "process group"
             )
 
         return cls(world, world.link, call, notice_seconds, seconds, lost)
