@@ -137,7 +137,7 @@ def _agreed(
     def coverage(prepared: tuple[AveragedState, SmallFiles]) -> tuple[Coverage, list[Box]]:
         plan = prepared[0].plan
         owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
-        return Coverage(plan.specs, exchange.drawn), owned
+        return Coverage(plan.specs, exchange.channel.drawn), owned
 
     def terms(prepared: tuple[AveragedState, SmallFiles]) -> list[int]:
         covered, owned = coverage(prepared)

@@ -18,7 +18,7 @@ from pathlib import Path
 from dist_ema.boxes.rank_runs import RankRuns, merged_runs
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.processes import host_identity
+from dist_ema.ranks.store.processes import host_identity
 
 __all__ = ["blind_ranks", "file_view", "node_name"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dist_ema.checks import seconds_from_environment
 from dist_ema.errors import CommunicationError
-from dist_ema.ranks.link import Farewell, Link
+from dist_ema.ranks.store.link import Farewell, Link
 from dist_ema.ranks.worlds import World, this_world
 
 __all__ = ["MOST_NAMED", "Wait", "arrival_seconds", "differing_calls", "merge_calls", "present_world"]

@@ -55,7 +55,7 @@ class Calls:
         self.exchange = exchange
         self.average = average
         self.wait = wait
-        exchange.shows(average)
+        exchange.channel.shows(average)
 
     def __call__(self, name: str, act: Callable[[Call], T]) -> T:
         """Make a call. An exception of `act` ends it for all ranks.
@@ -76,7 +76,7 @@ class Calls:
             torch.set_grad_enabled(mode)
             raise
         finally:
-            self.exchange.end()
+            self.exchange.channel.end()
 
 
 class Call:
@@ -91,7 +91,7 @@ class Call:
         self.name = name
         self.exchange = calls.exchange
         self._calls = calls
-        self._num_calls_before = calls.exchange.num_calls
+        self._num_calls_before = calls.exchange.channel.num_calls
 
     def together(
         self,
@@ -162,15 +162,17 @@ def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
         exchange: the exchange of the call.
         call: the name of the call, for the message.
     """
-    before = exchange.num_calls
+    before = exchange.channel.num_calls
     try:
         yield
     except BaseException as error:
         _end_for_all(exchange, call, before, error)
         raise
+    finally:
+        exchange.channel.end()
 
 
 def _end_for_all(exchange: Exchange, call: str, num_calls_before: int, error: BaseException) -> None:
     # Before the arrival no other rank waits for this one.
-    if exchange.is_beside or exchange.num_calls > num_calls_before:
-        exchange.abandon(call, error)
+    if exchange.channel.is_beside or exchange.channel.num_calls > num_calls_before:
+        exchange.channel.abandon(call, error)

@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from dist_ema.errors import CommunicationError
-from dist_ema.ranks.courier import Courier
-from dist_ema.ranks.link import Farewell, Link
-from dist_ema.ranks.presence import Presence
-from dist_ema.ranks.store import SharedStore
+from dist_ema.ranks.store.courier import Courier
+from dist_ema.ranks.store.link import Farewell, Link
+from dist_ema.ranks.store.presence import Presence
+from dist_ema.ranks.store.shared_store import SharedStore
 from dist_ema.uninterrupted import End
 
 __all__ = ["Patience", "World", "simulated", "this_world"]

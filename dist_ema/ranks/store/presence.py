@@ -14,8 +14,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from dist_ema.ranks.processes import Process, host_identity, this_process
-from dist_ema.ranks.store import SharedStore
+from dist_ema.ranks.store.processes import Process, host_identity, this_process
+from dist_ema.ranks.store.shared_store import SharedStore
 
 __all__ = ["Presence"]
 

@@ -33,7 +33,7 @@ from functools import reduce
 from typing import Any
 
 from dist_ema.errors import CommunicationError
-from dist_ema.ranks.store import SharedStore
+from dist_ema.ranks.store.shared_store import SharedStore
 
 __all__ = ["Farewell", "LeftError", "Link", "Merge"]
 
