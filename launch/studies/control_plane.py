@@ -1,0 +1,95 @@
+"""What the ranks say to one another: real worlds, whose processes are counted and timed.
+
+    python launch/studies/control_plane.py --real                     # worlds of 2 to 64 ranks: some minutes
+    torchrun --nproc-per-node 64 launch/studies/control_plane.py --real   # one world, under torchrun itself
+
+Descriptors and threads are those that a process has more than before the first construction, the largest of all ranks
+that do not keep the store of the process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from real_ranks import HOSTS, LAYOUTS, Counted, Measured, forked, measure
+
+# What the wrappers and the average load at their first use: loaded once here, not in every rank.
+_SLOW_TO_LOAD = ("torch._dynamo", "torch.distributed.checkpoint")
+
+_HEAD = (
+    "| ranks | layout | store kept by | after construction | during saves | after them | rank 0 keeps | "
+    "construction, ms | save, ms | its CPU time a rank, ms | load, ms |"
+)
+
+
+def row(layout: str, host: str, all_ranks: Sequence[Measured]) -> str:
+    """A row of the table of real worlds."""
+    others = all_ranks if host != "rank 0" else all_ranks[1:]
+
+    def most(name: str) -> str:
+        return _text(functools.reduce(Counted.__or__, (getattr(each, name) for each in others)))
+
+    def ms(name: str) -> str:
+        return f"{1000 * max(getattr(each, name) for each in all_ranks):,.0f}"
+
+    cpu = 1000 * statistics.fmean(each.save_cpu_seconds for each in all_ranks)
+    cells = [str(len(all_ranks)), layout, host, most("constructed"), most("saving"), most("saved")]
+    cells += [_text(all_ranks[0].saving) if host == "rank 0" else "-"]
+    cells += [ms("construction_seconds"), ms("save_seconds"), f"{cpu:.1f}", ms("load_seconds")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _text(counted: Counted) -> str:
+    return f"{counted.descriptors}; {counted.threads}"
+
+
+def real(sizes: Sequence[int], layouts: Sequence[str], hosts: Sequence[str]) -> None:
+    """Print a row for every world."""
+    for module in _SLOW_TO_LOAD:
+        importlib.import_module(module)
+    print(_HEAD)
+    print("|---" * (_HEAD.count("|") - 1) + "|", flush=True)
+    for layout in layouts:
+        for host in hosts:
+            for size in sizes:
+                ranks = forked(size, host, functools.partial(measure, layout))
+                print(row(layout, host, ranks[0]), flush=True)
+
+
+def launched(layouts: Sequence[str]) -> None:
+    """Collective: every rank must call it. Print the rows of the world that torchrun has started."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(box)
+    for layout in layouts:
+        told = measure(layout, Path(box[0]))
+        if dist.get_rank() == 0:
+            print(row(layout, "torchrun", told), flush=True)
+    dist.barrier()
+    os._exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--real", action="store_true", help="start real ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
+    options = parser.parse_args(arguments)
+    if "RANK" in os.environ:
+        launched(options.layouts)
+    real(options.ranks, options.layouts, options.hosts)
+
+
+if __name__ == "__main__":
+    main()
