@@ -15,7 +15,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -86,14 +86,14 @@ def load_average(
     action = f"loading {target}"
 
     # Rank 0 decides which folder counts: on shared file systems the others may see a new one later.
-    def find() -> tuple[SavedAverage, set[str]]:
+    def find() -> SavedAverage:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
-        return saved, _common_tensors(saved, now.tensors, escapes)
+        _common_tensors(saved, now.tensors, escapes)
+        return saved
 
-    def fill(record: tuple[SavedAverage, set[str]], blind: Sequence[int]) -> None:
-        saved, common = record
-        wanted = common.intersection(fqns)
+    def fill(saved: SavedAverage, blind: Sequence[int]) -> None:
+        wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
             checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
@@ -101,15 +101,15 @@ def load_average(
             loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
             loading.run(shards, names, targets[track], expected)
 
-    saved, common = _steadily(
+    saved = _steadily(
         exchange,
         target,
-        lambda: exchange.on_rank_0(action, find),
-        sees=lambda record: _sees_average(record[0]),
+        lambda: _of_rank_0(exchange, action, find, SavedAverage.to_json, SavedAverage.from_json),
+        sees=_sees_average,
         fill=fill,
-        replaced=lambda record: was_replaced(record[0]),
+        replaced=was_replaced,
     )
-    return saved.manifest, common
+    return saved.manifest, _common_tensors(saved, now.tensors, escapes)
 
 
 def load_model(
@@ -147,7 +147,9 @@ def load_model(
     record = _steadily(
         exchange,
         source,
-        lambda: exchange.on_rank_0(action, lambda: steadily([source], find)),
+        lambda: _of_rank_0(
+            exchange, action, lambda: steadily([source], find), _ModelRecord.to_json, _ModelRecord.from_json
+        ),
         sees=lambda record: _sees_model(record.folder, record.model),
         fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
             shards, record.names, targets, {}
@@ -160,12 +162,39 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True)
 class _ModelRecord:
-    """A model folder, or a file, as rank 0 sees it; `state` is its generation."""
+    """A model folder, or a file, as rank 0 sees it; `state` is its generation, and stays on rank 0."""
 
     folder: Path
     model: StoredModel
     names: Mapping[str, str]
-    state: object
+    state: object = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON, for the other ranks."""
+        return {"folder": str(self.folder), "model": self.model.to_json(), "names": dict(self.names)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> _ModelRecord:
+        """The record, of what `to_json` returned."""
+        return cls(Path(record["folder"]), StoredModel.from_json(record["model"]), record["names"])
+
+
+def _of_rank_0(
+    exchange: Exchange,
+    action: str,
+    find: Callable[[], T],
+    to_json: Callable[[T], dict[str, Any]],
+    from_json: Callable[[dict[str, Any]], T],
+) -> T:
+    """Collective: every rank must call it. What rank 0 has found; the other ranks make it anew from JSON."""
+    found: list[T] = []
+
+    def work() -> dict[str, Any]:
+        found.append(find())
+        return to_json(found[0])
+
+    record = exchange.on_rank_0(action, work)
+    return found[0] if found else from_json(record)
 
 
 def _steadily(

@@ -124,7 +124,7 @@ class _Save:
     def run(self, tracks: Mapping[str, Pieces]) -> None:
         """Collective. All stages."""
         try:
-            staging = self._exchange.on_rank_0(self._action, self._create)
+            staging = Path(self._exchange.on_rank_0(self._action, lambda: str(self._create())))
             writers = self._writers(staging)
             checksums = {
                 track: self._write(staging / folder, tracks[track], writers) for folder, track in self._folders.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,11 @@ def _whole_tensors(
     contents = exchange.agree(
         "full_state_dict", lambda: [(box, host_bytes(values, dtypes[box.fqn])) for box, values in pieces]
     )
-    boxes_by_rank: list[list[Box]] = exchange.gather_objects([box for box, _ in contents])
+    records = [[box.fqn, box.offsets, box.sizes] for box, _ in contents]
+    boxes_by_rank = [
+        [Box(fqn, tuple(offsets), tuple(sizes)) for fqn, offsets, sizes in of_rank]
+        for of_rank in exchange.reduce("full_state_dict", [records], operator.add)
+    ]
 
     def allocate() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         if exchange.rank != 0:

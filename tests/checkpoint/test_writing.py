@@ -83,7 +83,8 @@ def write_every_way(layout: str, folder: str) -> None:
         with units(sizes):
             written = traced(lambda name=name: ema.save(os.path.join(folder, name), max_shard_size=900))
             page = writing._PAGE_BYTES
-        by_rank = ema._exchange.gather_objects(written)
+        by_rank: list[dict[str, set[int]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(by_rank, written)
         for file in {file for each in by_rank for file in each}:
             pages = [{offset // page for offset in each.get(file, ())} for each in by_rank]
             assert sum(map(len, pages)) == len(set().union(*pages)), f"{name}: two ranks write into one page of {file}"
