@@ -1,10 +1,11 @@
 """Whether a run that has done its work ends with status 0: two ranks attach, step, save and leave at once.
 
     python launch/crash/exits.py               # 100 times with the average, 100 times without it, interleaved
+    python launch/crash/exits.py --fresh       # the same in new interpreters: a quarter of an hour
 
 The ranks end as scripts end: by the end of the program, with all that Python and C do then. gloo aborts there now and
 then ("terminate called without an active exception"), with or without an average; a cluster calls such a run failed.
-The ranks are forked from a process that has loaded torch and runs no threads. Exit status 1 if the runs with the
+Unless they are fresh, the ranks are forked from a process that has loaded torch and runs no threads. Exit status 1 if the runs with the
 average ended well less often than those without it.
 """
 
@@ -24,6 +25,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -58,7 +60,7 @@ class Rank(SystemExit):
     """A forked rank is at its end: it ends by the end of its program."""
 
 
-def run(averages: bool, randoms: random.Random) -> tuple[list[int], str]:
+def run(averages: bool, randoms: random.Random, *, fresh: bool) -> tuple[list[int], str]:
     """The exit statuses of the ranks of one run, and what they wrote to standard error."""
     # No context, and nothing at exit: a rank would leave them too, at its own end.
     folder = Path(tempfile.mkdtemp())
@@ -69,21 +71,29 @@ def run(averages: bool, randoms: random.Random) -> tuple[list[int], str]:
     for rank in range(RANKS):
         pids.append(os.fork())
         if pids[-1] == 0:
-            live(rank, port, folder, averages)
+            become(rank, port, folder)
+            if fresh:
+                os.execv(sys.executable, [sys.executable, __file__, "--be", WAYS[not averages], str(folder)])
+            live(folder, averages=averages)
         time.sleep(randoms.uniform(0.0, 0.02))
     statuses, log = ended(pids), (folder / "log").read_text(errors="replace")
     shutil.rmtree(folder)
     return statuses, log
 
 
-def live(rank: int, port: int, folder: Path, averages: bool) -> None:
-    """The life of a forked rank. Raises a `Rank` at its end."""
+def become(rank: int, port: int, folder: Path) -> None:
+    """Have this process be a rank."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 2)
     os.dup2(log, 1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+
+
+def live(folder: Path, *, averages: bool) -> NoReturn:
+    """The life of a rank. Raises a `Rank` at its end."""
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     try:
         script(folder, averages=averages)
     except BaseException:
@@ -111,13 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--times", type=int, default=100, help="runs of each way")
     parser.add_argument("--seed", type=int, default=0, help="of the order, and of the moments at which ranks start")
+    parser.add_argument("--fresh", action="store_true", help="start new interpreters")
+    parser.add_argument("--be", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.be is not None:
+        live(Path(options.be[1]), averages=options.be[0] == WAYS[0])
     torch.set_num_threads(1)
     randoms = random.Random(options.seed)
     good: dict[str, int] = collections.Counter()
     for number in range(options.times):
         for way in randoms.sample(WAYS, len(WAYS)):
-            statuses, log = run(way == WAYS[0], randoms)
+            statuses, log = run(way == WAYS[0], randoms, fresh=options.fresh)
             if statuses == [0] * RANKS:
                 good[way] += 1
                 continue

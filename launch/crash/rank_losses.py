@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bad += [f"rank {odd} is the odd one, {host} keeps the store: {each}" for each in wrong]
         print(f"{name:22} {options.times} times, slowest {slowest:.2f} s, {len(bad)} bad", flush=True)
         for each in bad[:10]:
-            print(f"    {each}", flush=True)
+            print(f"    {each[-600:]}", flush=True)
         num_bad += len(bad)
     return 1 if num_bad else 0
 

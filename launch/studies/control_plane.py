@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from real_ranks import HOSTS, LAYOUTS, Counted, Measured, forked, measure
+from real_ranks import HOSTS, LAYOUTS, Counted, Measured, forked, measure, store_kept_by
 
 # What the wrappers and the average load at their first use: loaded once here, not in every rank.
 _SLOW_TO_LOAD = ("torch._dynamo", "torch.distributed.checkpoint")
@@ -52,7 +52,7 @@ def _text(counted: Counted) -> str:
     return f"{counted.descriptors}; {counted.threads}"
 
 
-def real(sizes: Sequence[int], layouts: Sequence[str], hosts: Sequence[str]) -> None:
+def real(sizes: Sequence[int], layouts: Sequence[str], hosts: Sequence[str], spare: int) -> None:
     """Print a row for every world."""
     for module in _SLOW_TO_LOAD:
         importlib.import_module(module)
@@ -61,18 +61,19 @@ def real(sizes: Sequence[int], layouts: Sequence[str], hosts: Sequence[str]) -> 
     for layout in layouts:
         for host in hosts:
             for size in sizes:
-                ranks = forked(size, host, functools.partial(measure, layout))
+                with store_kept_by(host) as store:
+                    ranks = forked(size, store, functools.partial(measure, layout, spare=spare))
                 print(row(layout, host, ranks[0]), flush=True)
 
 
-def launched(layouts: Sequence[str]) -> None:
+def launched(layouts: Sequence[str], spare: int) -> None:
     """Collective: every rank must call it. Print the rows of the world that torchrun has started."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(box)
     for layout in layouts:
-        told = measure(layout, Path(box[0]))
+        told = measure(layout, Path(box[0]), spare)
         if dist.get_rank() == 0:
             print(row(layout, "torchrun", told), flush=True)
     dist.barrier()
@@ -85,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
+    parser.add_argument("--spare", type=int, default=0, help="limit of descriptors, above what a process has before")
     options = parser.parse_args(arguments)
     if "RANK" in os.environ:
-        launched(options.layouts)
-    real(options.ranks, options.layouts, options.hosts)
+        launched(options.layouts, options.spare)
+    real(options.ranks, options.layouts, options.hosts, options.spare)
 
 
 if __name__ == "__main__":

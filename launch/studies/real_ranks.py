@@ -12,6 +12,8 @@ import dataclasses
 import datetime
 import os
 import pickle
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -34,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, ShardedEMA
 
-__all__ = ["HOSTS", "LAYOUTS", "Counted", "Measured", "Peak", "forked", "measure"]
+__all__ = ["HOSTS", "LAYOUTS", "Counted", "Measured", "Peak", "Store", "forked", "measure", "store_kept_by"]
 
 HOSTS = ("agent", "rank 0")
 LAYOUTS = ("ddp", "fsdp2")
@@ -117,12 +119,20 @@ def tiny(layout: str) -> nn.Module:
     return model
 
 
-def measure(layout: str, folder: Path) -> list[Measured]:
-    """Collective: every rank must call it, in the default group. The figures of all ranks, in rank order."""
+def measure(layout: str, folder: Path, spare: int = 0) -> list[Measured]:
+    """Collective: every rank must call it, in the default group. The figures of all ranks, in rank order.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        folder: one of all ranks.
+        spare: how many descriptors the process may open beyond those that it has; 0 for as many as before.
+    """
     model = tiny(layout)
     dist.all_reduce(torch.zeros(1))
     dist.barrier()
     before = Counted.now()
+    if spare:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before.descriptors + spare, before.descriptors + spare))
     construction, ema = _timed(lambda: ShardedEMA(model, ConstantSchedule(momentum=0.25)))
     constructed = Counted.now()
     ema.update()
@@ -154,43 +164,65 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def forked(size: int, host: str, work: Callable[[Path], Any]) -> list[Any]:
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where the ranks find the store of their process group.
+
+    Attributes:
+        port: of the server.
+        environment: variables of the ranks.
+    """
+
+    port: int
+    environment: dict[str, str]
+
+    def after_restarts(self, count: int) -> Store:
+        """The same store as the ranks see it that the agent has started again."""
+        return Store(self.port, self.environment | {"TORCHELASTIC_RESTART_COUNT": str(count)})
+
+
+def forked(size: int, store: Store, work: Callable[[Path], Any], folder: Path | None = None) -> list[Any]:
     """Run `work` in a new world; it gets a folder that all ranks share. The results, in rank order.
 
     Args:
         size: the number of ranks.
-        host: one of `HOSTS`.
+        store: of the process group.
         work: collective; its result must survive a pickle.
+        folder: the folder; None for a new one, which is removed.
     """
-    folder = Path(tempfile.mkdtemp())
+    shared = folder or Path(tempfile.mkdtemp())
     pids: list[int] = []
     try:
-        with _store(host) as (port, environment):
-            pipes = []
-            for rank in range(size):
-                receiving, sending = os.pipe()
-                pids.append(os.fork())
-                if pids[-1] == 0:
-                    _live(rank, size, port, environment, lambda: work(folder), sending)
-                os.close(sending)
-                pipes.append(receiving)
-                time.sleep(0.005)
-            return [_result(pipe, rank) for rank, pipe in enumerate(pipes)]
+        pipes = []
+        for rank in range(size):
+            receiving, sending = os.pipe()
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                _live(rank, size, store, lambda: work(shared), sending)
+            os.close(sending)
+            pipes.append(receiving)
+            time.sleep(0.005)
+        return _results(pipes)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is None:
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _store(host: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The port of the store, and the variables of the ranks."""
+def store_kept_by(host: str) -> Iterator[Store]:
+    """The store of process groups to come. Where rank 0 keeps it, of one.
+
+    Args:
+        host: one of `HOSTS`.
+    """
     if host == "rank 0":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        yield port, {}
+        yield Store(port, {})
         return
     receiving, sending = os.pipe()
     pid = os.fork()
@@ -200,7 +232,8 @@ def _store(host: str) -> Iterator[tuple[int, dict[str, str]]]:
         while True:
             signal.pause()
     try:
-        yield int(os.read(receiving, 20)), {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        port = int(os.read(receiving, 20))
+        yield Store(port, {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"})
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -208,11 +241,11 @@ def _store(host: str) -> Iterator[tuple[int, dict[str, str]]]:
         os.close(sending)
 
 
-def _live(rank: int, size: int, port: int, environment: dict[str, str], work: Callable[[], Any], sending: int) -> None:
+def _live(rank: int, size: int, store: Store, work: Callable[[], Any], sending: int) -> None:
     """The life of a forked rank; does not return."""
     try:
-        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(store.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=_LIMIT_SECONDS))
@@ -225,9 +258,23 @@ def _live(rank: int, size: int, port: int, environment: dict[str, str], work: Ca
     os._exit(0)
 
 
-def _result(pipe: int, rank: int) -> Any:
-    with os.fdopen(pipe, "rb") as stream:
-        succeeded, value = pickle.load(stream)
-    if not succeeded:
-        raise RuntimeError(f"rank {rank}:\n{value}")
-    return value
+def _results(pipes: list[int]) -> list[Any]:
+    """What the ranks return, in rank order. Raises the first failure, since the others may wait for that rank."""
+    results: list[Any] = [None] * len(pipes)
+    waiting = set(pipes)
+    try:
+        while waiting:
+            ready = select.select(waiting, [], [], _LIMIT_SECONDS)[0]
+            if not ready:
+                raise RuntimeError(f"ranks {sorted(map(pipes.index, waiting))} hang")
+            for pipe in ready:
+                waiting.discard(pipe)
+                with os.fdopen(pipe, "rb") as stream:
+                    succeeded, value = pickle.load(stream)
+                if not succeeded:
+                    raise RuntimeError(f"rank {pipes.index(pipe)}:\n{value}")
+                results[pipes.index(pipe)] = value
+    finally:
+        for pipe in waiting:
+            os.close(pipe)
+    return results
