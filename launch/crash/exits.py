@@ -5,8 +5,8 @@
 
 The ranks end as scripts end: by the end of the program, with all that Python and C do then. gloo aborts there now and
 then ("terminate called without an active exception"), with or without an average; a cluster calls such a run failed.
-Unless they are fresh, the ranks are forked from a process that has loaded torch and runs no threads. Exit status 1 if the runs with the
-average ended well less often than those without it.
+Unless they are fresh, the ranks are forked from a process that has loaded torch and runs no threads. Exit status 1 if
+the runs with the average ended well less often than those without it.
 """
 
 from __future__ import annotations

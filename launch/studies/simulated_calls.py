@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import shutil
 import tempfile
@@ -60,7 +61,7 @@ def simulate(size: int, calls: tuple[str, ...] = CALLS, seed: int = 0) -> dict[s
             for call in calls:
                 made[call]()
                 seen.append(copy.copy(server.counts[rank]))
-        return [after - before for before, after in zip(seen, seen[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(seen)]
 
     try:
         with warnings.catch_warnings():
