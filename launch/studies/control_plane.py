@@ -1,10 +1,14 @@
-"""What the ranks say to one another: real worlds, whose processes are counted and timed.
+"""What the ranks say to one another, counted in a simulation of many ranks, and measured on real ones.
 
-    python launch/studies/control_plane.py --real                     # worlds of 2 to 64 ranks: some minutes
+    python launch/studies/control_plane.py                # 8 to 16,384 simulated ranks, in one process: half an hour
+    python launch/studies/control_plane.py --real         # worlds of 2 to 64 real ranks: some minutes
     torchrun --nproc-per-node 64 launch/studies/control_plane.py --real   # one world, under torchrun itself
 
-Descriptors and threads are those that a process has more than before the first construction, the largest of all ranks
-that do not keep the store of the process group.
+The simulation runs the real code of every rank, over a store and connections that lie in memory. Told is, for each
+call, the largest number of any rank; rank 0 apart; and what the server of the store sees of all ranks.
+
+Of real ranks, descriptors and threads are those that a process has more than before the first construction: the most
+of any rank that does not keep the store of the process group.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from real_ranks import HOSTS, LAYOUTS, Counted, Measured, forked, measure, store_kept_by
+from simulated_calls import CALLS, simulate
+from simulated_ranks import Counts, largest
 
 # What the wrappers and the average load at their first use: loaded once here, not in every rank.
 _SLOW_TO_LOAD = ("torch._dynamo", "torch.distributed.checkpoint")
@@ -29,6 +35,34 @@ _HEAD = (
     "| ranks | layout | store kept by | after construction | during saves | after them | rank 0 keeps | "
     "construction, ms | save, ms | its CPU time a rank, ms | load, ms |"
 )
+
+
+_SERVER_SECONDS = 10e-6  # of its one thread, for a request: measured
+
+_SIMULATED_HEAD = (
+    "| ranks | call | sent, received | KB of both | connections | rank 0: sent, received | KB of both | "
+    "the server: requests | MB | seconds |"
+)
+
+
+def simulated_row(call: str, counts: Sequence[Counts]) -> str:
+    """A row of the table of simulated ranks."""
+    most, first = largest(counts), counts[0]
+    requests = sum(each.sent for each in counts)
+    megabytes = sum(each.num_bytes for each in counts) / 1e6
+    cells = [f"{len(counts):,}", call, f"{most.sent}, {most.received}", f"{most.num_bytes / 1000:,.1f}"]
+    cells += [str(most.wires), f"{first.sent}, {first.received}", f"{first.num_bytes / 1000:,.1f}"]
+    cells += [f"{requests:,}", f"{megabytes:,.1f}", f"{requests * _SERVER_SECONDS:,.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def in_a_simulation(sizes: Sequence[int], calls: Sequence[str]) -> None:
+    """Print a row for every number of ranks and call."""
+    print(_SIMULATED_HEAD)
+    print("|---" * (_SIMULATED_HEAD.count("|") - 1) + "|", flush=True)
+    for size in sizes:
+        for call, counts in simulate(size, tuple(calls)).items():
+            print(simulated_row(call, counts), flush=True)
 
 
 def row(layout: str, host: str, all_ranks: Sequence[Measured]) -> str:
@@ -83,14 +117,18 @@ def launched(layouts: Sequence[str], spare: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--real", action="store_true", help="start real ranks")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
+    parser.add_argument("--ranks", type=int, nargs="+", help="how many; several worlds, one after the other")
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS, help="of simulated ranks")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
     parser.add_argument("--spare", type=int, default=0, help="limit of descriptors, above what a process has before")
     options = parser.parse_args(arguments)
     if "RANK" in os.environ:
         launched(options.layouts, options.spare)
-    real(options.ranks, options.layouts, options.hosts, options.spare)
+    if not options.real:
+        in_a_simulation(options.ranks or (8, 64, 512, 4096, 16384), options.calls)
+        return
+    real(options.ranks or (2, 4, 8, 16, 32, 64), options.layouts, options.hosts, options.spare)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ class Counts:
     wires: int = 0
     wired_bytes: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """All that it said to the store, and heard from it."""
+        return self.sent_bytes + self.received_bytes
+
     def __sub__(self, other: Counts) -> Counts:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         return Counts(*(one - two for one, two in zip(mine, others, strict=True)))
