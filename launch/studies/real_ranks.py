@@ -3,6 +3,9 @@
 The process that starts them has loaded torch and runs no threads: it forks the ranks, which saves some seconds and most
 of the memory of each. Linux only. The store of the process group is kept by a process of its own, as torchrun's agent
 keeps it ("agent"), or by rank 0, as under `env://` without an agent ("rank 0").
+
+torch's server looks up the name of each client. Where no resolver answers, that takes it five seconds now and then; so
+the processes here look no names up.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ LAYOUTS = ("ddp", "fsdp2")
 WIDTH, DEPTH, SAVES = 256, 8, 5
 _SAMPLE_SECONDS = 0.001
 _LIMIT_SECONDS = 300.0
+_NO_LOOKUPS = {"RES_OPTIONS": "attempts:0"}  # of glibc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +222,7 @@ def store_kept_by(host: str) -> Iterator[Store]:
     Args:
         host: one of `HOSTS`.
     """
+    os.environ.update(_NO_LOOKUPS)
     if host == "rank 0":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

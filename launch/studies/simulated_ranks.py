@@ -23,6 +23,8 @@ import numpy as np
 __all__ = ["Counts", "FakeStore", "FakeWires", "Server", "Turns", "largest"]
 
 _STACK_BYTES = 256 * 2**10
+# What a rank posts so that others reach it: some addresses and two numbers.
+_ADDRESS_BYTES = 150
 
 
 @dataclasses.dataclass
@@ -246,12 +248,32 @@ class FakeStore:
 
 
 class FakeWires:
-    """The messages between ranks, with the methods of the real wires."""
+    """The messages of one rank to others, with the methods of the real wires.
 
-    def __init__(self, server: Server, rank: int) -> None:
+    Args:
+        server: of all ranks.
+        rank: this rank.
+        post: publishes a text of this rank.
+        look_up: rank -> its text; it waits until that rank has posted one.
+        others: what only the real wires use.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        rank: int,
+        post: Callable[[str], None],
+        look_up: Callable[[int], str],
+        *others: object,
+        **options: object,
+    ) -> None:
         self._server = server
         self._rank = rank
-        self._others: set[int] = set()
+        self._post = post
+        self._look_up = look_up
+        self._has_posted = False
+        self._reached: set[int] = set()
+        self._heard: set[int] = set()
 
     def send(self, values: Any, target: int) -> None:
         self.pass_all([(target, lambda: values)], {})
@@ -260,9 +282,14 @@ class FakeWires:
         self.pass_all((), {source: values})
 
     def pass_all(self, sending: Iterable[tuple[int, Callable[[], Any]]], receiving: Mapping[int, Any]) -> None:
+        if receiving and not self._has_posted:
+            self._has_posted = True
+            self._post("x" * _ADDRESS_BYTES)
         for target, make in sending:
+            if target not in self._reached:
+                self._look_up(target)
             content = np.asarray(make()).tobytes()
-            self._count(target, len(content))
+            self._count(self._reached, target, len(content))
             self._server.wires[self._rank, target].append(content)
             self._server.turns.wake((self._rank, target))
         for source, values in receiving.items():
@@ -270,7 +297,7 @@ class FakeWires:
             while not wire:
                 self._server.turns.wait_for((source, self._rank))
             content = wire.popleft()
-            self._count(source, len(content))
+            self._count(self._heard, source, len(content))
             if isinstance(values, int):
                 continue
             room = np.asarray(values).view(np.uint8).reshape(-1)
@@ -279,14 +306,14 @@ class FakeWires:
             room[:] = np.frombuffer(content, np.uint8)
 
     def close(self) -> None:
-        self._others.clear()
+        self._reached.clear()
+        self._heard.clear()
 
-    def _count(self, other: int, num_bytes: int) -> None:
+    def _count(self, known: set[int], other: int, num_bytes: int) -> None:
         counts = self._server.counts[self._rank]
         counts.wired_bytes += num_bytes
-        if other not in self._others:
-            self._others.add(other)
-            counts.wires += 1
+        counts.wires += other not in known
+        known.add(other)
 
 
 def _bytes(value: Any) -> bytes:
