@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA
 from dist_ema.checkpoint import writing
+from dist_ema.ranks import presence
 
 SIZE = 4
 NOTICE_SECONDS = 0.5
@@ -181,19 +182,24 @@ class Case:
         limit_seconds: the longest time from the cause to the end of a rank.
         kinds: the errors that may end the call on a rank.
         is_told: whether rank 0 logs that it waits, if it is not the odd one.
+        num_machines: over how many the ranks are spread, as far as they know.
+        name: of the case, if it is not that of `live`.
     """
 
     live: Callable[[Rank], End]
     limit_seconds: float
     kinds: tuple[str, ...]
     is_told: bool = False
+    num_machines: int = 1
+    name: str = ""
 
 
 CASES = {
-    case.live.__name__: case
+    case.name or case.live.__name__: case
     for case in (
         Case(late, 10.0, ("",), is_told=True),
         Case(killed_while_awaited, 10.0, ("CommunicationError",)),
+        Case(killed_while_awaited, 10.0, ("CommunicationError",), num_machines=2, name="killed_on_another_machine"),
         Case(killed_in_a_save, 10.0, ("CommunicationError",)),
         Case(elsewhere, 5.0, ("RankMismatchError", "CommunicationError")),
         Case(interrupted, 1.0, ("KeyboardInterrupt", "CommunicationError")),
@@ -267,6 +273,7 @@ def _port(host: str, pids: list[int]) -> tuple[int, dict[str, str]]:
     receiving, sending = os.pipe()
     pids.append(os.fork())
     if pids[-1] == 0:
+        _be_quiet()
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(sending, str(store.port).encode())
         while True:
@@ -279,11 +286,13 @@ def _port(host: str, pids: list[int]) -> tuple[int, dict[str, str]]:
 
 def _live(case: Case, rank: int, odd: int, folder: Path, environment: dict[str, str], sending: int) -> None:
     """The life of a forked rank; does not return."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch has much to say about lost connections
+    _be_quiet()
     os.environ.update(environment)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
+        if case.num_machines > 1:
+            setattr(presence, "host_identity", lambda: f"machine {rank % case.num_machines}")  # noqa: B010
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2 * HANG_SECONDS))
         end = case.live(Rank(rank, odd, folder))
     except BaseException:
@@ -292,6 +301,11 @@ def _live(case: Case, rank: int, odd: int, folder: Path, environment: dict[str, 
         pickle.dump(end, pipe)
     signal.pause()  # until all have ended: a process that ends would close connections
     os._exit(0)
+
+
+def _be_quiet() -> None:
+    """torch's C++ has lines of its own about lost connections and unknown names."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _end(pipe: int) -> End | None:
@@ -319,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds, wrong = tried(CASES[name], odd, host)
             slowest = max(slowest, seconds)
             bad += [f"rank {odd} is the odd one, {host} keeps the store: {each}" for each in wrong]
-        print(f"{name:22} {options.times} times, slowest {slowest:.2f} s, {len(bad)} bad", flush=True)
+        print(f"{name:25} {options.times} times, slowest {slowest:.2f} s, {len(bad)} bad", flush=True)
         for each in bad[:10]:
             print(f"    {each[-600:]}", flush=True)
         num_bad += len(bad)

@@ -232,6 +232,7 @@ def store_kept_by(host: str) -> Iterator[Store]:
     receiving, sending = os.pipe()
     pid = os.fork()
     if pid == 0:
+        _be_quiet()
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(sending, str(store.port).encode())
         while True:
@@ -248,6 +249,7 @@ def store_kept_by(host: str) -> Iterator[Store]:
 
 def _live(rank: int, size: int, store: Store, work: Callable[[], Any], sending: int) -> None:
     """The life of a forked rank; does not return."""
+    _be_quiet()
     try:
         os.environ.update(store.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
@@ -261,6 +263,11 @@ def _live(rank: int, size: int, store: Store, work: Callable[[], Any], sending: 
     with os.fdopen(sending, "wb") as pipe:
         pickle.dump(told, pipe)
     os._exit(0)
+
+
+def _be_quiet() -> None:
+    """torch's C++ has lines of its own about lost connections and unknown names."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _results(pipes: list[int]) -> list[Any]:
