@@ -304,7 +304,7 @@ def _live(case: Case, rank: int, odd: int, folder: Path, environment: dict[str, 
 
 
 def _be_quiet() -> None:
-    """torch's C++ has lines of its own about lost connections and unknown names."""
+    """Torch's C++ has lines of its own about lost connections and unknown names."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

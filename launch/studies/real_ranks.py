@@ -266,7 +266,7 @@ def _live(rank: int, size: int, store: Store, work: Callable[[], Any], sending: 
 
 
 def _be_quiet() -> None:
-    """torch's C++ has lines of its own about lost connections and unknown names."""
+    """Torch's C++ has lines of its own about lost connections and unknown names."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

@@ -1,7 +1,8 @@
 """Thousands of ranks in one process: the real code of each, over a store and wires that lie in the memory of all.
 
 Each simulated rank is a thread. One thread runs at a time; a rank that waits for another gives its turn away. So a run
-needs no more than one core, takes the same course each time, and a wait that nobody can end is seen at once.
+needs no more than one core, takes the same course each time, and a wait that nobody can end is seen at once. The ranks
+begin in random order, but the last one comes last to everything: it has the most to combine.
 
 What a message costs is counted as torch's TCPStore sends it: `get` is two requests (a wait and a get), all others are
 one; `set` and `append` have no answer.
@@ -63,21 +64,30 @@ def largest(counts: Iterable[Counts]) -> Counts:
 
 
 class Turns:
-    """Threads of which one runs at a time."""
+    """Threads of which one runs at a time.
 
-    def __init__(self) -> None:
+    Attributes:
+        is_stuck: whether all threads wait for one another.
+        last: a thread that gets its turn only where no other can go on; by its place among the works.
+    """
+
+    def __init__(self, last: int = 0) -> None:
+        self.is_stuck = False
+        self.last = last
         self._ready: deque[threading.Lock] = deque()
+        self._hindmost: threading.Lock | None = None
         self._waiting: dict[Any, list[threading.Lock]] = {}
         self._own = threading.local()
         self._num_left = 0
         self._done = threading.Event()
-        self.is_stuck = False
 
     def run(self, works: Iterable[Callable[[], None]]) -> None:
         """Run every work in a thread of its own, and wait for all of them. No work may raise."""
         former = threading.stack_size(_STACK_BYTES)
         try:
-            threads = [threading.Thread(target=self._live, args=(work, self._new())) for work in works]
+            pairs = [(work, self._new()) for work in works]
+            self._hindmost = pairs[self.last][1]
+            threads = [threading.Thread(target=self._live, args=pair) for pair in pairs]
             self._num_left = len(threads)
             self._done.clear()
             for thread in threads:
@@ -88,6 +98,14 @@ class Turns:
         self._done.wait()
         for thread in threads:
             thread.join()
+
+    def let_others_go_first(self) -> None:
+        """Give the turn away until no other can go on, if this is the thread that is to be the last."""
+        own = self._own.lock
+        if own is self._hindmost and self._ready:
+            self._ready.append(own)
+            self._give_away()
+            own.acquire()
 
     def wait_for(self, key: Any) -> None:
         """Give the turn away until `wake` is called with this key. Raises a RuntimeError if no thread can go on."""
@@ -123,6 +141,8 @@ class Turns:
             self.is_stuck = True
             for key in list(self._waiting):
                 self.wake(key)
+        if self._ready[0] is self._hindmost:
+            self._ready.rotate(-1)
         self._ready.popleft().release()
 
 
@@ -161,6 +181,7 @@ class Server:
 
         ranks = list(range(len(results)))
         order.shuffle(ranks)
+        self.turns.last = ranks.index(len(ranks) - 1)
         self.turns.run(map(work, ranks))
         if failures:
             raise RuntimeError(f"{len(failures)} simulated ranks failed\n{failures[0]}")
@@ -191,6 +212,7 @@ class FakeStore:
         self._count(key, _bytes(value))
 
     def append(self, key: str, value: Any, /) -> None:
+        self._server.turns.let_others_go_first()
         self._put(key, self._server.values.get(key, b"") + _bytes(value))
         self._count(key, _bytes(value))
 
