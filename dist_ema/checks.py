@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+import socket
 from pathlib import Path
 
 from dist_ema.errors import ConfigError
@@ -167,8 +168,10 @@ def target_folder(path: object) -> Path:
 
 
 def working_folder(path: object) -> str | None:
-    """The working folder, to which a relative path belongs; None for an absolute path, and for what is no path."""
+    """The working folder, to which a relative path belongs, as `node:folder`; None for an absolute path, or no path."""
     try:
-        return None if os.path.isabs(os.path.expanduser(os.fspath(path))) else os.getcwd()  # type: ignore[call-overload]
+        if os.path.isabs(os.path.expanduser(os.fspath(path))):  # type: ignore[call-overload]
+            return None
+        return f"{socket.gethostname()}:{os.getcwd()}"
     except Exception:  # the `__fspath__` of another library may raise anything; `absolute` refuses it, for all ranks
         return None

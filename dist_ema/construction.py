@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.coverage import Coverage
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.record import dtype_name, manifest_of
 from dist_ema.checkpoint.save_calls import SmallFiles
 from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
 from dist_ema.disk.manifest import Agreement
-from dist_ema.errors import ConfigError, RankMismatchError
+from dist_ema.errors import ConfigError, DistEMAError, RankMismatchError, agreed
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
@@ -99,8 +99,7 @@ def build(
 
     with ended_for_all(exchange, "ShardedEMA"):
         exchange.arrive("ShardedEMA")
-        state, small_files = exchange.agree(_ACTION, prepare)
-        _check_alike(exchange, state, has_teacher=into is not None)
+        state, small_files = _agreed(exchange, prepare, has_teacher=into is not None)
         exchange.agree(_ACTION, state.allocate)
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
@@ -121,13 +120,50 @@ def _checked(*, device: object, include: Patterns, exclude: Patterns, **others: 
     )
 
 
-def _check_alike(exchange: Exchange, state: AveragedState, *, has_teacher: bool) -> None:
-    """Collective: every rank must call it. Refuses ranks that planned another model, or have other options."""
-    manifest = manifest_of(state, exchange.world_size)
-    live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
-    _compare_models(exchange, {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes})
-    exchange.compare({**manifest.compared(Agreement.RUN), "into": has_teacher})
-    _check_covered(exchange, state.plan)
+def _agreed(
+    exchange: Exchange, prepare: Callable[[], tuple[AveragedState, SmallFiles]], *, has_teacher: bool
+) -> tuple[AveragedState, SmallFiles]:
+    """Collective: every rank must call it. Refuses ranks that planned another model, or have other options.
+
+    One agreement says whether any rank failed, whether all are alike, and whether their boxes cover every tensor.
+    """
+
+    def record(prepared: tuple[AveragedState, SmallFiles]) -> Mapping[str, Any]:
+        manifest = manifest_of(prepared[0], exchange.world_size)
+        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in prepared[0].plan.specs}
+        of_model = {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes}
+        return {"model": of_model, **manifest.compared(Agreement.RUN), "into": has_teacher}
+
+    def coverage(prepared: tuple[AveragedState, SmallFiles]) -> tuple[Coverage, list[Box]]:
+        plan = prepared[0].plan
+        owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
+        return Coverage(plan.specs, exchange.channel.drawn), owned
+
+    def terms(prepared: tuple[AveragedState, SmallFiles]) -> list[int]:
+        covered, owned = coverage(prepared)
+        return [covered.fingerprint(owned)]
+
+    prepared: tuple[AveragedState, SmallFiles]
+    try:
+        prepared, (fingerprint,) = exchange.agree_and_sum(_ACTION, prepare, terms, record)
+    except RankMismatchError as error:
+        raise _with_advice(error) from None
+    covered, owned = coverage(prepared)
+    if not covered.is_whole(fingerprint):
+        covered.check(exchange.sum_integers(covered.contribution(owned)))
+    return prepared
+
+
+def _with_advice(error: RankMismatchError) -> DistEMAError:
+    if " differ in model: " not in str(error):
+        return error
+    return agreed(
+        RankMismatchError(
+            f"{str(error).replace(' differ in model: ', ' differ in ')}. If these ranks are stages of a pipeline, or "
+            "each has experts of its own: this version does not serve such a model; a later one will. Until then shard "
+            "the whole model over all ranks, with fully_shard or tensor parallelism"
+        )
+    )
 
 
 def _warn_of_coarse_averages(exchange: Exchange, dtype: torch.dtype) -> None:
@@ -147,25 +183,6 @@ def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]
             f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
-
-
-def _compare_models(exchange: Exchange, record: Mapping[str, Any]) -> None:
-    """Collective: every rank must call it. Refuses ranks whose models have other names, shapes or dtypes."""
-    try:
-        exchange.compare(record)
-    except RankMismatchError as error:
-        raise RankMismatchError(
-            f"{error}. If these ranks are stages of a pipeline, or each has experts of its own: this version does "
-            "not serve such a model; a later one will. Until then shard the whole model over all ranks, with "
-            "fully_shard or tensor parallelism"
-        ) from None
-
-
-def _check_covered(exchange: Exchange, plan: Plan) -> None:
-    """Collective: every rank must call it. Refuses boxes of all ranks that overlap or leave holes."""
-    coverage = Coverage(plan.specs, exchange.broadcast_object(secrets.randbits(64)))
-    owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
-    coverage.check(exchange.sum_integers(coverage.contribution(owned)))
 
 
 def _check_overlap(plan: Plan, into: nn.Module | None) -> None:

@@ -19,6 +19,9 @@ _HOSTS = ("accelerate.", "torch.", "transformers.")
 # The frames of this package, and those between them: `torch.compiler.disable` wraps functions.
 _PACKAGE = ("dist_ema.", "torch._dynamo.")
 
+# A record as JSON, and the working folder to which a path in it is relative.
+Record = Sequence[str | None]
+
 
 def tell(message: str) -> None:
     """Warn at the line that called this package; at the line here if another library called a hook."""
@@ -42,21 +45,25 @@ def level_of_caller() -> int:
     return level
 
 
-def difference_text(digests: Sequence[str], records: Sequence[tuple[str, str | None]]) -> str:
+def difference_text(other: int, of_rank_0: Record, of_other: Record) -> str:
     """The message for ranks whose records differ.
 
     Args:
-        digests: the digests of the records of all ranks.
-        records: for every rank its record as JSON, and the working folder to which a path in it is relative.
+        other: the first rank whose record differs from that of rank 0.
+        of_rank_0: the record of rank 0, as JSON, and the working folder to which a path in it is relative, as
+            `node:folder`.
+        of_other: the record of the other rank, likewise.
     """
-    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-    (first, first_folder), (second, second_folder) = records[0], records[other]
-    difference = _first_difference(json.loads(first), json.loads(second))
+    (first, first_folder), (second, second_folder) = of_rank_0, of_other
+    difference = _first_difference(json.loads(first or "null"), json.loads(second or "null"))
     cause = ""
     if difference.startswith("path: ") and None not in (first_folder, second_folder) and first_folder != second_folder:
+        (first_node, _, first_folder), (second_node, _, second_folder) = (
+            str(folder).partition(":") for folder in (first_folder, second_folder)
+        )
         cause = (
-            f" (a relative path, taken from the working directories {first_folder} and {second_folder}: give an "
-            "absolute one)"
+            f" (a relative path, resolved in the working directories {first_folder} and {second_folder}, of rank 0 on "
+            f"the node {first_node} and rank {other} on the node {second_node}: give an absolute one)"
         )
     return (
         f"rank 0 and rank {other} differ in {difference}{cause}. Build the same model, give the same schedule and "

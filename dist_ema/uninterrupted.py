@@ -248,7 +248,17 @@ class End:
     def wait(self) -> None:
         """Wait until the end has come. It raises what a signal handler raises meanwhile."""
         while not self.has_come:
-            self._lock.acquire(timeout=1.0)
+            self.comes_within(1.0)
+
+    def comes_within(self, seconds: float) -> bool:
+        """Wait for so long at most. It raises what a signal handler raises meanwhile.
+
+        Returns:
+            Whether the end has come.
+        """
+        if not self.has_come:
+            self._lock.acquire(timeout=seconds)
+        return self.has_come
 
 
 def insist(work: Callable[[], None]) -> None:

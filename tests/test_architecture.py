@@ -31,6 +31,8 @@ ROOMS = [
     "live",
     "averaging",
     "ranks",
+    "ranks.wires",
+    "ranks.store",
     "topology",
     "disk",
     "disk.folders",

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import operator
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Shard
+from dist_ema.checkpoint.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
+from dist_ema.checkpoint.nodes import blind_ranks
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
@@ -86,14 +92,14 @@ def load_average(
     action = f"loading {target}"
 
     # Rank 0 decides which folder counts: on shared file systems the others may see a new one later.
-    def find() -> tuple[SavedAverage, set[str]]:
+    def find() -> SavedAverage:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
-        return saved, _common_tensors(saved, now.tensors, escapes)
+        _common_tensors(saved, now.tensors, escapes)
+        return saved
 
-    def fill(record: tuple[SavedAverage, set[str]], blind: Sequence[int]) -> None:
-        saved, common = record
-        wanted = common.intersection(fqns)
+    def fill(saved: SavedAverage, blind: RankRuns) -> None:
+        wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
             checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
@@ -101,15 +107,17 @@ def load_average(
             loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
             loading.run(shards, names, targets[track], expected)
 
-    saved, common = _steadily(
+    saved = _steadily(
         exchange,
+        action,
         target,
-        lambda: exchange.on_rank_0(action, find),
-        sees=lambda record: _sees_average(record[0]),
+        lambda: as_rank_0_sees(exchange, action, target, find, SavedAverage.from_json, lambda: num_updates_at(target)),
+        sees=_sees_average,
+        warn=lambda saved, blind: warn_of_a_newer_one(exchange, target, saved.manifest.num_updates, blind),
         fill=fill,
-        replaced=lambda record: was_replaced(record[0]),
+        replaced=was_replaced,
     )
-    return saved.manifest, common
+    return saved.manifest, _common_tensors(saved, now.tensors, escapes)
 
 
 def load_model(
@@ -146,8 +154,16 @@ def load_model(
 
     record = _steadily(
         exchange,
+        action,
         source,
-        lambda: exchange.on_rank_0(action, lambda: steadily([source], find)),
+        lambda: as_rank_0_sees(
+            exchange,
+            action,
+            source,
+            lambda: steadily([source], find),
+            _ModelRecord.from_json,
+            lambda: 0 if os.path.lexists(source) else None,
+        ),
         sees=lambda record: _sees_model(record.folder, record.model),
         fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
             shards, record.names, targets, {}
@@ -160,30 +176,43 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True)
 class _ModelRecord:
-    """A model folder, or a file, as rank 0 sees it; `state` is its generation."""
+    """A model folder, or a file, as rank 0 sees it; `state` is its generation, and stays on rank 0."""
 
     folder: Path
     model: StoredModel
     names: Mapping[str, str]
-    state: object
+    state: object = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON, for the other ranks."""
+        return {"folder": str(self.folder), "model": self.model.to_json(), "names": dict(self.names)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> _ModelRecord:
+        """The record, of what `to_json` returned."""
+        return cls(Path(record["folder"]), StoredModel.from_json(record["model"]), record["names"])
 
 
 def _steadily(
     exchange: Exchange,
+    action: str,
     source: Path,
     find: Callable[[], T],
     *,
     sees: Callable[[T], bool],
-    fill: Callable[[T, Sequence[int]], None],
+    warn: Callable[[T, RankRuns], object] = lambda record, blind: None,
+    fill: Callable[[T, RankRuns], None],
     replaced: Callable[[T], bool],
 ) -> T:
     """Collective: every rank must call it. Find and read a folder; begin again if a save has replaced it meanwhile.
 
     Args:
         exchange: the control traffic of all ranks.
-        source: the path, for the message.
+        action: a name of the work, for a message.
+        source: the path, for a message.
         find: collective; returns a record of what is to be read, the same on all ranks.
         sees: whether this rank sees the files of the record.
+        warn: collective; warns further, where ranks are blind.
         fill: collective; reads, for the given blind ranks too. Raises the same error on all ranks.
         replaced: whether these files are no longer there, as this rank sees it.
 
@@ -193,17 +222,19 @@ def _steadily(
     attempts = Attempts([source])
     while True:
         record = find()
-        views = exchange.gather_objects((exchange.rank == 0 or sees(record), exchange.rank == 0 and replaced(record)))
-        blind = [rank for rank, (seen, _) in enumerate(views) if not seen]
+        look = functools.partial(sees, record)
+        blind = blind_ranks(exchange, action, look, look)
         failure: CheckpointError | None = None
-        if not (blind and views[0][1]):  # else no rank is blind: a save replaced the files before these ranks looked
+        # If a save replaced the files before these ranks looked, no rank is blind.
+        if not (blind and exchange.broadcast_object(exchange.rank == 0 and replaced(record))):
             if blind:
-                _warn_of_blind_ranks(exchange, source, blind)
+                warn_of_blind_ranks(exchange, source, blind)
+                warn(record, blind)
             try:
                 fill(record, blind)
             except CheckpointError as error:
                 failure = error
-            if not any(exchange.gather_objects(exchange.rank not in blind and replaced(record))):
+            if not exchange.reduce(action, exchange.rank not in blind and replaced(record), operator.or_):
                 if failure is not None:
                     raise failure
                 return record
@@ -215,7 +246,7 @@ def _steadily(
 class _Loading:
     """Reading one model folder into the shards of all ranks."""
 
-    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: Sequence[int]) -> None:
+    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: RankRuns) -> None:
         self._exchange = exchange
         self._action = action
         self._folder = folder
@@ -244,17 +275,15 @@ class _Loading:
         failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
         self._exchange.raise_together(self._action, failure)
         if expected:
-            checksums = whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
-            damaged = [name for name, value in expected.items() if checksums[name] != value]
-            if damaged:  # the same on every rank
-                raise CheckpointCorruptError(damage_text(self._folder, damaged))
+            combined = self._exchange.xor_on_rank_0(partial.partial())
 
+            def check() -> None:
+                checksums = whole_checksums(self._sizes_bytes, combined or [])
+                damaged = [name for name, value in expected.items() if checksums[name] != value]
+                if damaged:
+                    raise CheckpointCorruptError(damage_text(self._folder, damaged))
 
-def _warn_of_blind_ranks(exchange: Exchange, folder: Path, blind: Sequence[int]) -> None:
-    exchange.warn(
-        f"{len(blind)} of {exchange.world_size} ranks do not see {folder} as rank 0 does: rank 0 reads for them, which "
-        "is slower. Load from a file system that all nodes share"
-    )
+            self._exchange.on_rank_0(self._action, check)
 
 
 def _sees_average(saved: SavedAverage) -> bool:

@@ -19,7 +19,7 @@ from dist_ema.disk.formats.byte_ranges import strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredTensor, open_regular, read_exactly
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.wires import Wires
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Wanted", "read_boxes"]
 

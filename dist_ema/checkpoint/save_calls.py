@@ -224,18 +224,19 @@ class SaveCalls:
         if self._warned_of_later_in == exchange.epoch:
             return
         now = self._state.num_updates
-        later = exchange.on_rank_0(call.name, lambda: _snapshots_after(now, absolute(path)))
-        if later:
+        num_later, first = exchange.on_rank_0(call.name, lambda: _snapshots_after(now, absolute(path)))
+        if num_later:
             self._warned_of_later_in = exchange.epoch
             exchange.warn(
-                f"{path} holds {len(later)} snapshots with more updates than this run has had ({later[0]}, ...): they "
+                f"{path} holds {num_later} snapshots with more updates than this run has had ({first}, ...): they "
                 "are of another run, or of steps that a resume took back. synthesize would mix them: move them away"
             )
 
 
-def _snapshots_after(num_updates: int, folder: Path) -> list[str]:
-    """The names of the snapshots of more updates; a save in the background may not have made the folder yet."""
-    if not folder.is_dir():
-        return []
-    snapshots = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name))
-    return [name for name in snapshots if name > _SNAPSHOT.format(num_updates)]
+def _snapshots_after(num_updates: int, folder: Path) -> tuple[int, str]:
+    """How many snapshots are of more updates, and the first one's name; empty where there is none."""
+    if not folder.is_dir():  # a save in the background may not have made it yet
+        return 0, ""
+    snapshots = [path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name)]
+    later = [name for name in snapshots if name > _SNAPSHOT.format(num_updates)]
+    return len(later), min(later, default="")

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
+from dist_ema.checkpoint.nodes import blind_ranks, node_name
 from dist_ema.checkpoint.writing import Pieces, write_tensors
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
@@ -124,7 +126,7 @@ class _Save:
     def run(self, tracks: Mapping[str, Pieces]) -> None:
         """Collective. All stages."""
         try:
-            staging = self._exchange.on_rank_0(self._action, self._create)
+            staging = Path(self._exchange.on_rank_0(self._action, lambda: str(self._create())))
             writers = self._writers(staging)
             checksums = {
                 track: self._write(staging / folder, tracks[track], writers) for folder, track in self._folders.items()
@@ -154,26 +156,28 @@ class _Save:
         texts = sum(map(len, self._files.texts.values())) + len(self._files.index or b"")
         return len(self._folders) * (texts + sum(file.size_bytes for file in self._files.files))
 
-    def _writers(self, staging: Path) -> list[int]:
+    def _writers(self, staging: Path) -> RankRuns:
         """The ranks that see the staging folder of rank 0."""
-        sees = self._exchange.gather_objects(_appears(staging))
-        writers = [rank for rank, seen in enumerate(sees) if seen]
-        if len(writers) < len(sees):
+        blind = blind_ranks(self._exchange, self._action, lambda: _appears(staging), lambda: _is_there(staging))
+        world_size = self._exchange.world_size
+        if blind:
             self._exchange.warn(
-                f"{len(sees) - len(writers)} of {len(sees)} ranks do not see the folder that rank 0 makes for "
-                f"{self._target}: their slices are sent to the others and written there, which is slower. Save to a "
-                "file system that all nodes share"
+                f"{len(blind)} of {world_size} ranks do not see the folder that rank 0 makes for {self._target}: their "
+                "slices are sent to the others and written there, which is slower. The files lie on the disk of rank "
+                f"0, on the node {node_name()}, and a load wants rank 0 there again. Save to a file system that all "
+                "nodes share"
             )
-        return writers
+        return blind.others(world_size)
 
-    def _write(self, folder: Path, pieces: Pieces, writers: list[int]) -> dict[str, int]:
-        """Write one track. Returns the checksums of its tensors."""
+    def _write(self, folder: Path, pieces: Pieces, writers: RankRuns) -> dict[str, int]:
+        """Write one track. Returns the checksums of its tensors, on rank 0; {} elsewhere."""
         partial = None if self._manifest is None else PartialChecksums(self._sizes_bytes)
         failure = write_tensors(self._exchange, folder, self._files, pieces, writers, partial)
         self._exchange.raise_together(self._action, failure)
         if partial is None:
             return {}
-        return whole_checksums(self._sizes_bytes, self._exchange.xor_integers(partial.partial()))
+        combined = self._exchange.xor_on_rank_0(partial.partial())
+        return {} if combined is None else whole_checksums(self._sizes_bytes, combined)
 
     def _finish(self, checksums: Mapping[str, Mapping[str, int]]) -> None:
         assert self._staged is not None, "this is rank 0, and it has staged"
@@ -197,9 +201,14 @@ def _appears(path: Path) -> bool:
     """Whether the path is there, or appears within `_LOOKING_SECONDS`."""
     deadline = time.monotonic() + _LOOKING_SECONDS
     while time.monotonic() < deadline:
-        # A rank that may not look (root squashing) counts as one that does not see the path.
-        with suppress(OSError):
-            if path.exists():
-                return True
+        if _is_there(path):
+            return True
         time.sleep(0.05)
+    return False
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the path is there. A rank that may not look (root squashing) counts as one that does not see it."""
+    with suppress(OSError):
+        return path.exists()
     return False

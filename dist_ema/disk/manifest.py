@@ -104,6 +104,16 @@ class Manifest:
         """The record as JSON, without its own checksum."""
         return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **self._written(*Agreement)}
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Manifest:
+        """The manifest, of what `to_json` returned, or of what a readable version of the package has written.
+
+        Raises:
+            KeyError: the record lacks a field.
+            TypeError, ValueError, ConfigError: the value of a field is not allowed.
+        """
+        return cls(**_values(record, record["format_version"]))
+
     def compared(self, agreement: Agreement) -> dict[str, Any]:
         """The fields that the ranks compare under that agreement, as JSON."""
         return self._written(agreement)
@@ -210,7 +220,7 @@ def read_summed(folder: Path) -> tuple[Manifest, int]:
         _check_depth(record)
         if version >= 2:
             _check_record(record)
-        manifest = Manifest(**_values(record, version))
+        manifest = Manifest.from_json(record)
         if version >= 2 and any(
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):

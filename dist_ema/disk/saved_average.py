@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
@@ -54,6 +55,22 @@ class SavedAverage:
     manifest: Manifest
     manifest_checksum: int
     models: Mapping[str, StoredModel]
+
+    def to_json(self) -> dict[str, Any]:
+        """The average as JSON, for ranks that cannot read the folder."""
+        return {
+            "folder": str(self.folder),
+            "manifest": self.manifest.to_json(),
+            "manifest_checksum": self.manifest_checksum,
+            "models": {track: model.to_json() for track, model in self.models.items()},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> SavedAverage:
+        """The average, of what `to_json` returned."""
+        models = {track: StoredModel.from_json(model) for track, model in record["models"].items()}
+        manifest = Manifest.from_json(record["manifest"])
+        return cls(Path(record["folder"]), manifest, record["manifest_checksum"], models)
 
     def folder_of(self, track: str) -> Path:
         """The folder of a track's files."""

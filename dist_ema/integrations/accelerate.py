@@ -151,10 +151,17 @@ def attach(
         try:
             ema.load(folder)
         except CheckpointNotFoundError as error:
-            # A trace of the folder means that an average was saved, and `on_missing` is not about that case.
-            if exchange.broadcast_object(was_begun(Path(folder))):
+            # A trace of the folder means that an average was saved, and `on_missing` is not about that case. Where
+            # nodes do not share a disk, the trace may lie on another node than that of rank 0.
+            begun = was_begun(Path(folder))
+            by_rank_0, by_any = exchange.reduce("load_state", [begun and exchange.rank == 0, begun], _either)
+            if by_rank_0:
                 raise CheckpointNotFoundError(
                     f"{error}. The writing of this one was cut off: use an older checkpoint"
+                ) from None
+            if by_any:
+                raise CheckpointNotFoundError(
+                    f"{error}. It lies on the disk of another node: on_missing={on_missing!r} is not about that case"
                 ) from None
             if on_missing == "error":
                 raise CheckpointNotFoundError(
@@ -209,6 +216,10 @@ def _around(
 
     setattr(accelerator, method, with_more)
     ema.on_detach(undo)
+
+
+def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
+    return [first or second for first, second in zip(lower, higher, strict=True)]
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

@@ -4,8 +4,8 @@ A plain module in an initialised process group counts as a replica on every rank
 axis. If nothing keeps them alike (no DDP, experts or stages of each rank under equal names), each owner
 averages its share of another model: the files are a mosaic, and a swap gives every rank the values of others.
 
-    1 all    a checksum of each tensor that several ranks hold, where it lies; a digest of these is gathered
-    2 all    where digests differ, the checksums are gathered: they show the tensors that differ
+    1 all    a checksum of each tensor that several ranks hold, where it lies; one sum of digests shows a difference
+    2 all    after a difference: which tensors differ, and on which ranks (differing.py)
     3 all    one such tensor after the other: its lowest holder sends it in bounded chunks to those that differ from it
 
 Buffers are not compared: every rank has statistics of its own. The files have those of rank 0.
@@ -14,38 +14,50 @@ Buffers are not compared: every rank has statistics of its own. The files have t
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
-from dist_ema.disk.formats.checksums import checksum
+from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, tensor_checksums
 from dist_ema.errors import UnsupportedModelError
+from dist_ema.live.differing import Table, differing_tensors, key_of
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.wires import Wires
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["DRIFT_ALLOWED", "Replicas"]
 
 # Relative L2 difference from the lowest holder up to which replicas count as drifted apart: reductions that round
 # otherwise on each rank come to about 1e-6, two models of their own to about 1.
 DRIFT_ALLOWED = 1e-3
-
+# So many ranks are named in an error; of the others it has the number.
+_MOST_NAMED = 8
 
 T = TypeVar("T")
 
 
 class _Difference(NamedTuple):
-    """A tensor that two ranks hold differently; relative L2 difference in float64, nan if either has a nan there."""
+    """A tensor that ranks hold otherwise than the lowest of them, as JSON.
+
+    A relative L2 difference is in float64, and nan if either rank has a nan there.
+
+    Attributes:
+        fqn: the name of the tensor.
+        lowest: the lowest rank that holds it.
+        refused: the first ranks that differ by more than is allowed, with their relative differences.
+        num_refused: how many ranks do.
+        worst: the rank that differs most of those that have drifted, with its relative difference; else empty.
+    """
 
     fqn: str
     lowest: int
-    other: int
-    relative: float
+    refused: list[tuple[int, float]]
+    num_refused: int
+    worst: list[tuple[int, float]]
 
 
 class Replicas:
@@ -92,48 +104,43 @@ class Replicas:
         if self._exchange.world_size == 1:
             return
         divisions = {
-            _key(division): division
+            key_of(division): division
             for division in (self._plan if plan is None else plan).divisions
             if len(division.ranks) > 1 and not division.single_owner
         }
         sums = self._exchange.agree(call, lambda: {key: _checksums(division) for key, division in divisions.items()})
-        digests = {key: hashlib.sha256(repr(checksums).encode()).hexdigest() for key, checksums in sums.items()}
-        differing = _differing(self._exchange.gather_objects(digests))
-        if not differing:
-            return
-        sums_by_rank = self._exchange.gather_objects({key: sums[key] for key in differing if key in sums})
-        tables = {
-            key: {rank: of_rank[key] for rank, of_rank in enumerate(sums_by_rank) if key in of_rank}
-            for key in sorted(differing)
-        }
-        self._judge(call, _Comparison(self._exchange, call, divisions, tables).run())
-
-    def _judge(self, call: str, differences: Sequence[_Difference]) -> None:
-        refused = [row for row in differences if not row.relative <= DRIFT_ALLOWED]
-        if refused:
-            raise UnsupportedModelError(_refusal(call, [row for row in refused if row.fqn == refused[0].fqn]))
+        differences: list[_Difference] = []
+        for table in differing_tensors(self._exchange, call, divisions, sums):
+            differences += _Comparison(self._exchange, call, divisions, table).run()
+            for difference in differences:
+                if difference.num_refused:  # the same on every rank
+                    raise UnsupportedModelError(_refusal(call, difference))
         if differences and self._warned_in != self._exchange.epoch:
             self._warned_in = self._exchange.epoch
             self._exchange.warn(_warning(differences))
 
 
-def _refusal(call: str, of_tensor: Sequence[_Difference]) -> str:
-    first, others = of_tensor[0], ", ".join(str(difference.other) for difference in of_tensor)
+def _refusal(call: str, difference: _Difference) -> str:
+    others = ", ".join(str(rank) for rank, _ in difference.refused)
+    if difference.num_refused > len(difference.refused):
+        others += f" and {difference.num_refused - len(difference.refused)} further ranks"
     return (
-        f"{call}: {first.fqn} is not the same on rank {first.lowest} and rank {others}, which should hold it alike: "
-        f"relative L2 difference {first.relative:.3g}, allowed {DRIFT_ALLOWED:g}. An average over these ranks would be "
-        "a mosaic of different models. Either each rank has experts of its own, or a stage of a pipeline, under equal "
-        "names: this version does not serve that, a later one will. Or nothing keeps the ranks alike: wrap the model "
-        "in DistributedDataParallel, or broadcast the initial weights and reduce the gradients yourself"
+        f"{call}: {difference.fqn} is not the same on rank {difference.lowest} and rank {others}, which should hold it "
+        f"alike: relative L2 difference {difference.refused[0][1]:.3g}, allowed {DRIFT_ALLOWED:g}. An average over "
+        "these ranks would be a mosaic of different models. Either each rank has experts of its own, or a stage of a "
+        "pipeline, under equal names: this version does not serve that, a later one will. Or nothing keeps the ranks "
+        "alike: wrap the model in DistributedDataParallel, or broadcast the initial weights and reduce the gradients "
+        "yourself"
     )
 
 
 def _warning(differences: Sequence[_Difference]) -> str:
-    worst = max(differences, key=lambda difference: difference.relative)
+    worst = max(differences, key=lambda difference: difference.worst[0][1])
+    ((other, relative),) = worst.worst
     num_tensors = len({difference.fqn for difference in differences})
     return (
         f"replicas of {num_tensors} tensors have drifted apart: the worst is {worst.fqn}, relative L2 difference "
-        f"{worst.relative:.2g} between rank {worst.lowest} and rank {worst.other}. The average is of each owner's "
+        f"{relative:.2g} between rank {worst.lowest} and rank {other}. The average is of each owner's "
         "values. Something other than the gradients moves the weights, or rounds otherwise on each rank: broadcast "
         "them from rank 0 now and then"
     )
@@ -146,7 +153,7 @@ class _Comparison:
         exchange: the control traffic of all ranks.
         call: the name of the call, for the message.
         divisions: the divisions of this rank, by key.
-        tables: key of a division -> rank -> the checksums of its tensors on that rank; the same on every rank.
+        table: the tensors that differ; the same on every rank.
     """
 
     def __init__(
@@ -154,19 +161,14 @@ class _Comparison:
         exchange: Exchange,
         call: str,
         divisions: dict[str, Division],
-        tables: dict[str, dict[int, list[int]]],
+        table: Table,
     ) -> None:
         self._exchange = exchange
         self._call = call
         self._divisions = divisions
-        self._rounds: list[list[tuple[str, int, int, list[int]]]] = []
-        for key, by_rank in tables.items():
-            lowest = min(by_rank)
-            others = [
-                (index, [rank for rank, sums in by_rank.items() if sums[index] != by_rank[lowest][index]])
-                for index in range(len(by_rank[lowest]))
-            ]
-            for number, (index, ranks) in enumerate((index, ranks) for index, ranks in others if ranks):
+        self._rounds: list[list[tuple[str, int, int, RankRuns]]] = []
+        for key, (lowest, others) in table.items():
+            for number, (index, ranks) in enumerate(others.items()):
                 if number == len(self._rounds):
                     self._rounds.append([])
                 self._rounds[number].append((key, index, lowest, ranks))
@@ -183,18 +185,19 @@ class _Comparison:
             self._call, lambda: torch.empty(CHUNK_NUMEL * widest_bytes, dtype=torch.uint8, device="cpu")
         )
         for tensors in self._rounds:  # one tensor of a division in a round: several divisions are compared side by side
-            own = []
+            own = {}
             with self._exchange.wires(self._call) as wires:
                 for key, index, lowest, others in tensors:
-                    own += self._compare(wires, key, index, lowest, others)
+                    for difference in self._compare(wires, key, index, lowest, others):
+                        own[key] = difference
             self._exchange.raise_together(self._call, self._failure)
-            of_round = [row for of_rank in self._exchange.gather_objects(own) for row in of_rank]
-            differences += [row for row in of_round if row.relative != 0.0]
-            if any(not row.relative <= DRIFT_ALLOWED for row in of_round):
+            of_round = self._exchange.reduce(self._call, own, _with_further_ranks)
+            differences += [_Difference(*of_key) for of_key in of_round.values()]
+            if any(difference.num_refused for difference in differences):
                 break
         return differences
 
-    def _compare(self, wires: Wires, key: str, index: int, lowest: int, others: Sequence[int]) -> list[_Difference]:
+    def _compare(self, wires: Wires, key: str, index: int, lowest: int, others: RankRuns) -> list[_Difference]:
         """Send or receive one tensor in chunks; a failure is kept, as the other ranks wait for this rank's messages."""
         rank = self._exchange.rank
         if rank != lowest and rank not in others:
@@ -217,7 +220,12 @@ class _Comparison:
                 self._guarded(functools.partial(_add_squares, squares, message, chunk, dtype))
         if rank == lowest:
             return []
-        return [_Difference(held.spec.fqn, lowest, rank, _relative(*squares))]
+        relative = _relative(*squares)
+        if relative == 0.0:
+            return []
+        if relative <= DRIFT_ALLOWED:
+            return [_Difference(held.spec.fqn, lowest, [], 0, [(rank, relative)])]
+        return [_Difference(held.spec.fqn, lowest, [(rank, relative)], 1, [])]
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
         try:
@@ -227,23 +235,26 @@ class _Comparison:
             return None
 
 
-def _key(division: Division) -> str:
-    """A key that the ranks of a division compute alike, and that no other division has."""
-    ranks = checksum(repr(division.ranks).encode())
-    return f"{division.ranks[0]:08d}-{len(division.ranks)}-{ranks:08x}-{division.averaged:d}"
+def _with_further_ranks(lower: dict[str, Any], higher: dict[str, Any]) -> dict[str, Any]:
+    """Key of a division -> its difference, as JSON; associative."""
+    merged = dict(lower)
+    for key, of_key in higher.items():
+        first, second = (_Difference(*of_some) for of_some in (lower.get(key, of_key), of_key))
+        if key in lower:
+            merged[key] = _Difference(
+                first.fqn,
+                first.lowest,
+                [*first.refused, *second.refused][:_MOST_NAMED],
+                first.num_refused + second.num_refused,
+                sorted([*first.worst, *second.worst], key=lambda of_rank: -of_rank[1])[:1],
+            )
+        else:
+            merged[key] = of_key
+    return merged
 
 
 def _checksums(division: Division) -> list[int]:
     return tensor_checksums([held.values() for held in division.held])
-
-
-def _differing(digests: Sequence[dict[str, str]]) -> set[str]:
-    """The keys for which the ranks have different digests."""
-    first: dict[str, str] = {}
-    for of_rank in digests:
-        for key, digest in of_rank.items():
-            first.setdefault(key, digest)
-    return {key for of_rank in digests for key, digest in of_rank.items() if digest != first[key]}
 
 
 def _sizes(shape: Sequence[int]) -> list[int]:

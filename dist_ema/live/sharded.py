@@ -63,7 +63,7 @@ def _sharded_tensors(
         plan: the model as boxes; `_check_forms` has passed.
         values: averaged values of `plan.owned(averaged=True)`.
         dtype: the dtype of the averaged entries.
-        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
+        meeting: steps after which no rank can stay out; see `Channel.meeting`.
 
     Returns:
         Every tensor under all of its names, in new memory: plain or a DTensor, as the model has it.

@@ -77,7 +77,7 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Ca
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
-        meeting: steps after which no rank can stay out; see `Exchange.meeting`.
+        meeting: steps after which no rank can stay out; see `Channel.meeting`.
     """
     plan.drop_gathered()
     spread_all(plan, values, lambda shard: shard.live(), meeting)

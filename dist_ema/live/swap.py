@@ -150,7 +150,7 @@ def agreed_values(
 
 def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:
     """Steps after which no rank can stay out of what follows; none where nothing is sent."""
-    return call.exchange.meeting(call.name) if state.plan.has_replicas else ()
+    return call.exchange.channel.meeting(call.name) if state.plan.has_replicas else ()
 
 
 # Taken by threads only: an interrupt would leave it locked in a thread that has a signal handler.

@@ -1,26 +1,28 @@
-"""The beginning of a call: all ranks come to it, or it ends on all of them."""
+"""The waits of a call: for all ranks to come to it, and for the others within it."""
 
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable
 
 from dist_ema.checks import seconds_from_environment
-from dist_ema.errors import CommunicationError, agreed, error_class
-from dist_ema.ranks.groups import Farewell, World, this_world
-from dist_ema.ranks.long_waits import Deed, watch
+from dist_ema.errors import CommunicationError
+from dist_ema.ranks.store.link import Farewell, Link
+from dist_ema.ranks.worlds import World, this_world
 
-__all__ = ["arrival_seconds", "present_world", "wait_for_all"]
+__all__ = ["MOST_NAMED", "Wait", "arrival_seconds", "differing_calls", "merge_calls", "present_world"]
 
 _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 30.0
 # A wait that goes on is logged again when it has become this many times as long.
 _GROWTH = 10.0
-# A rank that has waited for so long writes to the store which call it has come to.
-_COME_SECONDS = 1.0
+# A wait within a call is logged so many times later: the others may have more to write.
+_STAGE_FACTOR = 10.0
+# A wait as long as this looks for machines that are gone.
+_SILENCE_SECONDS = 30.0
 # The most ranks that a message names.
-_MOST_NAMED = 8
+MOST_NAMED = 8
 
 
 def arrival_seconds() -> tuple[float, float]:
@@ -55,69 +57,106 @@ def present_world(call: str, rank: int, size: int) -> World:
     return world
 
 
-def wait_for_all(world: World, call: str, notice_seconds: float, seconds: float) -> None:
-    """Collective: every rank must call it. Waits until all ranks have come to the same call.
+class Wait:
+    """The patience of one wait.
 
     Args:
         world: the ranks.
+        link: the link in which the wait is.
         call: the name of the call.
         notice_seconds: the seconds after which rank 0 logs for which ranks it waits.
         seconds: the seconds after which the call ends on all ranks, also on those that come later.
+        lost: the text for a wait that took too long, from the seconds waited, the missing ranks, and what they did.
 
-    Raises:
-        CommunicationError: some rank did not come in time, or is gone; the same on all ranks.
-        DistEMAError: some rank has left the call with this error; the same on all ranks.
+    Attributes:
+        link: as given.
+        seconds: as given.
     """
-    began = time.monotonic()
 
-    def tell(waited: float) -> None:
-        _log.warning(
-            "%s: rank 0 has waited %.0f s for %s, and waits on, %.0f s at most. Every rank must make the same call",
-            *(call, waited, _missing(world), seconds),
-        )
+    def __init__(
+        self,
+        world: World,
+        link: Link,
+        call: str,
+        notice_seconds: float,
+        seconds: float,
+        lost: Callable[[float, str, str], str],
+    ) -> None:
+        self._world = world
+        self.link = link
+        self._call = call
+        self._notice_seconds = notice_seconds
+        self.seconds = seconds
+        self._lost = lost
 
-    # No rank reads the store before it has waited for long: a short wait needs no entry there.
-    deeds = [Deed(min(_COME_SECONDS, notice_seconds / 4, seconds / 4), lambda waited: world.come(call))]
-    if world.rank == 0:
-        deeds.append(Deed(notice_seconds, tell, growth=_GROWTH))
-    watch.begin(deeds)
-    try:
-        while True:
-            try:
-                world.link.make(began + seconds - time.monotonic())
-                world.link.arrive(began + seconds - time.monotonic())
-                return
-            except RuntimeError as error:
-                waited = time.monotonic() - began
-                parting = Farewell(
-                    world.num_calls, CommunicationError.__name__, _missed(world, call, waited), waited > 0.9 * seconds
-                )
-                first = world.link.leave(parting)
-                world.renew()
-                # The farewell may be of the former call: a rank left its very end, when the others were through.
-                if not first.lives or first.call >= world.num_calls:
-                    raise agreed(error_class(first.kind)(first.message)) from error
-    finally:
-        watch.end()
+    @classmethod
+    def for_all(cls, world: World, call: str, notice_seconds: float, seconds: float) -> Wait:
+        """The wait for all ranks to come to a call."""
+
+        def lost(waited: float, missing: str, doing: str) -> str:
+            return (
+                f"{call}: rank {world.rank} waited {waited:.0f} s, and not all {world.size} ranks came; it waited for "
+                f"{missing}. Perhaps one died, or did something else. {doing}. Every rank must make the same call, at "
+                "the same place of the program: do not put it under `if is_main_process`, nor into a block of DDP's "
+                "join(), which ranks with fewer batches leave early. If ranks may be further apart in time, set a "
+                "larger DIST_EMA_ARRIVAL_SECONDS in the environment of all of them, or a longer timeout of the "
+                "process group"
+            )
+
+        return cls(world, world.link, call, notice_seconds, seconds, lost)
+
+    @classmethod
+    def within(cls, world: World, link: Link, action: str, notice_seconds: float) -> Wait:
+        """The wait of a rank for the others, within a call that all have come to."""
+
+        def lost(waited: float, missing: str, doing: str) -> str:
+            return f"{action}: rank {world.rank} waited {waited:.0f} s for {missing}, within the call. {doing}"
+
+        return cls(world, link, action, _STAGE_FACTOR * notice_seconds, world.stage_seconds, lost)
+
+    def end_of(self, waited: float) -> Farewell | None:
+        """See `dist_ema.ranks.worlds.Patience`."""
+        if waited >= self.seconds:
+            message = self._lost(waited, *self._world.missing(self.link, MOST_NAMED))
+            return Farewell(self._world.num_calls, CommunicationError.__name__, message, lives=True)
+        if waited >= _SILENCE_SECONDS:
+            self._world.look_for_silence(self.link, MOST_NAMED)
+        if self._world.rank == 0 and waited >= self._notice_seconds:
+            self._notice_seconds = _GROWTH * waited
+            missing, doing = self._world.missing(self.link, MOST_NAMED)
+            _log.warning(
+                "%s: rank 0 has waited %.0f s for %s, and waits on, %.0f s at most. %s. Every rank must make the same "
+                "call",
+                *(self._call, waited, missing, self.seconds, doing),
+            )
+        return None
 
 
-def _missed(world: World, call: str, waited: float) -> str:
+Calls = dict[str, list[int]]  # name of a call -> how many ranks make it, and the first of them
+
+
+def merge_calls(left: Calls, right: Calls) -> Calls:
+    """The calls that two parts of the ranks have come to."""
+    merged = dict(left)
+    for name, (count, *ranks) in right.items():
+        own_count, *own_ranks = merged.get(name, [0])
+        merged[name] = [own_count + count, *[*own_ranks, *ranks][:MOST_NAMED]]
+    return merged
+
+
+def differing_calls(calls: Calls) -> str | None:
+    """The message for ranks that have come to different calls; None if all have come to the same one."""
+    if len(calls) == 1:
+        return None
+    common, *others = sorted(calls, key=lambda name: (-calls[name][0], name))
+
+    def ranks(name: str) -> str:
+        count, *first = calls[name]
+        text = ", ".join(map(str, first)) + (f" and {count - len(first)} more" if count > len(first) else "")
+        return f"rank {text}" if count == 1 else f"ranks {text}"
+
+    size = sum(count for count, *_ in calls.values())
     return (
-        f"{call}: rank {world.rank} waited {waited:.0f} s, and not all {world.size} ranks came; it waited for "
-        f"{_missing(world)}. Perhaps one died, or did something else. Every rank must make the same call, at the same "
-        "place of the program: do not put it under `if is_main_process`, nor into a block of DDP's join(), which ranks "
-        "with fewer batches leave early. If ranks may be further apart in time, set a larger DIST_EMA_ARRIVAL_SECONDS "
-        "in the environment of all of them, or a longer timeout of the process group"
+        f"the ranks differ in call: {calls[common][0]} of {size} make {common} ({ranks(common)}), but "
+        f"{', '.join(f'{ranks(name)} {name}' for name in others)}. Call the same methods on every rank, in one order"
     )
-
-
-def _missing(world: World) -> str:
-    """The names of the ranks that have not come, as far as that is known."""
-    try:
-        missing = world.missing()
-    except RuntimeError:
-        return "ranks that cannot be named: the store of the process group is gone"
-    if not missing:
-        return "ranks that came and are gone"
-    named = [f"rank {rank}" for rank in missing[:_MOST_NAMED]]
-    return ", ".join(named) + (f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else "")

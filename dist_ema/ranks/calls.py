@@ -3,10 +3,9 @@
     1 all    come to the call (`Exchange.arrive`)
     2 all    wait for the save in the background, if the call reads or writes folders
     3 alone  refuse while the averaged weights are in the model, refuse a changed model, do local work
-    4 all    raise the same error if any of them failed (`Exchange.agree`)
-    5 all    raise if they did not ask for the same (`Exchange.compare`)
+    4 all    raise the same error if any of them failed, or if they did not ask for the same (`Exchange.agree_alike`)
 
-A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in groups.py. A call that
+A rank that leaves the call later, and alone, ends it for the others too: see [Note: leaving] in link.py. A call that
 raises sets torch's grad mode back: `torch.no_grad()` is Python, so an interrupt at its end would leave autograd
 switched off for the rest of the run.
 """
@@ -28,6 +27,11 @@ T = TypeVar("T")
 
 class _Average(Protocol):
     """The averages of one rank, as a call uses them. No method communicates."""
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates so far."""
+        ...
 
     def begin(self, call: str) -> None:
         """Wait for updates beside training. Raises a SwapError while the averaged weights are in the model."""
@@ -51,6 +55,7 @@ class Calls:
         self.exchange = exchange
         self.average = average
         self.wait = wait
+        exchange.channel.shows(average)
 
     def __call__(self, name: str, act: Callable[[Call], T]) -> T:
         """Make a call. An exception of `act` ends it for all ranks.
@@ -70,6 +75,8 @@ class Calls:
         except BaseException:  # a second one, before the first was dealt with
             torch.set_grad_enabled(mode)
             raise
+        finally:
+            self.exchange.channel.end()
 
 
 class Call:
@@ -84,7 +91,7 @@ class Call:
         self.name = name
         self.exchange = calls.exchange
         self._calls = calls
-        self._num_calls_before = calls.exchange.num_calls
+        self._num_calls_before = calls.exchange.channel.num_calls
 
     def together(
         self,
@@ -115,11 +122,12 @@ class Call:
         self.exchange.arrive(self.name)
         if after_saves:
             self._calls.wait()
-        prepared = self.exchange.agree(
-            self.name, lambda: self.alone(work, within_swap=within_swap, of_changed=of_changed)
+        return self.exchange.agree_alike(
+            self.name,
+            lambda: self.alone(work, within_swap=within_swap, of_changed=of_changed),
+            same,
+            working_folder,
         )
-        self.exchange.compare({"call": self.name, **same(prepared)}, working_folder)
-        return prepared
 
     def alone(self, work: Callable[[], T], *, within_swap: bool = False, of_changed: bool = False) -> T:
         """Step 3. No communication.
@@ -154,15 +162,17 @@ def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
         exchange: the exchange of the call.
         call: the name of the call, for the message.
     """
-    before = exchange.num_calls
+    before = exchange.channel.num_calls
     try:
         yield
     except BaseException as error:
         _end_for_all(exchange, call, before, error)
         raise
+    finally:
+        exchange.channel.end()
 
 
 def _end_for_all(exchange: Exchange, call: str, num_calls_before: int, error: BaseException) -> None:
     # Before the arrival no other rank waits for this one.
-    if exchange.is_beside or exchange.num_calls > num_calls_before:
-        exchange.abandon(call, error)
+    if exchange.channel.is_beside or exchange.channel.num_calls > num_calls_before:
+        exchange.channel.abandon(call, error)

@@ -161,7 +161,7 @@ class Subject:
 
     def interrupt(self, point: object, made: Interrupt) -> None:
         """Collective. One call, interrupted on rank 0."""
-        began, told, before = time.monotonic(), "nothing", self._ema._exchange.num_calls
+        began, told, before = time.monotonic(), "nothing", self._ema._exchange.channel.num_calls
         try:
             try:
                 try:
@@ -173,7 +173,7 @@ class Subject:
                 deafen()
         except KeyboardInterrupt:
             told = "interrupt"
-            if self._ema._exchange.num_calls == before:  # it had not arrived: the other rank waits for it
+            if self._ema._exchange.channel.num_calls == before:  # it had not arrived: the other rank waits for it
                 self.call()
         except CommunicationError:
             told = "communication"

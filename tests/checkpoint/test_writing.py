@@ -6,13 +6,12 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from disks import on_disk, warnings_of
 from layouts_zoo import build_layout, read_whole, set_whole
 from tiny import averaged_once
 from torch import nn
@@ -83,7 +82,8 @@ def write_every_way(layout: str, folder: str) -> None:
         with units(sizes):
             written = traced(lambda name=name: ema.save(os.path.join(folder, name), max_shard_size=900))
             page = writing._PAGE_BYTES
-        by_rank = ema._exchange.gather_objects(written)
+        by_rank: list[dict[str, set[int]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(by_rank, written)
         for file in {file for each in by_rank for file in each}:
             pages = [{offset // page for offset in each.get(file, ())} for each in by_rank]
             assert sum(map(len, pages)) == len(set().union(*pages)), f"{name}: two ranks write into one page of {file}"
@@ -140,20 +140,6 @@ def test_exchanging_every_byte_stays_within_64_mib(world, tmp_path) -> None:
         assert saved < 64 and loaded < 64, f"MiB on top of the shards: save {saved:.0f}, load {loaded:.0f}"
 
 
-@contextmanager
-def on_disk(disk: Path) -> Iterator[str]:
-    """Gives a path that is the same on all ranks, and on each of them leads to its own `disk`."""
-    disk.mkdir(exist_ok=True)
-    former, real = os.getcwd(), os.path.realpath
-    os.chdir(disk)
-    os.path.realpath = os.path.abspath  # which is /proc/self/cwd and must stay unresolved
-    try:
-        yield "/proc/self/cwd"
-    finally:
-        os.chdir(former)
-        os.path.realpath = real
-
-
 def each_node_its_own_disk(root: str, num_sharing: int) -> tuple[list[str], list[str]]:
     """Ranks below `num_sharing` see one disk, every other its own, all under the same path."""
     rank = dist.get_rank()
@@ -173,15 +159,6 @@ def each_node_its_own_disk(root: str, num_sharing: int) -> tuple[list[str], list
         if rank == 0:
             assert_same_bits(state, loaded)
         return told, sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
-
-
-def warnings_of(call) -> str:
-    import warnings
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return "; ".join(str(each.message) for each in caught)
 
 
 @pytest.mark.parametrize("num_sharing", [1, 2])

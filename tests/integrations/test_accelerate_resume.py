@@ -6,6 +6,7 @@ Every run here trains for real: shuffled batches, AdamW, two micro-batches per s
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataPar
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
+from accelerated import accelerator_of, prepared, take_step
 from cpu_fsdp import force_fsdp
+from disks import on_disk, on_node, warnings_of
 from ranks import World
 from safetensors.torch import load_file
 from torch import nn
@@ -440,3 +443,29 @@ def test_a_save_state_on_rank_0_alone_ends_with_an_error_and_no_average(tmp_path
         fresh.stop()
     assert nothing is None and 1.5 < seconds < 15
     assert not list(tmp_path.rglob("*manifest*"))
+
+
+def on_the_other_nodes_disk(root: str, left_behind: str) -> tuple[str, int]:
+    rank = dist.get_rank()
+    with on_node(f"n{rank}"), on_disk(Path(root) / f"disk{rank}") as here, accelerator_of("ddp") as accelerator:
+        os.makedirs("ckpt/.ema.staging" if left_behind == "trace" and rank else "ckpt")
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = attach(accelerator, model, optimizer, SCHEDULES["fast"], on_missing="live")
+        take_step(model, optimizer, 1)
+        if left_behind == "average":
+            warnings_of(lambda: ema.save(f"{here}/ckpt/ema"))
+            if rank == 0:  # which was on the other node
+                shutil.move("ckpt/ema", f"{root}/disk1/ckpt/ema")
+            accelerator.wait_for_everyone()
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            accelerator.load_state(f"{here}/ckpt")
+        ema.detach()
+        return str(caught.value), ema.num_updates
+
+
+@pytest.mark.parametrize("left_behind", ["average", "trace"])
+def test_an_average_on_another_nodes_disk_is_not_begun_anew_as_if_there_were_none(world, tmp_path, left_behind) -> None:
+    first, second = world(2).run(on_the_other_nodes_disk, str(tmp_path), left_behind)
+    assert first == second and first[1] == 1
+    assert "on the disk of another node" in first[0]
+    assert ("rank 1, on the node n1, sees one at" in first[0]) == (left_behind == "average")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 import re
@@ -397,3 +399,21 @@ def shared_with_rank_dependent_layouts() -> None:
 
 def test_what_wrappers_keep_alike_or_hold_once_is_not_warned_about(world) -> None:
     world(2).run(shared_with_rank_dependent_layouts)
+
+
+def test_an_error_names_the_first_ranks_that_differ_and_counts_the_others_whatever_was_combined_first() -> None:
+    """A thousand ranks without a broadcast of the initial weights; every third has only drifted."""
+    own = [
+        {"key": ("w", 0, [], 0, [(rank, rank / 1e7)]) if rank % 3 == 0 else ("w", 0, [(rank, float(rank))], 1, [])}
+        for rank in range(1, 1000)
+    ]
+    for fan_in in (2, 7, 128, 1000):
+        level = json.loads(json.dumps([{}, *own]))
+        while len(level) > 1:
+            groups = [level[at : at + fan_in] for at in range(0, len(level), fan_in)]
+            level = json.loads(json.dumps([functools.reduce(replicas_module._with_further_ranks, g) for g in groups]))
+        difference = replicas_module._Difference(*level[0]["key"])
+        assert difference.worst == [[999, 999 / 1e7]] and difference.num_refused == 666
+        told = replicas_module._refusal("save", difference)
+        assert "rank 0 and rank 1, 2, 4, 5, 7, 8, 10, 11 and 658 further ranks, which" in told
+        assert "relative L2 difference 1, allowed" in told and len(told) < 700

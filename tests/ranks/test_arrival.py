@@ -32,7 +32,7 @@ from dist_ema import (
     ShardedEMA,
 )
 from dist_ema.checkpoint import save_calls, writing
-from dist_ema.checkpoint import saving as checkpoint
+from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.live.replicas import Replicas
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
@@ -213,7 +213,7 @@ PLACES = {
     "before the first agreement": ("save", in_prepare),
     "between two agreements": ("save", patched(Replicas, "check")),
     "between the messages of an exchange": ("save", patched(writing, "host_bytes")),
-    "after the last byte": ("save", patched(checkpoint, "whole_checksums")),
+    "after the last byte": ("save", patched(PartialChecksums, "partial")),
     "after the last agreement": ("load", lambda ema, leave: patched(ema._state, "restore")(ema, leave)),
 }
 
@@ -294,11 +294,11 @@ def fails_in_thread(folder: str) -> list[tuple[str, str]]:
     results = []
     for _ in range(2):
         if dist.get_rank() == 1:
-            real, checkpoint.whole_checksums = checkpoint.whole_checksums, broken(MemoryError)
+            real, PartialChecksums.partial = PartialChecksums.partial, broken(MemoryError)  # type: ignore[method-assign]
         ema.save(folder, background=True)
         results.append(caught(ema.wait)[:2])
         if dist.get_rank() == 1:
-            checkpoint.whole_checksums = real
+            PartialChecksums.partial = real  # type: ignore[method-assign]
         whole_life(ema, folder)
     return results
 

@@ -103,6 +103,20 @@ class StoredFile:
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
 
+    def to_json(self) -> dict[str, Any]:
+        """The header as JSON; see `StoredModel.to_json`."""
+        tensors = {fqn: [tensor.dtype, list(tensor.shape), tensor.start] for fqn, tensor in self.tensors.items()}
+        return {**vars(self), "metadata": dict(self.metadata), "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, name: str, record: Mapping[str, Any]) -> StoredFile:
+        """The file called `name`, of what `to_json` returned."""
+        tensors = {
+            fqn: StoredTensor(name, dtype, tuple(shape), start)
+            for fqn, (dtype, shape, start) in record["tensors"].items()
+        }
+        return cls(**{**record, "tensors": tensors})
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
@@ -111,6 +125,21 @@ class StoredModel:
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
     index_checksum: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The model as JSON, for ranks that cannot read the folder. It was checked when it was read."""
+        return {
+            "files": {name: file.to_json() for name, file in self.files.items()},
+            "file_of": {fqn: tensor.file for fqn, tensor in self.tensors.items()},
+            "index_checksum": self.index_checksum,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> StoredModel:
+        """The model, of what `to_json` returned."""
+        files = {name: StoredFile.from_json(name, file) for name, file in record["files"].items()}
+        tensors = {fqn: files[name].tensors[fqn] for fqn, name in record["file_of"].items()}
+        return cls(files, tensors, record["index_checksum"])
 
 
 def read_model_folder(folder: Path) -> StoredModel:

@@ -5,9 +5,9 @@
                              rank 21  ->  rank 16 + 3  ->  rank 43
 
 A hop changes one digit of the rank, in base `PARTNERS`, into that of the target: two hops up to 1,024 ranks, three up
-to 32,768. So a rank hears from less than `PARTNERS` ranks in a hop. Where the way leads over a rank that does not exist,
-since the world ends within a block, the message goes to its target at once; a rank hears from as many such ranks at
-most.
+to 32,768. So a rank hears from less than `PARTNERS` ranks in a hop. Where the way leads over a rank that does not
+exist, since the world ends within a block, the message goes to its target at once; a rank hears from as many such ranks
+at most.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.wires import Wires
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["PARTNERS", "deliver"]
 

@@ -1,0 +1,102 @@
+"""Which ranks are still there, and what they last did.
+
+A late rank is not a dead one. So a rank counts as gone only if that is certain:
+
+    its process has ended    a rank of the same machine sees that, within a second or two, and tells all
+    its machine is silent    no rank of it has given a sign of life for two minutes
+
+Each rank looks after the next one of its machine. No rank waits for another here, and none hears from more than a few.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from dist_ema.ranks.store.processes import Process, host_identity, this_process
+from dist_ema.ranks.store.shared_store import SharedStore
+
+__all__ = ["Presence"]
+
+# A rank gives a sign of life so often.
+_SIGN_SECONDS = 5.0
+# A machine without a sign of life for so long is gone. Python may stand still in a rank for a while, not in all.
+_SILENT_SECONDS = 120.0
+
+
+class Presence:
+    """The signs of life of this rank, and those of the others.
+
+    Args:
+        store: a client that no wait blocks.
+        rank: the rank of this process.
+        doing: what this rank does: the number of its updates, and the call it is in ("" outside).
+    """
+
+    def __init__(self, store: SharedStore, rank: int, doing: Callable[[], tuple[int, str]]) -> None:
+        self._store = store
+        self._rank = rank
+        self._doing = doing
+        self._host = host_identity()
+        self._neighbours: dict[int, Process] = {}
+        self._knows_all = False
+        self._shown: tuple[int, str] | None = None
+        self._changed = time.time()
+        self._next_sign = 0.0
+        self._signs: dict[str, tuple[str | None, float]] = {}
+        store.append(f"host/{self._host}", f"{rank} {' '.join(map(str, this_process()))}\n")
+
+    def show(self, *, at_once: bool = False) -> None:
+        """Give a sign of life, and write down what this rank does, if it is time."""
+        now = time.monotonic()
+        doing = self._doing()
+        if doing != self._shown:
+            self._shown, self._changed = doing, time.time()
+        if at_once or now >= self._next_sign:
+            self._next_sign = now + _SIGN_SECONDS
+            self._store.put(f"seen/{self._rank}", json.dumps([*doing, self._changed, self._host]))
+            self._store.count(f"sign/{self._host}")
+
+    def gone(self, *, have_met: bool) -> str | None:
+        """How the next rank of this machine is gone; None while it is there.
+
+        Args:
+            have_met: whether all ranks have made a call together.
+        """
+        if not self._knows_all:
+            lines = (self._store.look(f"host/{self._host}") or "").splitlines()
+            self._neighbours = {int(rank): Process(int(pid), int(start)) for rank, pid, start in map(str.split, lines)}
+            self._knows_all = have_met
+        ranks = sorted(self._neighbours, key=lambda rank: (rank <= self._rank, rank))
+        for rank in ranks[:-1]:  # the last one is this rank
+            if not self._neighbours[rank].is_gone():
+                return None
+            return f"rank {rank} is gone: its process {self._neighbours[rank].pid} has ended"
+        return None
+
+    def silent(self, ranks: Sequence[int]) -> str | None:
+        """How one of some ranks is gone with its machine; None if none is. To be asked again and again."""
+        for rank in ranks:
+            seen = self._store.look(f"seen/{rank}")
+            host = "" if seen is None else str(json.loads(seen)[3])
+            if not host or host == self._host:
+                continue
+            sign, now = self._store.look(f"sign/{host}"), time.monotonic()
+            former, since = self._signs.get(host, (None, now))
+            self._signs[host] = (sign, since if sign == former else now)
+            if sign == former and now - since > _SILENT_SECONDS:
+                return f"rank {rank} is gone: no rank of its machine has given a sign of life for {now - since:.0f} s"
+        return None
+
+    def last_seen(self, ranks: Sequence[int]) -> list[str]:
+        """What each of some ranks did when it was last seen."""
+        return [_shown(self._store.look(f"seen/{rank}")) for rank in ranks]
+
+
+def _shown(seen: str | None) -> str:
+    if seen is None:
+        return "not seen yet"
+    num_updates, call, changed, _ = json.loads(seen)
+    place = f"{call}, after update {num_updates}" if call else f"update {num_updates}"
+    return f"last seen in {place}, {max(time.time() - changed, 0.0):.0f} s ago"

@@ -1,0 +1,342 @@
+"""Thousands of ranks in one process: the real code of each, over a store and wires that lie in the memory of all.
+
+Each simulated rank is a thread. One thread runs at a time; a rank that waits for another gives its turn away. So a run
+needs no more than one core, takes the same course each time, and a wait that nobody can end is seen at once. The ranks
+begin in random order, but the last one comes last to everything: it has the most to combine.
+
+What a message costs is counted as torch's TCPStore sends it: `get` is two requests (a wait and a get), all others are
+one; `set` and `append` have no answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import random
+import threading
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Counts", "FakeStore", "FakeWires", "Server", "Turns", "largest"]
+
+_STACK_BYTES = 256 * 2**10
+# What a rank posts so that others reach it: some addresses and two numbers.
+_ADDRESS_BYTES = 150
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one rank has said and heard.
+
+    Attributes:
+        sent: messages to the store.
+        received: answers of the store.
+        sent_bytes: keys and values in those messages.
+        received_bytes: values in those answers.
+        wires: other ranks to which it had a connection, or which had one to it.
+        wired_bytes: bytes that it sent and received over those.
+    """
+
+    sent: int = 0
+    received: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    wires: int = 0
+    wired_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """All that it said to the store, and heard from it."""
+        return self.sent_bytes + self.received_bytes
+
+    def __sub__(self, other: Counts) -> Counts:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Counts(*(one - two for one, two in zip(mine, others, strict=True)))
+
+
+def largest(counts: Iterable[Counts]) -> Counts:
+    """The largest of each number."""
+    return Counts(*map(max, zip(*map(dataclasses.astuple, counts), strict=True)))
+
+
+class Turns:
+    """Threads of which one runs at a time.
+
+    Attributes:
+        is_stuck: whether all threads wait for one another.
+        last: a thread that gets its turn only where no other can go on; by its place among the works.
+    """
+
+    def __init__(self, last: int = 0) -> None:
+        self.is_stuck = False
+        self.last = last
+        self._ready: deque[threading.Lock] = deque()
+        self._hindmost: threading.Lock | None = None
+        self._waiting: dict[Any, list[threading.Lock]] = {}
+        self._own = threading.local()
+        self._num_left = 0
+        self._done = threading.Event()
+
+    def run(self, works: Iterable[Callable[[], None]]) -> None:
+        """Run every work in a thread of its own, and wait for all of them. No work may raise."""
+        former = threading.stack_size(_STACK_BYTES)
+        try:
+            pairs = [(work, self._new()) for work in works]
+            self._hindmost = pairs[self.last][1]
+            threads = [threading.Thread(target=self._live, args=pair) for pair in pairs]
+            self._num_left = len(threads)
+            self._done.clear()
+            for thread in threads:
+                thread.start()
+        finally:
+            threading.stack_size(former)
+        self._give_away()
+        self._done.wait()
+        for thread in threads:
+            thread.join()
+
+    def let_others_go_first(self) -> None:
+        """Give the turn away until no other can go on, if this is the thread that is to be the last."""
+        own = self._own.lock
+        if own is self._hindmost and self._ready:
+            self._ready.append(own)
+            self._give_away()
+            own.acquire()
+
+    def wait_for(self, key: Any) -> None:
+        """Give the turn away until `wake` is called with this key. Raises a RuntimeError if no thread can go on."""
+        own = self._own.lock
+        self._waiting.setdefault(key, []).append(own)
+        self._give_away()
+        own.acquire()
+        if self.is_stuck:
+            raise RuntimeError(f"no rank can go on; this one waits for {key}")
+
+    def wake(self, key: Any) -> None:
+        """Let the threads that wait for this key go on, when it is their turn."""
+        self._ready += self._waiting.pop(key, ())
+
+    def _new(self) -> threading.Lock:
+        lock = threading.Lock()
+        lock.acquire()
+        self._ready.append(lock)
+        return lock
+
+    def _live(self, work: Callable[[], None], own: threading.Lock) -> None:
+        self._own.lock = own
+        own.acquire()
+        work()
+        self._num_left -= 1
+        if self._num_left:
+            self._give_away()
+        else:
+            self._done.set()
+
+    def _give_away(self) -> None:
+        if not self._ready:
+            self.is_stuck = True
+            for key in list(self._waiting):
+                self.wake(key)
+        if self._ready[0] is self._hindmost:
+            self._ready.rotate(-1)
+        self._ready.popleft().release()
+
+
+class Server:
+    """What the store of all ranks holds.
+
+    Attributes:
+        values: the text of every key.
+        counts: for every rank, what it has said and heard.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.turns = Turns()
+        self.values: dict[str, bytes] = {}
+        self.counts = [Counts() for _ in range(size)]
+        self.wires: dict[tuple[int, int], deque[bytes]] = defaultdict(deque)
+
+    def run(self, rank_work: Callable[[int], Any], order: random.Random) -> list[Any]:
+        """Run `rank_work(rank)` as every rank. The results in rank order.
+
+        Args:
+            rank_work: the work of a rank.
+            order: shuffles the order in which the ranks begin.
+        """
+        results: list[Any] = [None] * len(self.counts)
+        failures: list[str] = []
+
+        def work(rank: int) -> Callable[[], None]:
+            def run() -> None:
+                try:
+                    results[rank] = rank_work(rank)
+                except BaseException:
+                    failures.append(f"--- rank {rank}\n{traceback.format_exc()}")
+
+            return run
+
+        ranks = list(range(len(results)))
+        order.shuffle(ranks)
+        self.turns.last = ranks.index(len(ranks) - 1)
+        self.turns.run(map(work, ranks))
+        if failures:
+            raise RuntimeError(f"{len(failures)} simulated ranks failed\n{failures[0]}")
+        return results
+
+
+class FakeStore:
+    """A client of the store of one rank, with the methods of torch's.
+
+    Args:
+        server: of all clients.
+        rank: whose messages they are.
+    """
+
+    def __init__(self, server: Server, rank: int) -> None:
+        self._server = server
+        self._rank = rank
+        self.timeout = datetime.timedelta(seconds=1800)
+
+    def clone(self) -> FakeStore:
+        return FakeStore(self._server, self._rank)
+
+    def set_timeout(self, timeout: datetime.timedelta, /) -> None:
+        self.timeout = timeout
+
+    def set(self, key: str, value: Any, /) -> None:
+        self._put(key, _bytes(value))
+        self._count(key, _bytes(value))
+
+    def append(self, key: str, value: Any, /) -> None:
+        self._server.turns.let_others_go_first()
+        self._put(key, self._server.values.get(key, b"") + _bytes(value))
+        self._count(key, _bytes(value))
+
+    def get(self, key: str, /) -> bytes:
+        self.wait([key])
+        return self._count(key, answer=self._server.values[key])
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        self.wait(keys)
+        values = [self._server.values[key] for key in keys]
+        self._count("".join(keys), answer=b"".join(values))
+        return values
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None, /) -> None:
+        self._count("".join(keys), answer=b"")
+        for key in keys:
+            while key not in self._server.values:
+                self._server.turns.wait_for(key)
+
+    def check(self, keys: list[str], /) -> bool:
+        self._count("".join(keys), answer=b".")
+        return all(key in self._server.values for key in keys)
+
+    def add(self, key: str, amount: int, /) -> int:
+        total = int(self._server.values.get(key, b"0")) + amount
+        self._put(key, str(total).encode())
+        self._count(key, b"8 bytes.", answer=b"8 bytes.")
+        return total
+
+    def compare_set(self, key: str, expected: Any, desired: Any, /) -> bytes:
+        present = self._server.values.get(key)
+        if (present is None and not expected) or present == _bytes(expected):
+            present = _bytes(desired)
+            self._put(key, present)
+        answer = _bytes(expected) if present is None else present
+        return self._count(key, _bytes(expected) + _bytes(desired), answer=answer)
+
+    def delete_key(self, key: str, /) -> bool:
+        self._count(key, answer=b".")
+        return self._server.values.pop(key, None) is not None
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._server.values[key] = value
+        self._server.turns.wake(key)
+
+    def _count(self, key: str, value: bytes = b"", *, answer: bytes | None = None) -> bytes:
+        counts = self._server.counts[self._rank]
+        counts.sent += 1
+        counts.sent_bytes += len(key) + len(value)
+        if answer is None:
+            return b""
+        counts.received += 1
+        counts.received_bytes += len(answer)
+        return answer
+
+
+class FakeWires:
+    """The messages of one rank to others, with the methods of the real wires.
+
+    Args:
+        server: of all ranks.
+        rank: this rank.
+        post: publishes a text of this rank.
+        look_up: rank -> its text; it waits until that rank has posted one.
+        others: what only the real wires use.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        rank: int,
+        post: Callable[[str], None],
+        look_up: Callable[[int], str],
+        *others: object,
+        **options: object,
+    ) -> None:
+        self._server = server
+        self._rank = rank
+        self._post = post
+        self._look_up = look_up
+        self._has_posted = False
+        self._reached: set[int] = set()
+        self._heard: set[int] = set()
+
+    def send(self, values: Any, target: int) -> None:
+        self.pass_all([(target, lambda: values)], {})
+
+    def receive(self, values: Any, source: int) -> None:
+        self.pass_all((), {source: values})
+
+    def pass_all(self, sending: Iterable[tuple[int, Callable[[], Any]]], receiving: Mapping[int, Any]) -> None:
+        if receiving and not self._has_posted:
+            self._has_posted = True
+            self._post("x" * _ADDRESS_BYTES)
+        for target, make in sending:
+            if target not in self._reached:
+                self._look_up(target)
+            content = np.asarray(make()).tobytes()
+            self._count(self._reached, target, len(content))
+            self._server.wires[self._rank, target].append(content)
+            self._server.turns.wake((self._rank, target))
+        for source, values in receiving.items():
+            wire = self._server.wires[source, self._rank]
+            while not wire:
+                self._server.turns.wait_for((source, self._rank))
+            content = wire.popleft()
+            self._count(self._heard, source, len(content))
+            if isinstance(values, int):
+                continue
+            room = np.asarray(values).view(np.uint8).reshape(-1)
+            if len(room) != len(content):
+                raise RuntimeError(f"{len(content)} bytes came from rank {source}, expected {len(room)}")
+            room[:] = np.frombuffer(content, np.uint8)
+
+    def close(self) -> None:
+        self._reached.clear()
+        self._heard.clear()
+
+    def _count(self, known: set[int], other: int, num_bytes: int) -> None:
+        counts = self._server.counts[self._rank]
+        counts.wired_bytes += num_bytes
+        counts.wires += other not in known
+        known.add(other)
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)

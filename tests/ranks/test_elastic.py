@@ -1,0 +1,141 @@
+"""Process groups come and go: an average outlives its group, and a store outlives the ranks that wrote to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from forking import forking_process
+from real_ranks import forked, store_kept_by
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema import CommunicationError, ConstantSchedule, ShardedEMA
+from dist_ema.checkpoint import save_calls
+
+
+@pytest.fixture(scope="module")
+def forking():
+    with forking_process() as forking:
+        yield forking
+
+
+def averaging() -> ShardedEMA:
+    torch.manual_seed(0)
+    ema = ShardedEMA(DistributedDataParallel(nn.Linear(16, 16)), ConstantSchedule(momentum=0.5))
+    ema.update()
+    return ema
+
+
+def halfway(folder: Path) -> None:
+    """The last rank has not come to the save in which the others are when all of them are gone."""
+    ema = averaging()
+    ema.save(folder / "ema")
+    dist.barrier()
+    if dist.get_rank() < dist.get_world_size() - 1:
+        threading.Thread(target=ema.save, args=[folder / "ema"], daemon=True).start()
+    time.sleep(1.0)
+
+
+def resumed(folder: Path) -> int:
+    ema = averaging()
+    ema.load(folder / "ema")
+    ema.update()
+    ema.save(folder / "ema")
+    return ema.num_updates
+
+
+def restarts(folder: Path) -> list[list[int]]:
+    with store_kept_by("agent") as store:
+        forked(4, store, halfway, folder)
+        return [forked(size, store.after_restarts(1 + n), resumed, folder) for n, size in enumerate((2, 3, 4))]
+
+
+@pytest.mark.ranks
+def test_ranks_that_torchrun_starts_again_do_not_read_what_the_former_ones_left(forking, tmp_path) -> None:
+    assert forking(restarts, tmp_path) == [[2, 2], [3, 3, 3], [4, 4, 4, 4]]
+
+
+def outlived(folder: Path) -> tuple[str, str]:
+    """A save behind training that has not ended when the process group is destroyed."""
+    ema, holds, real = averaging(), threading.Event(), save_calls.write_average
+
+    def slowly(*arguments: object) -> None:
+        holds.wait(20)
+        real(*arguments)  # type: ignore[arg-type]
+
+    setattr(save_calls, "write_average", slowly)  # noqa: B010
+    ema.save(folder / "ema", background=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    holds.set()
+    try:
+        ema.wait()
+        told = ("", "")
+    except CommunicationError as error:
+        told = (type(error).__name__, str(error))
+    setattr(save_calls, "write_average", real)  # noqa: B010
+    with pytest.raises(CommunicationError, match="was destroyed"):
+        ema.save(folder / "ema")
+    # `forked` has all ranks meet at the end.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2)
+    ema.save(folder / "ema")
+    ema.load(folder / "ema")
+    return told
+
+
+def outliving(folder: Path, host: str) -> list[tuple[str, str]]:
+    with store_kept_by(host) as store:
+        return forked(2, store, outlived, folder)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("host", ["agent", "rank 0"])
+def test_a_save_that_outlives_its_process_group_ends_in_an_error_that_names_it(forking, tmp_path, host) -> None:
+    first, second = forking(outliving, tmp_path, host)
+    assert first[0] == second[0] == "CommunicationError"
+    assert "process group was destroyed" in first[1] and "process group was destroyed" in second[1]
+
+
+RESTARTED = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+sys.path[:0] = [os.environ["OF_THE_TEST"]]
+from test_elastic import averaging
+dist.init_process_group("gloo")
+rank, first = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+ema, folder = averaging(), Path(sys.argv[1])
+if first:
+    ema.save(folder / "ema")
+    dist.barrier()
+    if rank == 1:
+        os._exit(7)  # while rank 0 waits for it
+    ema.save(folder / "ema")
+ema.load(folder / "ema")
+ema.update()
+ema.save(folder / "ema")
+(folder / f"{rank}").write_text(str(ema.num_updates))
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.ranks
+def test_torchrun_itself_starts_the_ranks_again_and_they_go_on(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "OF_THE_TEST": str(Path(__file__).parent), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
