@@ -6,7 +6,10 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,13 +30,15 @@ from dist_ema import (
     ShardedEMA,
 )
 from dist_ema.checkpoint import writing
+from dist_ema.checkpoint.parcels import parcels, relays
 from dist_ema.disk.folders import commit
 from dist_ema.ranks import worlds
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 UNITS = ("_PAGE_BYTES", "_LONG_BYTES", "_WINDOW_BYTES", "_CHUNK_BYTES")
-# Every way a byte may take: all exchanged, nearly all written in place, pages cut by windows, several rounds.
+# Every way a byte may take: all exchanged, nearly all written in place, pages cut by windows, several rounds, relays.
 SIZES = {"defaults": None, "tiny": (16, 64, 48, 32), "in place": (8, 8, 64, 64), "rounds": (64, 10**9, 64, 64)}
+SIZES["relays"] = SIZES["tiny"]
 LAYOUTS = [("ddp", 3), ("fsdp1_flat", 2), ("fsdp2", 2), ("hsdp", 4), ("tp_uneven", 2), ("fsdp_tp_uneven", 4)]
 
 
@@ -51,6 +56,17 @@ class units:
     def __exit__(self, *exc: object) -> None:
         for name, size in zip(UNITS, self.former, strict=True):
             setattr(writing, name, size)
+
+
+@contextmanager
+def relayed(is_relayed: bool) -> Iterator[None]:
+    """Small parcels go by relays, as in a large world: in hops of two."""
+    with (
+        mock.patch.object(parcels, "_MOST_DIRECT", 1 if is_relayed else 64),
+        mock.patch.object(parcels, "_SMALL_BYTES", 150),
+        mock.patch.object(relays, "PARTNERS", 2),
+    ):
+        yield
 
 
 def traced(call) -> dict[str, set[int]]:
@@ -79,7 +95,7 @@ def write_every_way(layout: str, folder: str) -> None:
         ema.update()
     state = ema.full_state_dict()
     for name, sizes in SIZES.items():
-        with units(sizes):
+        with units(sizes), relayed(name == "relays"):
             written = traced(lambda name=name: ema.save(os.path.join(folder, name), max_shard_size=900))
             page = writing._PAGE_BYTES
         by_rank: list[dict[str, set[int]]] = [{}] * dist.get_world_size()

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_ema.checkpoint.parcels import relays
 from dist_ema.disk.formats.byte_ranges import Strip
 from dist_ema.disk.formats.model_files import host_bytes
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.wires import relays
 from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Bytes", "Guard", "Parcels", "Part", "Window"]
@@ -29,7 +29,7 @@ __all__ = ["Bytes", "Guard", "Parcels", "Part", "Window"]
 # In worlds of more ranks, parcels of at most so many bytes go by relays. So a writer hears directly from as many ranks
 # at most as larger parcels have room in its part of a file.
 _MOST_DIRECT = 64
-_SMALL_BYTES = 2**13
+_SMALL_BYTES = 2**15
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
