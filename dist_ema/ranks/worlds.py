@@ -230,8 +230,8 @@ class World:
                 self._links.remove(reference)
             elif not link.is_left:
                 message = (
-                    f"{how}. Every rank must make the same calls, so they end on all ranks: start the run again from its "
-                    "last checkpoint"
+                    f"{how}. Every rank must make the same calls, so they end on all ranks: start the run again from "
+                    "its last checkpoint"
                 )
                 self.leave(link, Farewell(self.num_calls, CommunicationError.__name__, message, lives=False))
 
