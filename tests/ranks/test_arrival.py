@@ -31,7 +31,7 @@ from dist_ema import (
     RankMismatchError,
     ShardedEMA,
 )
-from dist_ema.checkpoint import save_calls, writing
+from dist_ema.checkpoint import parcels, save_calls
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.live.replicas import Replicas
 
@@ -212,7 +212,7 @@ def patched(module: Any, name: str) -> Callable[[ShardedEMA, Callable[[], None]]
 PLACES = {
     "before the first agreement": ("save", in_prepare),
     "between two agreements": ("save", patched(Replicas, "check")),
-    "between the messages of an exchange": ("save", patched(writing, "host_bytes")),
+    "between the messages of an exchange": ("save", patched(parcels, "host_bytes")),
     "after the last byte": ("save", patched(PartialChecksums, "partial")),
     "after the last agreement": ("load", lambda ema, leave: patched(ema._state, "restore")(ema, leave)),
 }
