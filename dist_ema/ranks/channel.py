@@ -7,7 +7,8 @@ calls, which ends the call for the others at once: see [Note: leaving] in link.p
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,8 +23,10 @@ from dist_ema.errors import (
     is_agreed,
 )
 from dist_ema.ranks.arrival import Wait, arrival_seconds, differing_calls, merge_calls, present_world
+from dist_ema.ranks.store.board import Board
 from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.shared_store import SharedStore
+from dist_ema.ranks.wires.wires import Wires
 from dist_ema.ranks.worlds import World, this_world
 
 __all__ = ["Channel"]
@@ -194,6 +197,32 @@ class Channel:
             raise self._after(link, error) from None
         except RuntimeError as error:
             raise self._lost(action, link, error) from error
+
+    @contextmanager
+    def wires(self, action: str) -> Iterator[Wires]:
+        """Collective: every rank must enter it, in the same order; then ranks send to one another what they like.
+
+        Entering and leaving send nothing. All connections are closed at the end.
+
+        Args:
+            action: a name of the work, for the message.
+
+        Raises:
+            CommunicationError: a message did not get through; the same on all ranks.
+            DistEMAError: a rank has left the call with this error; the same on all ranks.
+        """
+        world, link = self._present(action)
+        link.num_boards += 1
+        board = Board(self._client or world.side, link, f"{link.name}/board/{link.num_boards}")
+        wires: Wires = world.make_wires(world.rank, board)
+        try:
+            yield wires
+        except LeftError as error:
+            raise self._after(link, error) from None
+        except RuntimeError as error:
+            raise self._lost(action, link, error) from error
+        finally:
+            wires.close()
 
     def _present(self, action: str) -> tuple[World, Link]:
         """The world and the link of the present call, or of the thread beside the calls. It may have to arrive."""

@@ -14,6 +14,7 @@ import json
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from dist_ema.errors import DistEMAError, RankMismatchError, agreed, described, error_class
@@ -21,6 +22,7 @@ from dist_ema.messages import difference_text, level_of_caller
 from dist_ema.ranks.channel import Channel
 from dist_ema.ranks.reports import failure_text, merge_reports, report_of
 from dist_ema.ranks.store.link import Merge
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Exchange"]
 
@@ -81,6 +83,10 @@ class Exchange:
         if self.world_size == 1:
             return json.loads(json.dumps(value))
         return self.channel.agreement("exchanging a message", lambda link, store: link.broadcast(store, value))
+
+    def wires(self, action: str) -> AbstractContextManager[Wires]:
+        """Collective: every rank must enter it. Messages from rank to rank; see `Channel.wires`."""
+        return self.channel.wires(action)
 
     def agree(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` locally and raises on all ranks if any failed.

@@ -22,6 +22,7 @@ from dist_ema.ranks.store.courier import Courier
 from dist_ema.ranks.store.link import Farewell, Link
 from dist_ema.ranks.store.presence import Presence
 from dist_ema.ranks.store.shared_store import SharedStore
+from dist_ema.ranks.wires.wires import Wires
 from dist_ema.uninterrupted import End
 
 __all__ = ["Patience", "World", "simulated", "this_world"]
@@ -80,7 +81,10 @@ class World:
         at: the call that this rank is in; "" outside.
         store: the client for the agreements of the calls, and for nothing else.
         side: a client that no wait blocks.
+        make_wires: makes the wires of a piece of work, from the rank and a board; a simulation has its own.
     """
+
+    make_wires: Callable[..., Any] = Wires
 
     def __init__(self, group: Any, rank: int, size: int, store: Any, number: int) -> None:
         self.group = group

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dist_ema.ranks import addresses, tasks
-from dist_ema.ranks.wires import MOST_ACCEPTED, WireError, Wires
+from dist_ema.ranks.wires.wires import MOST_ACCEPTED, WireError, Wires
 
 MOST_OPEN = MOST_ACCEPTED + 2
 

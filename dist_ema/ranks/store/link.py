@@ -83,12 +83,15 @@ class Link:
         size: the number of ranks.
 
     Attributes:
+        name: as given.
         number: how many agreements this rank has come through.
+        num_boards: how many pieces of work have had a board; the same on all ranks.
     """
 
     def __init__(self, name: str, rank: int, size: int) -> None:
+        self.name = name
         self.number = 0
-        self._name = name
+        self.num_boards = 0
         self._rank = rank
         self._size = size
         self._left: Farewell | None = None
@@ -285,13 +288,13 @@ class Link:
                 store.delete(f"{key}/{member}")
 
     def _verdict(self, number: int) -> str:
-        return f"{self._name}/{number}"
+        return f"{self.name}/{number}"
 
     def _list(self, number: int, level: int, group: int) -> str:
-        return f"{self._name}/{number}/{level}.{group}"
+        return f"{self.name}/{number}/{level}.{group}"
 
     def _count(self, level: int, group: int) -> str:
-        return f"{self._name}/{level}.{group}/count"
+        return f"{self.name}/{level}.{group}/count"
 
 
 def _entries(text: str) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 
-from dist_ema.ranks.addresses import INTERFACE_VARIABLE, Address
-from dist_ema.ranks.tasks import Sockets, Task, Wait, WireError, read, sleep, write
+from dist_ema.ranks.wires.addresses import INTERFACE_VARIABLE, Address
+from dist_ema.ranks.wires.tasks import Sockets, Task, Wait, WireError, read, sleep, write
 
 __all__ = ["GO", "NUMBER_BYTES", "TOKEN_BYTES", "Outgoing"]
 

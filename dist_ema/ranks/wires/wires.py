@@ -36,9 +36,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from dist_ema.ranks.addresses import Address, addresses_of_host, host_identity, open_listener
-from dist_ema.ranks.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
-from dist_ema.ranks.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
+from dist_ema.ranks.wires.addresses import Address, addresses_of_host, host_identity, open_listener
+from dist_ema.ranks.wires.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
+from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
 
 __all__ = ["MOST_ACCEPTED", "Content", "WireError", "Wires"]
 
