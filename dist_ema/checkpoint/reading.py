@@ -19,6 +19,7 @@ from dist_ema.disk.formats.byte_ranges import strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredTensor, open_regular, read_exactly
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Wanted", "read_boxes"]
 
@@ -60,13 +61,15 @@ def read_boxes(
     files = sorted({stored.file for stored in tensors.values()})
     source: _Disk | _RankZero
     failure: Exception | None = None
-    for rank in blind:
-        if exchange.rank == 0:
-            failure = _serve(exchange, rank, _Disk(folder, files)) or failure
-        elif exchange.rank == rank:
-            source = _RankZero(exchange)
-            failure = _read(source, files, tensors, wanted, checksums)
-            source.finish()
+    if blind:
+        with exchange.wires("reading for other ranks") as wires:
+            for rank in blind:
+                if exchange.rank == 0:
+                    failure = _serve(wires, rank, _Disk(folder, files)) or failure
+                elif exchange.rank == rank:
+                    source = _RankZero(wires)
+                    failure = _read(source, files, tensors, wanted, checksums)
+                    source.finish()
     if exchange.rank not in blind:
         failure = _read(_Disk(folder, files), files, tensors, wanted, checksums) or failure
     return failure
@@ -145,23 +148,25 @@ class _Disk:
 
 # A request: file, start, stride_bytes, number of rows, bytes of a row. 0 rows end the service. The answer is the bytes.
 _REQUEST_NUMEL = 5
+_YOUR_TURN = b"\1"
 
 
 class _RankZero:
-    """The files, which rank 0 reads for this rank."""
+    """The files, which rank 0 reads for this rank when its turn has come."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, wires: Wires) -> None:
+        self._wires = wires
         # A lack of memory must show here: an answer that was asked for must be received.
         self._request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
         self._answer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+        wires.receive(bytearray(_YOUR_TURN), 0)
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
         """Have rank 0 read the rows."""
         answer = self._answer[: rows.size]
         self._request[:] = (file, start, stride_bytes, *rows.shape)
         self._ask()
-        self._exchange.receive_bytes(torch.from_numpy(answer), 0)
+        self._wires.receive(answer, 0)
         rows[...] = answer.reshape(rows.shape)
 
     def close(self) -> None:
@@ -173,16 +178,18 @@ class _RankZero:
         self._ask()
 
     def _ask(self) -> None:
-        self._exchange.send_bytes(torch.from_numpy(self._request).view(torch.uint8), 0)
+        self._wires.send(self._request.view(np.uint8), 0)
 
 
-def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
+def _serve(wires: Wires, rank: int, disk: _Disk) -> Exception | None:
     """Read for a blind rank; it gets answers of the right size even after a failure here."""
     failure: Exception | None = None
     request = np.zeros(_REQUEST_NUMEL, dtype=np.int64)
     answer = np.zeros(_CHUNK_BYTES, dtype=np.uint8)
+    # Ranks that come before their turn would knock again and again.
+    wires.send(_YOUR_TURN, rank)
     while True:
-        exchange.receive_bytes(torch.from_numpy(request).view(torch.uint8), rank)
+        wires.receive(request.view(np.uint8), rank)
         file, start, stride_bytes, count, run_bytes = request.tolist()
         rows = answer[: count * run_bytes]
         try:
@@ -194,4 +201,4 @@ def _serve(exchange: Exchange, rank: int, disk: _Disk) -> Exception | None:
             failure = failure or error
             if count == 0:
                 return failure
-        exchange.send_bytes(torch.from_numpy(rows), rank)
+        wires.send(rows, rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,8 +14,11 @@ from dist_ema.disk.formats.model_files import host_bytes
 from dist_ema.live.replicas import Replicas
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["full_state_dict"]
+
+_YOUR_TURN = b"\1"
 
 
 def full_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> dict[str, torch.Tensor]:
@@ -61,18 +64,36 @@ def _whole_tensors(
 
     # A rank that fails after the first message leaves the others waiting: every message that is sent must be received.
     whole, received = exchange.agree("full_state_dict", allocate)
-    if exchange.rank != 0:
-        for _, content in contents:
-            if content.numel():
-                exchange.send_bytes(content, 0)
-        return {}
-    for rank, boxes in enumerate(boxes_by_rank):
-        for box in boxes if rank != 0 else ():
-            if box.numel:
-                dtype = dtypes[box.fqn]
-                part = received[: box.numel * dtype.itemsize]
-                exchange.receive_bytes(part, rank)
-                whole[box.fqn][box.region] = part.view(dtype).view(box.sizes)
+    if exchange.world_size > 1:
+        with exchange.wires("full_state_dict") as wires:
+            if exchange.rank != 0:
+                _send(wires, [content for _, content in contents if content.numel()])
+                return {}
+            for rank, boxes in enumerate(boxes_by_rank):
+                for box, part in _receive(wires, rank, boxes if rank != 0 else (), dtypes, received):
+                    whole[box.fqn][box.region] = part
     for alias, fqn in plan.aliases.items():
         whole[alias] = whole[fqn]
     return whole
+
+
+def _send(wires: Wires, messages: Sequence[torch.Tensor]) -> None:
+    """Point to point: send messages to rank 0, when the turn of this rank has come."""
+    if messages:
+        wires.receive(bytearray(_YOUR_TURN), 0)
+    for message in messages:
+        wires.send(message, 0)
+
+
+def _receive(
+    wires: Wires, source: int, boxes: Sequence[Box], dtypes: dict[str, torch.dtype], received: torch.Tensor
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Point to point: the values of the boxes of a rank; each is valid until the next one."""
+    boxes = [box for box in boxes if box.numel]
+    if boxes:
+        wires.send(_YOUR_TURN, source)  # ranks that come before their turn would knock again and again
+    for box in boxes:
+        dtype = dtypes[box.fqn]
+        part = received[: box.numel * dtype.itemsize]
+        wires.receive(part, source)
+        yield box, part.view(dtype).view(box.sizes)

@@ -27,6 +27,7 @@ from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, tensor_c
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.live.differing import Table, differing_tensors, key_of
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["DRIFT_ALLOWED", "Replicas"]
 
@@ -185,9 +186,10 @@ class _Comparison:
         )
         for tensors in self._rounds:  # one tensor of a division in a round: several divisions are compared side by side
             own = {}
-            for key, index, lowest, others in tensors:
-                for difference in self._compare(key, index, lowest, others):
-                    own[key] = difference
+            with self._exchange.wires(self._call) as wires:
+                for key, index, lowest, others in tensors:
+                    for difference in self._compare(wires, key, index, lowest, others):
+                        own[key] = difference
             self._exchange.raise_together(self._call, self._failure)
             of_round = self._exchange.reduce(self._call, own, _with_further_ranks)
             differences += [_Difference(*of_key) for of_key in of_round.values()]
@@ -195,7 +197,7 @@ class _Comparison:
                 break
         return differences
 
-    def _compare(self, key: str, index: int, lowest: int, others: RankRuns) -> list[_Difference]:
+    def _compare(self, wires: Wires, key: str, index: int, lowest: int, others: RankRuns) -> list[_Difference]:
         """Send or receive one tensor in chunks; a failure is kept, as the other ranks wait for this rank's messages."""
         rank = self._exchange.rank
         if rank != lowest and rank not in others:
@@ -211,9 +213,9 @@ class _Comparison:
             if rank == lowest:
                 sent = message if chunk is None else chunk
                 for other in others:
-                    self._exchange.send_bytes(sent, other)
+                    wires.send(sent, other)
                 continue
-            self._exchange.receive_bytes(message, lowest)
+            wires.receive(message, lowest)
             if chunk is not None:
                 self._guarded(functools.partial(_add_squares, squares, message, chunk, dtype))
         if rank == lowest:

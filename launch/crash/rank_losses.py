@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA
 from dist_ema.checkpoint import writing
-from dist_ema.ranks import presence
+from dist_ema.ranks.store import presence
 
 SIZE = 4
 NOTICE_SECONDS = 0.5

@@ -278,14 +278,14 @@ def large(where: int) -> tuple[str, int, int]:
     with torch.no_grad():
         model.large.view(-1)[where] += dist.get_rank()
     sent: list[int] = []
-    real = replicas_module.Exchange.send_bytes
+    real = replicas_module.Wires.send
 
     def send(self, values, target):
         sent.append(values.numel())
         real(self, values, target)
 
     with (
-        mock.patch.object(replicas_module.Exchange, "send_bytes", send),
+        mock.patch.object(replicas_module.Wires, "send", send),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

@@ -28,17 +28,23 @@ class Board:
     """What ranks have posted, for the threads of one test. It has no lock, which an interrupt could leave locked."""
 
     def __init__(self) -> None:
-        self.texts: dict[int, str] = {}
+        self.texts: dict[str, str] = {}
         self.failure: BaseException | None = None
 
     def wires(self, rank: int, **options: Any) -> Wires:
-        def look_up(other: int) -> str:
-            while other not in self.texts:
-                self.check()
-                time.sleep(0.001)
-            return self.texts[other]
+        return Wires(rank, self, **options)
 
-        return Wires(rank, functools.partial(self.texts.__setitem__, rank), look_up, self.check, **options)
+    def look_up(self, key: str) -> str:
+        while key not in self.texts:
+            self.check()
+            time.sleep(0.001)
+        return self.texts[key]
+
+    def post(self, key: str, text: str) -> None:
+        self.texts[key] = text
+
+    def forget(self, key: str) -> None:
+        del self.texts[key]
 
     def check(self) -> None:
         if self.failure is not None:
@@ -197,7 +203,7 @@ def test_messages_are_made_one_by_one() -> None:
 def send_from_many(text: str, num_ranks: int, size: int) -> None:
     """A process whose threads are ranks 1 to `num_ranks` - 1, which all send to rank 0."""
     board = Board()
-    board.texts[0] = text
+    board.texts["address/0"] = text
     threads = [threading.Thread(target=board.wires(rank).send, args=(bytes(size), 0)) for rank in range(1, num_ranks)]
     for thread in threads:
         thread.start()
@@ -222,7 +228,7 @@ def test_few_descriptors_are_open_whatever_the_number_of_ranks() -> None:
     board, seen, size = Board(), [], 2**20
     own = board.wires(0)
     own._listen()
-    with beside(send_from_many, board.texts[0], 41, size):
+    with beside(send_from_many, board.texts["address/0"], 41, size):
         before = num_open() - 1  # the listener is open
         step = own._tasks.step
         own._tasks.step = lambda paused: (step(paused), seen.append(num_open() - before))
@@ -237,7 +243,7 @@ def test_few_descriptors_are_open_whatever_the_number_of_ranks() -> None:
 def sent_until_killed(text: str) -> None:
     """A rank that is killed in the middle of its message."""
     board = Board()
-    board.texts[0] = text
+    board.texts["address/0"] = text
     threading.Timer(0.3, os._exit, [1]).start()
     board.wires(1).pass_all(itertools.repeat((0, lambda: bytes(2**20))), {})
 
@@ -250,7 +256,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_message_is_an_error_at_once() -> No
     timer = threading.Timer(2, setattr, (board, "failure", OSError()))
     timer.start()
     began = time.perf_counter()
-    with nothing_left_open(), beside(sent_until_killed, board.texts[0]):
+    with nothing_left_open(), beside(sent_until_killed, board.texts["address/0"]):
         with pytest.raises((WireError, ConnectionError), match=r"rank 1 was lost|ended on another rank"):
             while True:
                 own.receive(bytearray(2**20), 1)
@@ -340,7 +346,7 @@ def test_a_stranger_at_the_address_of_a_rank_gets_no_message() -> None:
         threading.Thread(target=answer, daemon=True).start()
         board = Board()
         text = [addresses.host_identity(), [], server.getsockname()[1], "00" * 16, "11" * 16]
-        board.texts[1] = json.dumps(text)
+        board.texts["address/1"] = json.dumps(text)
         own = board.wires(0)
         with pytest.raises(WireError, match="another process answers"):
             own.send(b"secret" * 1000, 1)
@@ -352,8 +358,8 @@ def test_the_wrong_addresses_of_a_rank_are_passed_over() -> None:
     board = Board()
     own, other = board.wires(0), board.wires(1)
     other._listen()
-    _, _, *rest = json.loads(board.texts[1])
-    board.texts[1] = json.dumps(["elsewhere", ["192.0.2.1", "::1", "127.0.0.1"], *rest])
+    _, _, *rest = json.loads(board.texts["address/1"])
+    board.texts["address/1"] = json.dumps(["elsewhere", ["192.0.2.1", "::1", "127.0.0.1"], *rest])
     thread = threading.Thread(target=lambda: own.send(b"12", 1), daemon=True)
     thread.start()
     values = bytearray(2)

@@ -39,12 +39,14 @@ class Outgoing:
 
     Args:
         rank: this rank.
-        look_up: gives the address of a rank, as a text; it waits until that rank has posted one.
+        look_up: gives the address of a rank; it waits until that rank has posted one.
         sockets: keeps what is open.
         sent: called when a message is on its way.
     """
 
-    def __init__(self, rank: int, look_up: Callable[[int], str], sockets: Sockets, sent: Callable[[], None]) -> None:
+    def __init__(
+        self, rank: int, look_up: Callable[[int], Address], sockets: Sockets, sent: Callable[[], None]
+    ) -> None:
         self._rank = rank
         self._look_up = look_up
         self._sockets = sockets
@@ -85,7 +87,7 @@ class Outgoing:
     def _connect(self, target: int) -> Task:
         self._hang_up()
         if target not in self._addresses:
-            self._addresses[target] = Address.of(self._look_up(target))
+            self._addresses[target] = self._look_up(target)
         address = self._addresses[target]
         tried: dict[str, str] = {}
         seconds, num_refusals, unreached_until = _ATTEMPT_SECONDS, 0, time.monotonic() + _UNREACHED_SECONDS

@@ -25,13 +25,15 @@ arrive in order, because each begins after the go of the former, and a rank gets
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 import select
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ from dist_ema.ranks.wires.addresses import Address, addresses_of_host, host_iden
 from dist_ema.ranks.wires.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
 from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
 
-__all__ = ["MOST_ACCEPTED", "Content", "WireError", "Wires"]
+__all__ = ["MOST_ACCEPTED", "Board", "Content", "WireError", "Wires"]
 
 # Connections of other ranks that are open at a time.
 MOST_ACCEPTED = 8
@@ -50,6 +52,34 @@ _HELLO_SECONDS = 1.0
 _SCRATCH_BYTES = 2**20
 
 Content: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | torch.Tensor"
+
+
+class Board(Protocol):
+    """Where the ranks of one piece of work leave texts for each other; a store in a run, a dict in a simulation."""
+
+    def post(self, key: str, text: str) -> None:
+        """Publish a text."""
+        ...
+
+    def look_up(self, key: str) -> str:
+        """The text under a key; it waits until some rank has posted it, or raises if the work has ended."""
+        ...
+
+    def announce(self, key: str, text: str) -> None:
+        """Add a text to what is under a key; it must be there before this rank's next agreement."""
+        ...
+
+    def announced(self, key: str) -> str:
+        """All that was added under a key; "" if nothing was."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Remove a key."""
+        ...
+
+    def check(self) -> None:
+        """Raises if the work has ended on other ranks."""
+        ...
 
 
 class _Accepted:
@@ -66,32 +96,47 @@ class Wires:
 
     Args:
         rank: this rank.
-        post: publishes a text of this rank.
-        look_up: gives the text of a rank; it waits until that rank has posted one.
-        check: raises if the work has ended on other ranks; it is called every half a second while this rank waits.
+        board: where the ranks post their addresses; it is asked twice a second whether the work goes on.
         patience_seconds: the longest time in which no message comes or goes.
     """
 
     def __init__(
         self,
         rank: int,
-        post: Callable[[str], None],
-        look_up: Callable[[int], str],
-        check: Callable[[], None],
+        board: Board,
         patience_seconds: float = 1800.0,
     ) -> None:
         self._rank = rank
-        self._post = post
+        self._board = board
         self._patience_seconds = patience_seconds
         self._token, self._answer = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(TOKEN_BYTES)
-        self._tasks = Tasks(check)
+        self._tasks = Tasks(board.check)
         self._sockets = Sockets()
         self._listener: socket.socket | None = None
         self._listening: Task | None = None
         self._accepted: dict[_Accepted, Task] = {}  # the least recently used first
         self._expected: dict[int, memoryview | int] = {}
+        self._num_announcements = 0  # the same on all ranks between two agreements
         self._progress_at = 0.0  # when a message last came or went
-        self._outgoing = Outgoing(rank, look_up, self._sockets, self._note_progress)
+        self._outgoing = Outgoing(rank, self._address_of, self._sockets, self._note_progress)
+
+    def announce(self, target: int, value: Any) -> None:
+        """No communication but with the board. Tell a rank what to expect; it learns of it after the next agreement.
+
+        Args:
+            target: a rank.
+            value: what it is told; it must survive JSON.
+        """
+        self._board.announce(self._announcements(target), json.dumps([self._rank, value]) + "\n")
+
+    def announced(self) -> list[tuple[int, Any]]:
+        """No communication but with the board. What ranks have announced to this one before the last agreement."""
+        key = self._announcements(self._rank)
+        text = self._board.announced(key)
+        if text:
+            self._board.forget(key)
+        self._num_announcements += 1
+        return [(source, value) for source, value in map(json.loads, text.splitlines())]
 
     def send(self, values: Content, target: int) -> None:
         """Point to point: `target` must call `receive`, or expect the message in `pass_all`.
@@ -154,6 +199,16 @@ class Wires:
             self._tasks.end_all()
         finally:
             self._sockets.close_all()
+        if self._listener is not None:
+            self._listener = None
+            with suppress(RuntimeError):  # the board may be gone with the rank that kept it
+                self._board.forget(_address_key(self._rank))
+
+    def _announcements(self, rank: int) -> str:
+        return f"to/{rank}/{self._num_announcements}"
+
+    def _address_of(self, rank: int) -> Address:
+        return Address.of(self._board.look_up(_address_key(rank)))
 
     def _note_progress(self) -> None:
         self._progress_at = time.monotonic()
@@ -173,7 +228,8 @@ class Wires:
         self._listening = self._accept_all(self._listener)
         self._tasks.advance(self._listening)
         port = self._listener.getsockname()[1]
-        self._post(Address(host_identity(), addresses_of_host(), port, self._token, self._answer).to_text())
+        address = Address(host_identity(), addresses_of_host(), port, self._token, self._answer)
+        self._board.post(_address_key(self._rank), address.to_text())
 
     def _may_accept(self) -> bool:
         return bool(self._expected) and (len(self._accepted) < MOST_ACCEPTED or self._least_needed() is not None)
@@ -255,6 +311,10 @@ def _is_closed(connection: socket.socket) -> bool:
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
+
+
+def _address_key(rank: int) -> str:
+    return f"address/{rank}"
 
 
 def _made(make: Callable[[], Content]) -> memoryview:
