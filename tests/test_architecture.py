@@ -28,6 +28,7 @@ ROOMS = [
     "construction",
     "offline",
     "checkpoint",
+    "checkpoint.nodes",
     "live",
     "averaging",
     "ranks",
@@ -54,7 +55,6 @@ MOST_ENTRIES = 22
 MOST_CODE_LINES = 250
 LONG_MODULES = {
     "averaging.update": "the fast path of an update and its three kinds of care are read side by side",
-    "checkpoint.writing": "the two ways to write the same bytes, in place and exchanged, share every record",
 }
 
 

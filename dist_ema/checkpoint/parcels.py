@@ -20,8 +20,8 @@ import torch
 
 from dist_ema.disk.formats.byte_ranges import Strip
 from dist_ema.disk.formats.model_files import host_bytes
+from dist_ema.ranks import relays
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.wires import relays
 from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Bytes", "Guard", "Parcels", "Part", "Window"]

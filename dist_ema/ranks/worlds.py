@@ -229,7 +229,10 @@ class World:
             if link is None:
                 self._links.remove(reference)
             elif not link.is_left:
-                message = f"{how}. The calls of all ranks end: start the run again from its last checkpoint"
+                message = (
+                    f"{how}. Every rank must make the same calls, so they end on all ranks: start the run again from "
+                    "its last checkpoint"
+                )
                 self.leave(link, Farewell(self.num_calls, CommunicationError.__name__, message, lives=False))
 
     def _watched(self, link: Link) -> Link:
