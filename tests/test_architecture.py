@@ -28,7 +28,7 @@ ROOMS = [
     "construction",
     "offline",
     "checkpoint",
-    "checkpoint.parcels",
+    "checkpoint.nodes",
     "live",
     "averaging",
     "ranks",

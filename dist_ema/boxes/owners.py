@@ -51,8 +51,7 @@ class Division:
 
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
-        boxes, points = self._boxes, self._points
-        run = run_between(boxes, points[position], points[position + 1])
+        run = run_between(self._boxes, self._point(position), self._point(position + 1))
         return [Shard(self.held[index], box) for index, box in run]
 
     @functools.cached_property
@@ -60,10 +59,14 @@ class Division:
         return [held.box for held in self.held]
 
     @functools.cached_property
-    def _points(self) -> list[tuple[int, int]]:
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(box.numel for box in self._boxes))
+
+    def _point(self, part: int) -> tuple[int, int]:
+        """Where run number `part` begins. Those of ten thousand ranks are not kept: this rank needs a few."""
         if self.single_owner:
-            return [(0, 0)] + [(len(self.held), 0)] * len(self.ranks)
-        return cut_points(self._boxes, len(self.ranks))
+            return (len(self.held), 0) if part else (0, 0)
+        return _cut_point(self._boxes, self._ends, part, len(self.ranks))
 
 
 def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
@@ -74,21 +77,22 @@ def cut_points(boxes: Sequence[Box], parts: int) -> list[tuple[int, int]]:
     boxes, and logarithmic in it for every part.
     """
     ends = list(itertools.accumulate(box.numel for box in boxes))
+    return [_cut_point(boxes, ends, part, parts) for part in range(parts + 1)]
+
+
+def _cut_point(boxes: Sequence[Box], ends: Sequence[int], part: int, parts: int) -> tuple[int, int]:
+    """The point where run number `part` begins; `ends` has where each box ends."""
+    if part in (0, parts):
+        return (len(boxes) if part else 0, 0)
     total = ends[-1] if ends else 0
-    finest = max(_FINEST_GRAIN, total // parts // _GRAINS_PER_SHARE)
-    points = [(0, 0)]
-    for part in range(1, parts):
-        target = (total * part + parts // 2) // parts
-        index = bisect.bisect_right(ends, target)
-        if index >= len(boxes):
-            points.append((len(boxes), 0))
-            continue
-        numel = boxes[index].numel
-        grain = _grain(boxes[index].sizes, finest)
-        element = (target - (ends[index] - numel) + grain // 2) // grain * grain
-        points.append((index, element) if element < numel else (index + 1, 0))
-    points.append((len(boxes), 0))
-    return points
+    target = (total * part + parts // 2) // parts
+    index = bisect.bisect_right(ends, target)
+    if index >= len(boxes):
+        return (len(boxes), 0)
+    numel = boxes[index].numel
+    grain = _grain(boxes[index].sizes, max(_FINEST_GRAIN, total // parts // _GRAINS_PER_SHARE))
+    element = (target - (ends[index] - numel) + grain // 2) // grain * grain
+    return (index, element) if element < numel else (index + 1, 0)
 
 
 # A run differs from its exact share by at most one grain: 1 / 1024 of a share, or 64 elements in a tiny model.

@@ -25,8 +25,8 @@ import torch
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Shard
-from dist_ema.checkpoint.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
-from dist_ema.checkpoint.nodes import blind_ranks
+from dist_ema.checkpoint.nodes.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
+from dist_ema.checkpoint.nodes.views import blind_ranks
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums

@@ -20,7 +20,7 @@ import torch
 
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
-from dist_ema.checkpoint.nodes import blind_ranks, node_name
+from dist_ema.checkpoint.nodes.views import blind_ranks, node_name
 from dist_ema.checkpoint.writing import Pieces, write_tensors
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums

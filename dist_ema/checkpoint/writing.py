@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.boxes.shards import Box
-from dist_ema.checkpoint.parcels.parcels import Bytes, Guard, Parcels, Part, Window
+from dist_ema.checkpoint.parcels import Bytes, Guard, Parcels, Part, Window
 from dist_ema.disk.formats.byte_ranges import Strip, strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.disk.formats.model_files import Entry, FileLayout, ModelFiles, host_bytes, write_all

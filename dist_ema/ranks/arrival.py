@@ -148,15 +148,16 @@ def differing_calls(calls: Calls) -> str | None:
     """The message for ranks that have come to different calls; None if all have come to the same one."""
     if len(calls) == 1:
         return None
-    common, *others = sorted(calls, key=lambda name: (-calls[name][0], name))
+    common, *others = sorted(calls, key=lambda name: (-calls[name][0], calls[name][1]))
 
     def ranks(name: str) -> str:
         count, *first = calls[name]
         text = ", ".join(map(str, first)) + (f" and {count - len(first)} more" if count > len(first) else "")
         return f"rank {text}" if count == 1 else f"ranks {text}"
 
-    size = sum(count for count, *_ in calls.values())
+    made = ", ".join(f"{ranks(name)} {name!r}" for name in (common, *others))
     return (
-        f"the ranks differ in call: {calls[common][0]} of {size} make {common} ({ranks(common)}), but "
-        f"{', '.join(f'{ranks(name)} {name}' for name in others)}. Call the same methods on every rank, in one order"
+        f"the ranks differ in call: {common!r} against {', '.join(map(repr, others))} ({made}; {calls[common][0]} of "
+        f"{sum(count for count, *_ in calls.values())} make {common!r}). Call the same methods on every rank, in one "
+        "order"
     )

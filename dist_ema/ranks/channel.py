@@ -102,7 +102,6 @@ class Channel:
         wait = Wait.for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
         calls, self.drawn = self._come(wait, call)
         self._link = world.link
-        world.clear()
         different = differing_calls(calls)
         if different is not None:
             raise agreed(RankMismatchError(different))

@@ -97,9 +97,9 @@ class World:
         self.store = self._clone()
         self.side = SharedStore(store, prefix, _REQUEST_SECONDS)
         self._beside: SharedStore | None = None
+        self._link_beside: Link | None = None
         self.num_links = 1
         self.link = Link("calls/1", rank, size)
-        self._former: Link | None = None  # its texts are in the store until all ranks have come to the next one
         self._links: list[weakref.ref[Link]] = [weakref.ref(self.link)]
         self._averages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._presence = Presence(self.side, rank, self._doing)
@@ -176,22 +176,17 @@ class World:
 
     def renew(self) -> None:
         """Have the next call take a new link; all ranks leave the same links. No communication."""
-        self._former = self.link
         self.num_links += 1
-        self.link = self._watched(Link(f"calls/{self.num_links}", self.rank, self.size))
-
-    def clear(self) -> None:
-        """Remove what the former link has left in the store. All ranks have come to the present one."""
-        former, self._former = self._former, None
-        if former is not None:
-            with suppress(RuntimeError):
-                former.clear(self.side)
+        self.link = self._watched(Link(f"calls/{self.num_links}", self.rank, self.size, self.link))
 
     def beside(self) -> tuple[Link, SharedStore]:
         """A link for a thread beside the calls, and its client; the same link on all ranks within a call."""
         if self._beside is None:
             self._beside = self._clone()
-        return self._watched(Link(f"beside/{self.num_links}.{self.link.number}", self.rank, self.size)), self._beside
+        # The threads work one after the other: when all have come to this link, they are through with the one before.
+        name = f"beside/{self.num_links}.{self.link.number}"
+        self._link_beside = self._watched(Link(name, self.rank, self.size, self._link_beside))
+        return self._link_beside, self._beside
 
     def shows(self, average: _Doing) -> None:
         """Have the other ranks learn the number of updates of an average, where they wait for this rank."""
@@ -219,21 +214,28 @@ class World:
             self._end_without(self._presence.gone(have_met=self.num_calls > 0 and self.link.number > 0))
 
     def look_for_silence(self, link: Link, most: int) -> None:
-        """End the agreements of all ranks if a missing rank is gone with its machine."""
+        """End the agreements of all ranks if a missing rank is gone with its machine.
+
+        Rank 0 looks after the missing ranks, and the first rank of each machine after rank 0.
+        """
         with suppress(RuntimeError):
-            self._end_without(self._presence.silent([0, *link.missing(self.side, most)[0]]))
+            if self.rank == 0:
+                self._end_without(self._presence.silent(link.missing(self.side, most)[0]))
+            elif self._presence.is_first:
+                self._end_without(self._presence.silent([0]))
 
     def _end_without(self, how: str | None) -> None:
         for reference in list(self._links) if how is not None else []:
             link = reference()
-            if link is None:
-                self._links.remove(reference)
-            elif not link.is_left:
-                message = f"{how}. The calls of all ranks end: start the run again from its last checkpoint"
+            if link is not None and not link.is_left:
+                message = (
+                    f"{how}. Every rank must make the same calls, so they end on all ranks: start the run again from "
+                    "its last checkpoint"
+                )
                 self.leave(link, Farewell(self.num_calls, CommunicationError.__name__, message, lives=False))
 
     def _watched(self, link: Link) -> Link:
-        self._links.append(weakref.ref(link))
+        self._links = [*(reference for reference in self._links if reference() is not None), weakref.ref(link)]
         return link
 
     def _doing(self) -> tuple[int, str]:

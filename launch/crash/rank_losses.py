@@ -39,8 +39,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, DistEMAError, ShardedEMA
-from dist_ema.checkpoint import writing
-from dist_ema.ranks import presence
+from dist_ema.checkpoint import parcels
+from dist_ema.ranks.store import presence
 
 SIZE = 4
 NOTICE_SECONDS = 0.5
@@ -148,7 +148,7 @@ def killed_while_awaited(rank: Rank) -> End:
 def killed_in_a_save(rank: Rank) -> End:
     """It dies with bytes in its hands that others wait for."""
     if rank.is_odd:
-        setattr(writing, "host_bytes", lambda *arguments: rank.die())  # noqa: B010
+        setattr(parcels, "host_bytes", lambda *arguments: rank.die())  # noqa: B010
     return rank.end_of(rank.save)
 
 

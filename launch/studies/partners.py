@@ -15,11 +15,10 @@ from collections.abc import Iterator
 import torch
 from scaling import MODELS, shard_boxes
 
-from dist_ema.checkpoint import writing
-from dist_ema.checkpoint.parcels import parcels
-from dist_ema.checkpoint.parcels.relays import PARTNERS, next_hop
+from dist_ema.checkpoint import parcels, writing
 from dist_ema.disk.formats.byte_ranges import strips_of_box
 from dist_ema.disk.formats.model_files import ModelFiles, lay_out_files
+from dist_ema.ranks.relays import PARTNERS, next_hop
 
 _HEAD_BYTES = 40  # of a parcel with one strip
 

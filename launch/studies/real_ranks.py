@@ -73,12 +73,17 @@ class Counted:
         """The larger of each."""
         return Counted(max(self.descriptors, other.descriptors), max(self.threads, other.threads))
 
+    def __and__(self, other: Counted) -> Counted:
+        """The smaller of each."""
+        return Counted(min(self.descriptors, other.descriptors), min(self.threads, other.threads))
+
 
 class Peak:
     """A context in which a thread counts again and again.
 
     Attributes:
-        most: the largest numbers so far, without the thread itself.
+        most: the largest numbers so far, without the thread itself. Only what is seen twice in a row counts: a thread
+            that has ended is listed for another moment.
     """
 
     def __init__(self) -> None:
@@ -95,8 +100,11 @@ class Peak:
         self._thread.join()
 
     def _run(self) -> None:
+        former = Counted(0, 0)
         while not self._ends.wait(_SAMPLE_SECONDS):
-            self.most |= Counted.now() - Counted(0, 1)
+            now = Counted.now() - Counted(0, 1)
+            self.most |= now & former
+            former = now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +187,6 @@ class Store:
 
     port: int
     environment: dict[str, str]
-
-    def after_restarts(self, count: int) -> Store:
-        """The same store as the ranks see it that the agent has started again."""
-        return Store(self.port, self.environment | {"TORCHELASTIC_RESTART_COUNT": str(count)})
 
 
 def forked(size: int, store: Store, work: Callable[[Path], Any], folder: Path | None = None) -> list[Any]:

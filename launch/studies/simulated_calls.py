@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import random
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from scaling import llama, shard_boxes
-from simulated_ranks import Counts, FakeStore, Server
+from simulated_ranks import Counts, FakeStore, FakeWires, Server
 from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
@@ -76,7 +77,9 @@ def simulate(size: int, calls: tuple[str, ...] = CALLS, seed: int = 0) -> dict[s
             "load": lambda: averages[0].load(folder / "ema"),
             "fsdp2 write": lambda: write_rows(rank, size, folder / "rows"),
         }
-        with simulated(World(None, rank, size, FakeStore(server, rank), 1)):
+        world = World(None, rank, size, FakeStore(server, rank), 1)
+        world.make_wires = functools.partial(FakeWires, server)
+        with simulated(world):
             for call in calls:
                 made[call]()
                 seen.append(copy.copy(server.counts[rank]))

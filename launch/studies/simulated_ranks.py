@@ -19,7 +19,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
+from dist_ema.ranks.store.board import Board
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Counts", "FakeStore", "FakeWires", "Server", "Turns", "largest"]
 
@@ -151,6 +152,9 @@ class Server:
 
     Attributes:
         values: the text of every key.
+        wires: the messages from rank to rank that are on their way, by the number of the piece of work.
+        posted: the ranks that can be reached, by that number.
+        num_wires: how many pieces of work each rank has begun.
         counts: for every rank, what it has said and heard.
     """
 
@@ -158,7 +162,9 @@ class Server:
         self.turns = Turns()
         self.values: dict[str, bytes] = {}
         self.counts = [Counts() for _ in range(size)]
-        self.wires: dict[tuple[int, int], deque[bytes]] = defaultdict(deque)
+        self.wires: dict[tuple[int, int, int], deque[bytes]] = defaultdict(deque)
+        self.posted: set[tuple[int, int]] = set()
+        self.num_wires = [0] * size
 
     def run(self, rank_work: Callable[[int], Any], order: random.Random) -> list[Any]:
         """Run `rank_work(rank)` as every rank. The results in rank order.
@@ -269,70 +275,59 @@ class FakeStore:
         return answer
 
 
-class FakeWires:
-    """The messages of one rank to others, with the methods of the real wires.
+class FakeWires(Wires):
+    """The wires of one rank, without sockets.
+
+    A rank that expects messages posts once where it is; who sends to it looks that up once.
 
     Args:
         server: of all ranks.
         rank: this rank.
-        post: publishes a text of this rank.
-        look_up: rank -> its text; it waits until that rank has posted one.
-        others: what only the real wires use.
+        board: the texts of this piece of work.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        rank: int,
-        post: Callable[[str], None],
-        look_up: Callable[[int], str],
-        *others: object,
-        **options: object,
-    ) -> None:
+    def __init__(self, server: Server, rank: int, board: Board) -> None:
+        super().__init__(rank, board)
         self._server = server
-        self._rank = rank
-        self._post = post
-        self._look_up = look_up
+        self._here = rank
+        self._texts = board
+        self._number = server.num_wires[rank] = server.num_wires[rank] + 1  # the same on all ranks
         self._has_posted = False
         self._reached: set[int] = set()
         self._heard: set[int] = set()
 
-    def send(self, values: Any, target: int) -> None:
-        self.pass_all([(target, lambda: values)], {})
-
-    def receive(self, values: Any, source: int) -> None:
-        self.pass_all((), {source: values})
-
     def pass_all(self, sending: Iterable[tuple[int, Callable[[], Any]]], receiving: Mapping[int, Any]) -> None:
         if receiving and not self._has_posted:
             self._has_posted = True
-            self._post("x" * _ADDRESS_BYTES)
+            self._texts.post(f"at/{self._here}", "x" * _ADDRESS_BYTES)
+            self._server.posted.add((self._number, self._here))
+            self._server.turns.wake(("at", self._number, self._here))
         for target, make in sending:
             if target not in self._reached:
-                self._look_up(target)
-            content = np.asarray(make()).tobytes()
+                # The board alone would ask the store again and again, and keep the turn.
+                while (self._number, target) not in self._server.posted:
+                    self._server.turns.wait_for(("at", self._number, target))
+                self._texts.look_up(f"at/{target}")
+            content = bytes(make())
             self._count(self._reached, target, len(content))
-            self._server.wires[self._rank, target].append(content)
-            self._server.turns.wake((self._rank, target))
+            self._server.wires[self._number, self._here, target].append(content)
+            self._server.turns.wake((self._number, self._here, target))
         for source, values in receiving.items():
-            wire = self._server.wires[source, self._rank]
-            while not wire:
-                self._server.turns.wait_for((source, self._rank))
-            content = wire.popleft()
+            key = self._number, source, self._here
+            while not self._server.wires[key]:
+                self._server.turns.wait_for(key)
+            content = self._server.wires[key].popleft()
             self._count(self._heard, source, len(content))
-            if isinstance(values, int):
-                continue
-            room = np.asarray(values).view(np.uint8).reshape(-1)
-            if len(room) != len(content):
-                raise RuntimeError(f"{len(content)} bytes came from rank {source}, expected {len(room)}")
-            room[:] = np.frombuffer(content, np.uint8)
+            if not isinstance(values, int):
+                memoryview(values).cast("B")[:] = content
 
     def close(self) -> None:
+        super().close()
         self._reached.clear()
         self._heard.clear()
 
     def _count(self, known: set[int], other: int, num_bytes: int) -> None:
-        counts = self._server.counts[self._rank]
+        counts = self._server.counts[self._here]
         counts.wired_bytes += num_bytes
         counts.wires += other not in known
         known.add(other)

@@ -91,7 +91,7 @@ def test_a_node_is_not_split_into_ranks_that_see_the_folder_and_ranks_that_do_no
 
 
 def test_containers_of_one_machine_that_mount_other_disks_are_no_node() -> None:
-    program = "from dist_ema.checkpoint.nodes import file_view; print(file_view())"
+    program = "from dist_ema.checkpoint.nodes.views import file_view; print(file_view())"
     python = [sys.executable, "-c", program]
 
     def view_of(*command: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_ema.checkpoint.parcels.parcels import Guard, Parcels, Part
+from dist_ema.checkpoint.parcels import Guard, Parcels, Part
 from dist_ema.disk.formats.byte_ranges import Strip
 
 

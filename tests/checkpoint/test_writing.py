@@ -29,10 +29,9 @@ from dist_ema import (
     ConstantSchedule,
     ShardedEMA,
 )
-from dist_ema.checkpoint import writing
-from dist_ema.checkpoint.parcels import parcels, relays
+from dist_ema.checkpoint import parcels, writing
 from dist_ema.disk.folders import commit
-from dist_ema.ranks import worlds
+from dist_ema.ranks import relays, worlds
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 UNITS = ("_PAGE_BYTES", "_LONG_BYTES", "_WINDOW_BYTES", "_CHUNK_BYTES")

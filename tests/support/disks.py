@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from dist_ema.checkpoint import nodes
+from dist_ema.checkpoint.nodes import views as nodes
 
 
 @contextmanager

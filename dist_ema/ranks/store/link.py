@@ -81,6 +81,7 @@ class Link:
         name: the beginning of its names in the store; the same on all ranks.
         rank: the rank of this process.
         size: the number of ranks.
+        former: the link before this one, which all ranks have left when they come to this one; its texts go then.
 
     Attributes:
         name: as given.
@@ -88,12 +89,13 @@ class Link:
         num_boards: how many pieces of work have had a board; the same on all ranks.
     """
 
-    def __init__(self, name: str, rank: int, size: int) -> None:
+    def __init__(self, name: str, rank: int, size: int, former: Link | None = None) -> None:
         self.name = name
         self.number = 0
         self.num_boards = 0
         self._rank = rank
         self._size = size
+        self._former = former
         self._left: Farewell | None = None
         self._verdicts: list[str] = []  # those that may still be in the store
         self._num_combined = 0  # agreements that all ranks have come through
@@ -124,12 +126,16 @@ class Link:
             if self._rank == 0:
                 result = json.loads(store.take(f"{verdict}/result"))
                 store.delete(f"{verdict}/result")
-        former, self._verdicts = self._verdicts, [verdict]
+        verdicts, self._verdicts = self._verdicts, [verdict]
+        former, self._former = self._former, None
         self.number += 1
         self._num_combined += 1
+        # All ranks have come here, so all have read the verdicts before, and have left the former link.
         if written is not None:
-            for key in former:  # all ranks have come here, so all have read them
+            for key in verdicts:
                 store.delete(key)
+        if former is not None:
+            former.clear(store)
         return result
 
     def broadcast(self, store: SharedStore, value: Any) -> Any:

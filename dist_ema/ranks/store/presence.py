@@ -19,8 +19,8 @@ from dist_ema.ranks.store.shared_store import SharedStore
 
 __all__ = ["Presence"]
 
-# A rank gives a sign of life so often.
-_SIGN_SECONDS = 5.0
+# A rank gives a sign of life so often, and a rank that waits looks for those of others as often.
+_SIGN_SECONDS = 10.0
 # A machine without a sign of life for so long is gone. Python may stand still in a rank for a while, not in all.
 _SILENT_SECONDS = 120.0
 
@@ -45,7 +45,13 @@ class Presence:
         self._changed = time.time()
         self._next_sign = 0.0
         self._signs: dict[str, tuple[str | None, float]] = {}
+        self._next_look = 0.0
         store.append(f"host/{self._host}", f"{rank} {' '.join(map(str, this_process()))}\n")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the lowest rank of its machine."""
+        return self._rank <= min(self._neighbours, default=self._rank)
 
     def show(self, *, at_once: bool = False) -> None:
         """Give a sign of life, and write down what this rank does, if it is time."""
@@ -77,6 +83,9 @@ class Presence:
 
     def silent(self, ranks: Sequence[int]) -> str | None:
         """How one of some ranks is gone with its machine; None if none is. To be asked again and again."""
+        if time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + _SIGN_SECONDS
         for rank in ranks:
             seen = self._store.look(f"seen/{rank}")
             host = "" if seen is None else str(json.loads(seen)[3])

@@ -24,7 +24,8 @@ class Process(NamedTuple):
     def is_gone(self) -> bool:
         """Whether the process has ended. False where the system does not tell."""
         state, started = _status(self.pid)
-        return state in ("", "Z", "X") or (self.started and started and started != self.started) or False
+        is_another = bool(self.started and started and started != self.started)
+        return state in ("", "Z", "X") or is_another
 
 
 @functools.cache

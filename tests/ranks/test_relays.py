@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_ema.checkpoint.parcels import relays
+from dist_ema.ranks import relays
 
 
 class Simulated:

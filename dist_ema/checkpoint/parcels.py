@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_ema.checkpoint.parcels import relays
 from dist_ema.disk.formats.byte_ranges import Strip
 from dist_ema.disk.formats.model_files import host_bytes
+from dist_ema.ranks import relays
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
 

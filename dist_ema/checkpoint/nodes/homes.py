@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dist_ema.boxes.rank_runs import RankRuns
-from dist_ema.checkpoint.nodes import node_name
+from dist_ema.checkpoint.nodes.views import node_name
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.errors import (
     CheckpointCorruptError,
