@@ -112,8 +112,7 @@ class Parcels:
             for writer, parts in by_writer.items():
                 if writer != self._rank:
                     to_writer.setdefault(writer, []).append((file, window, _parcel_bytes(parts)))
-        for writer, rounds in to_writer.items():
-            wires.announce(writer, rounds)
+        wires.announce(to_writer)
         longest = max((size for rounds in to_writer.values() for *_, size in rounds), default=0)
         # A lack of memory must show before the first message: every announced message must be sent.
         self._message = exchange.agree(action, lambda: np.empty(longest, dtype=np.uint8))

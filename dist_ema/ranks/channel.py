@@ -25,8 +25,8 @@ from dist_ema.errors import (
 from dist_ema.ranks.arrival import Wait, arrival_seconds, differing_calls, merge_calls, present_world
 from dist_ema.ranks.store.board import Board
 from dist_ema.ranks.store.link import Farewell, LeftError, Link
-from dist_ema.ranks.store.shared_store import SharedStore
-from dist_ema.ranks.wires.wires import Wires
+from dist_ema.ranks.store.shared_store import SharedStore, StoreError
+from dist_ema.ranks.wires.wires import WireError, Wires
 from dist_ema.ranks.worlds import World, this_world
 
 __all__ = ["Channel"]
@@ -129,7 +129,7 @@ class Channel:
                 # The farewell may be of the former call: a rank left its very end, when the others were through.
                 if not first.lives or first.call >= world.num_calls:
                     raise agreed(error_class(first.kind)(first.message)) from None
-            except RuntimeError as error:
+            except StoreError as error:
                 raise self._lost(call, link, error) from error
 
     def end(self) -> None:
@@ -168,7 +168,7 @@ class Channel:
             return self
         try:
             return Channel(self._world.beside())
-        except RuntimeError as error:
+        except StoreError as error:
             raise CommunicationError(
                 f"preparing to save in the background: the store of the process group does not answer "
                 f"({_first_line(error)})"
@@ -188,13 +188,13 @@ class Channel:
         world, link = self._present(action)
         try:
             if not world.is_present:
-                raise RuntimeError("the process group was destroyed")
+                raise StoreError("the process group was destroyed")
             if self._client is not None:
                 return work(link, self._client)
             return world.do(partial(work, link), self._wait(action, link))
         except LeftError as error:
             raise self._after(link, error) from None
-        except RuntimeError as error:
+        except StoreError as error:
             raise self._lost(action, link, error) from error
 
     @contextmanager
@@ -218,7 +218,7 @@ class Channel:
             yield wires
         except LeftError as error:
             raise self._after(link, error) from None
-        except RuntimeError as error:
+        except (StoreError, WireError) as error:
             raise self._lost(action, link, error) from error
         finally:
             wires.close()
@@ -264,7 +264,7 @@ class Channel:
             except LeftError as error:
                 failures.append(self._after(link, error))
                 raise failures[0] from None
-            except RuntimeError as error:
+            except StoreError as error:
                 failures.append(self._lost(action, link, error))
                 raise failures[0] from error
 
@@ -296,11 +296,12 @@ class Channel:
         return self._leave(self._link, kind, message, lives=True)
 
     def _lost(self, action: str, link: Link, error: Exception) -> DistEMAError:
-        """The error for a store that is gone, or a wait that took too long."""
+        """Leave a link, because the store or a rank is gone. Returns the error that all ranks raise."""
+        who = "the store of the process group" if isinstance(error, StoreError) else "another rank"
         message = (
-            f"{action}: the store of the process group does not answer ({_first_line(error)}). Every rank must make "
-            "the same call. Perhaps the process that keeps the store (rank 0, or torchrun) has died, or the process "
-            "group was destroyed before wait()"
+            f"{action}: rank {self.rank} has lost {who} ({_first_line(error)}). Every rank must make the same call. "
+            "Perhaps a rank has died, or the process that keeps the store (rank 0, or torchrun), or the process group was "
+            "destroyed before wait()"
         )
         return self._leave(link, CommunicationError.__name__, message, lives=False)
 

@@ -53,8 +53,7 @@ def deliver(exchange: Exchange, wires: Wires, action: str, letters: _Letters) ->
             )
         held = by_next.pop(exchange.rank, [])
         messages = {rank: _packed(together) for rank, together in by_next.items()}
-        for rank, message in messages.items():
-            wires.announce(rank, len(message))
+        wires.announce({rank: len(message) for rank, message in messages.items()})
         exchange.raise_together(action, None)  # all have announced
         inbox = {source: bytearray(size) for source, size in wires.announced()}
         wires.pass_all([(rank, partial(bytes, message)) for rank, message in messages.items()], inbox)

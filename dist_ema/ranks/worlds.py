@@ -21,7 +21,7 @@ from dist_ema.errors import CommunicationError
 from dist_ema.ranks.store.courier import Courier
 from dist_ema.ranks.store.link import Farewell, Link
 from dist_ema.ranks.store.presence import Presence
-from dist_ema.ranks.store.shared_store import SharedStore
+from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import Wires
 from dist_ema.uninterrupted import End
 
@@ -119,7 +119,7 @@ class World:
 
         Raises:
             LeftError: a rank has left.
-            RuntimeError: the store is gone.
+                StoreError: the store is gone.
         """
         if self.group is None:
             return work(self.store)
@@ -197,7 +197,7 @@ class World:
         try:
             ranks, count = link.missing(self.side, most)
             seen = self._presence.last_seen(ranks)
-        except RuntimeError:
+        except StoreError:
             return "ranks that cannot be named", "The store of the process group is gone"
         if not ranks:
             return "ranks that came and are gone", "Nothing more is known of them"
@@ -209,7 +209,7 @@ class World:
         """Give a sign of life, and end the agreements of all ranks if the next rank is gone."""
         if not self.is_present:
             return
-        with suppress(RuntimeError):
+        with suppress(StoreError):
             self._presence.show()
             self._end_without(self._presence.gone(have_met=self.num_calls > 0 and self.link.number > 0))
 
@@ -218,7 +218,7 @@ class World:
 
         Rank 0 looks after the missing ranks, and the first rank of each machine after rank 0.
         """
-        with suppress(RuntimeError):
+        with suppress(StoreError):
             if self.rank == 0:
                 self._end_without(self._presence.silent(link.missing(self.side, most)[0]))
             elif self._presence.is_first:

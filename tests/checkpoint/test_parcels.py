@@ -22,8 +22,8 @@ class Told:
         self.passed: list[tuple[list[int], list[int]]] = []
         self.contents: list[bytes] = []
 
-    def announce(self, target: int, value: Any) -> None:
-        self.announcements.append((target, value))
+    def announce(self, values: dict[int, Any]) -> None:
+        self.announcements += values.items()
 
     def announced(self) -> list[tuple[int, Any]]:
         return self.answers

@@ -64,8 +64,8 @@ class Told:
     def __init__(self) -> None:
         self.targets: list[int] = []
 
-    def announce(self, target: int, value: Any) -> None:
-        self.targets.append(target)
+    def announce(self, values: dict[int, Any]) -> None:
+        self.targets += values
 
     def announced(self) -> list[tuple[int, Any]]:
         return []

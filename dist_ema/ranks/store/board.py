@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from dist_ema.ranks.store.link import Link
 from dist_ema.ranks.store.shared_store import SharedStore
@@ -16,7 +17,7 @@ _LONGEST_PAUSE_SECONDS = 0.05
 class Board:
     """Where the ranks of one piece of work leave texts for each other.
 
-    Every method may raise a RuntimeError: the store is gone.
+    Every method may raise a StoreError: the store is gone.
 
     Args:
         store: a client that no wait blocks.
@@ -50,10 +51,12 @@ class Board:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return text
 
-    def announce(self, key: str, text: str) -> None:
-        """Add a text to what is under a key. It is there when this returns."""
-        self._store.append(f"{self._name}/{key}", text)
-        self._store.look(f"{self._name}/")  # any answer shows that the request before it was served
+    def announce(self, texts: Mapping[str, str]) -> None:
+        """Add each text to what is under its key. All are there when this returns."""
+        for key, text in texts.items():
+            self._store.append(f"{self._name}/{key}", text)
+        if texts:
+            self._store.look(f"{self._name}/")  # any answer shows that the requests before it were served
 
     def announced(self, key: str) -> str:
         """All that was added under a key; "" if nothing was."""

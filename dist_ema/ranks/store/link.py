@@ -33,7 +33,7 @@ from functools import reduce
 from typing import Any
 
 from dist_ema.errors import CommunicationError
-from dist_ema.ranks.store.shared_store import SharedStore
+from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 
 __all__ = ["Farewell", "LeftError", "Link", "Merge"]
 
@@ -74,7 +74,7 @@ class LeftError(Exception):
 class Link:
     """A row of agreements of all ranks, from its making until some rank leaves it.
 
-    Agreements are made one after the other; any thread may call `leave` and `missing` meanwhile. A RuntimeError says
+    Agreements are made one after the other; any thread may call `leave` and `missing` meanwhile. A StoreError says
     that the store is gone.
 
     Args:
@@ -272,7 +272,7 @@ class Link:
                 return None
             try:
                 value = reduce(merge, self._values(store, key))
-            except RuntimeError:
+            except StoreError:
                 raise
             except Exception as error:  # else all ranks would wait for the verdict
                 self.leave(store, _broken(error))

@@ -10,9 +10,11 @@ it is the only process that sees all ranks.
 from __future__ import annotations
 
 import datetime
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["SharedStore"]
+__all__ = ["SharedStore", "StoreError"]
 
 # torch's server drops a client that sends more than 8 MiB at once.
 _MOST_CHARACTERS = 2**20
@@ -21,10 +23,29 @@ _NO_TEXT = "\0"
 _IN_PARTS = "\1"
 
 
-class SharedStore:
-    """A client of the store.
+P = ParamSpec("P")
+T = TypeVar("T")
 
-    Every method may raise a RuntimeError: the server is gone, or a wait took longer than `seconds`.
+
+class StoreError(RuntimeError):
+    """The store does not answer: its server is gone, or a wait took too long."""
+
+
+def _asks(request: Callable[P, T]) -> Callable[P, T]:
+    """The request, which raises a StoreError in place of what torch raises."""
+
+    @functools.wraps(request)
+    def asking(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return request(*arguments, **options)
+        except RuntimeError as error:
+            raise StoreError((str(error).splitlines() or [type(error).__name__])[0]) from error
+
+    return asking
+
+
+class SharedStore:
+    """A client of the store. Every method may raise a `StoreError`.
 
     Args:
         store: a store of torch; the client is a clone of it.
@@ -33,23 +54,27 @@ class SharedStore:
     """
 
     def __init__(self, store: Any, prefix: str, seconds: float) -> None:
-        self._store: Any = store.clone()
+        self._store: Any = _clone(store)
         self._store.set_timeout(datetime.timedelta(seconds=seconds))
         self._prefix = f"{prefix}/"
         self._num_parts: dict[str, int] = {}  # of the long texts that this client has written or read
 
+    @_asks
     def put(self, key: str, text: str) -> None:
         """Write a text."""
         self._store.set(self._prefix + key, self._shortened(key, text))
 
+    @_asks
     def claim(self, key: str, text: str) -> str:
         """Write a text, unless there is one. Returns the text that is there then."""
         return self._whole(key, self._store.compare_set(self._prefix + key, "", self._shortened(key, text)).decode())
 
+    @_asks
     def take(self, key: str) -> str:
         """The text; waits until there is one."""
         return self._whole(key, self._store.get(self._prefix + key).decode())
 
+    @_asks
     def look(self, key: str) -> str | None:
         """The text, or None if there is none yet. Does not wait.
 
@@ -58,15 +83,18 @@ class SharedStore:
         text: str = self._store.compare_set(self._prefix + key, _NO_TEXT, _NO_TEXT).decode()
         return None if text == _NO_TEXT else self._whole(key, text)
 
+    @_asks
     def append(self, key: str, text: str) -> None:
         """Add a short text to the end of the present one."""
         self._store.append(self._prefix + key, text)
 
+    @_asks
     def count(self, key: str) -> int:
         """Add 1 to a number. Returns the sum."""
         total: int = self._store.add(self._prefix + key, 1)
         return total
 
+    @_asks
     def delete(self, key: str) -> None:
         """Remove a text that this client has written or read, or a short one."""
         for number in range(self._num_parts.pop(key, 0)):
@@ -88,3 +116,8 @@ class SharedStore:
             return text
         num_parts = self._num_parts[key] = int(text[1:])
         return "".join(self._store.get(f"{self._prefix}{key}/{number}").decode() for number in range(num_parts))
+
+
+@_asks
+def _clone(store: Any) -> Any:
+    return store.clone()

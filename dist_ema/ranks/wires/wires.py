@@ -65,8 +65,8 @@ class Board(Protocol):
         """The text under a key; it waits until some rank has posted it, or raises if the work has ended."""
         ...
 
-    def announce(self, key: str, text: str) -> None:
-        """Add a text to what is under a key; it must be there before this rank's next agreement."""
+    def announce(self, texts: Mapping[str, str]) -> None:
+        """Add each text to what is under its key; they must be there before this rank's next agreement."""
         ...
 
     def announced(self, key: str) -> str:
@@ -120,14 +120,15 @@ class Wires:
         self._progress_at = 0.0  # when a message last came or went
         self._outgoing = Outgoing(rank, self._address_of, self._sockets, self._note_progress)
 
-    def announce(self, target: int, value: Any) -> None:
-        """No communication but with the board. Tell a rank what to expect; it learns of it after the next agreement.
+    def announce(self, values: Mapping[int, Any]) -> None:
+        """No communication but with the board. Tell ranks something, which they read after the next agreement.
 
         Args:
-            target: a rank.
-            value: what it is told; it must survive JSON.
+            values: target -> what it is told; it survives JSON.
         """
-        self._board.announce(self._announcements(target), json.dumps([self._rank, value]) + "\n")
+        self._board.announce(
+            {self._announcements(target): json.dumps([self._rank, value]) + "\n" for target, value in values.items()}
+        )
 
     def announced(self) -> list[tuple[int, Any]]:
         """No communication but with the board. What ranks have announced to this one before the last agreement."""
