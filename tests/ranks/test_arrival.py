@@ -499,3 +499,35 @@ def test_an_argument_that_cannot_be_looked_at_on_one_rank_is_an_error_on_all_of_
     first, second = world(2).run(unreadable_arguments, str(tmp_path / "ema"))
     assert first == second
     assert all("rank 1: RuntimeError: no such argument" in text for text in first)
+
+
+def fills_the_store(folder: str, layout: str) -> list[int]:
+    """The number of keys after each turn of calls: good ones, one that ranks differ in, and one that is cut off."""
+    ema = averaging(layout)
+    store = dist.group.WORLD.get_group_store()
+    numbers = []
+    for _ in range(4):
+        ema.save(folder)
+        ema.save(folder, background=True)
+        ema.wait()
+        ema.load(folder)
+        ema.full_state_dict()
+        caught(lambda: ema.save(f"{folder}-{dist.get_rank()}"))
+        restore = in_prepare(ema, interrupting) if dist.get_rank() == 1 else lambda: None
+        caught(ema.metrics)
+        restore()
+        caught(ema.metrics)
+        dist.barrier()
+        numbers.append(store.num_keys())
+        dist.barrier()
+    return numbers
+
+
+def interrupting() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_run_of_days_does_not_fill_the_store_of_the_process_group(world, tmp_path, layout) -> None:
+    for numbers in world(2).run(fills_the_store, str(tmp_path / "ema"), layout):
+        assert numbers[1] == numbers[2] == numbers[3], numbers
