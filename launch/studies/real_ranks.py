@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ HOSTS = ("agent", "rank 0")
 LAYOUTS = ("ddp", "fsdp2")
 WIDTH, DEPTH, SAVES = 256, 8, 5
 _SAMPLE_SECONDS = 0.001
+_REST_SECONDS = 0.05
 _LIMIT_SECONDS = 300.0
 _NO_LOOKUPS = {"RES_OPTIONS": "attempts:0"}  # of glibc
 
@@ -64,7 +66,8 @@ class Counted:
     @classmethod
     def now(cls) -> Counted:
         """Of this process. Listing the descriptors takes one, which is not counted."""
-        return cls(len(os.listdir("/proc/self/fd")) - 1, len(os.listdir("/proc/self/task")))
+        time.sleep(_REST_SECONDS)  # a thread that has ended is listed for another moment
+        return cls(_num_descriptors(), len(_threads()))
 
     def __sub__(self, other: Counted) -> Counted:
         return Counted(self.descriptors - other.descriptors, self.threads - other.threads)
@@ -73,17 +76,13 @@ class Counted:
         """The larger of each."""
         return Counted(max(self.descriptors, other.descriptors), max(self.threads, other.threads))
 
-    def __and__(self, other: Counted) -> Counted:
-        """The smaller of each."""
-        return Counted(min(self.descriptors, other.descriptors), min(self.threads, other.threads))
-
 
 class Peak:
     """A context in which a thread counts again and again.
 
     Attributes:
-        most: the largest numbers so far, without the thread itself. Only what is seen twice in a row counts: a thread
-            that has ended is listed for another moment.
+        most: the largest numbers so far, without the thread itself. Only a thread that is seen three times in a row
+            counts: one that has ended is listed for another moment.
     """
 
     def __init__(self) -> None:
@@ -100,11 +99,19 @@ class Peak:
         self._thread.join()
 
     def _run(self) -> None:
-        former = Counted(0, 0)
+        seen: deque[set[str]] = deque(maxlen=3)
         while not self._ends.wait(_SAMPLE_SECONDS):
-            now = Counted.now() - Counted(0, 1)
-            self.most |= now & former
-            former = now
+            seen.append(_threads())
+            lasting = set.intersection(*seen)
+            self.most |= Counted(_num_descriptors(), len(lasting) - 1)
+
+
+def _num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def _threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
 
 
 @dataclasses.dataclass(frozen=True)

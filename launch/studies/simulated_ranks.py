@@ -102,7 +102,7 @@ class Turns:
 
     def let_others_go_first(self) -> None:
         """Give the turn away until no other can go on, if this is the thread that is to be the last."""
-        own = self._own.lock
+        own: threading.Lock = self._own.lock
         if own is self._hindmost and self._ready:
             self._ready.append(own)
             self._give_away()

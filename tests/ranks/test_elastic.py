@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -105,47 +102,3 @@ def test_a_save_that_outlives_its_process_group_ends_in_an_error_that_names_it(f
     first, second = forking(outliving, tmp_path, host)
     assert first[0] == second[0] == "CommunicationError"
     assert "process group was destroyed" in first[1] and "process group was destroyed" in second[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-RESTARTED = """
-import os, sys
-from pathlib import Path
-import torch.distributed as dist
-sys.path[:0] = [os.environ["OF_THE_TEST"]]
-from test_elastic import averaging
-dist.init_process_group("gloo")
-rank, first = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-ema, folder = averaging(), Path(sys.argv[1])
-if first:
-    ema.save(folder / "ema")
-    dist.barrier()
-    if rank == 1:
-        os._exit(7)  # while rank 0 waits for it
-    ema.save(folder / "ema")
-ema.load(folder / "ema")
-ema.update()
-ema.save(folder / "ema")
-(folder / f"{rank}").write_text(str(ema.num_updates))
-dist.barrier()
-os._exit(0)
-"""
-
-
-@pytest.mark.ranks
-def test_torchrun_itself_starts_the_ranks_again_and_they_go_on(tmp_path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(RESTARTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--master-port", str(free_port()), str(script)]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "OF_THE_TEST": str(Path(__file__).parent), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]

@@ -160,3 +160,19 @@ def test_the_missing_ranks_are_named_up_to_a_number_and_counted_beyond(store, mo
 
     on_ranks(store, 12, life)
     assert told[-1] == ([1, 6, 7, 8], 7)
+
+
+def test_a_look_at_a_text_that_is_not_there_yet_ends_nobodys_wait_for_it(store) -> None:
+    """torch's TCPStore ends the waits for a key whenever a comparison finds nothing under it."""
+    waiting, looking = (SharedStore(store, "test", 20.0) for _ in range(2))
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(waiting.take("key")))
+    thread.start()
+    for _ in range(20):
+        assert looking.look("key") is None
+        looking._store.compare_set("test/key", "other", "other")
+        time.sleep(0.01)
+    assert texts == []
+    looking.put("key", "text")
+    thread.join(10)
+    assert texts == [looking.look("key")] == ["text"]

@@ -71,15 +71,20 @@ class SharedStore:
 
     @_asks
     def take(self, key: str) -> str:
-        """The text; waits until there is one."""
-        return self._whole(key, self._store.get(self._prefix + key).decode())
+        """The text, which is not empty; waits until there is one."""
+        while not (text := self._store.get(self._prefix + key).decode()):
+            pass  # torch's server ends a wait also where a comparison has found nothing
+        return self._whole(key, text)
 
     @_asks
     def look(self, key: str) -> str | None:
         """The text, or None if there is none yet. Does not wait.
 
-        A comparison that fails is the one request that neither waits nor reads a stale copy in any store of torch.
+        A comparison that fails neither waits nor reads a stale copy in any store of torch. But it must find a text:
+        without one, torch's server would end the waits of all clients for that key.
         """
+        if not self._store.check([self._prefix + key]):
+            return None
         text: str = self._store.compare_set(self._prefix + key, _NO_TEXT, _NO_TEXT).decode()
         return None if text == _NO_TEXT else self._whole(key, text)
 
