@@ -300,8 +300,8 @@ class Channel:
         who = "the store of the process group" if isinstance(error, StoreError) else "another rank"
         message = (
             f"{action}: rank {self.rank} has lost {who} ({_first_line(error)}). Every rank must make the same call. "
-            "Perhaps a rank has died, or the process that keeps the store (rank 0, or torchrun), or the process group was "
-            "destroyed before wait()"
+            "Perhaps a rank has died, or the process that keeps the store (rank 0, or torchrun), or the process group "
+            "was destroyed before wait()"
         )
         return self._leave(link, CommunicationError.__name__, message, lives=False)
 
