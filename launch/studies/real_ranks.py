@@ -151,7 +151,8 @@ def measure(layout: str, folder: Path, spare: int = 0) -> list[Measured]:
     dist.barrier()
     before = Counted.now()
     if spare:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (before.descriptors + spare, before.descriptors + spare))
+        limit = before.descriptors + spare
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     construction, ema = _timed(lambda: ShardedEMA(model, ConstantSchedule(momentum=0.25)))
     constructed = Counted.now()
     ema.update()
