@@ -6,6 +6,7 @@ calls, which ends the call for the others at once: see [Note: leaving] in link.p
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,15 +97,26 @@ class Channel:
         world.num_calls += 1
         world.at = call
         self._link = world.link
+        notice_seconds, seconds = (math.inf, 0.0) if isinstance(limits, DistEMAError) else limits
+        wait = Wait.for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
+        self._enter(wait, call)
         if isinstance(limits, DistEMAError):
             raise self._left(call, limits)
-        notice_seconds, seconds = limits
-        wait = Wait.for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
         calls, self.drawn = self._come(wait, call)
         self._link = world.link
         different = differing_calls(calls)
         if different is not None:
             raise agreed(RankMismatchError(different))
+
+    def _enter(self, wait: Wait, call: str) -> None:
+        """Learn where the ranks write. A rank that fails here counts as one that has not come yet."""
+        assert self._world is not None, "there are several ranks"
+        try:
+            self._world.enter(wait)
+        except LeftError as error:
+            raise agreed(CommunicationError(error.farewell.message)) from None
+        except StoreError as error:
+            raise self._lost(call, self._world.link, error) from error
 
     def _come(self, wait: Wait, call: str) -> tuple[dict[str, list[int]], int]:
         """The calls that the ranks have come to, and a number that they draw.
@@ -122,6 +134,7 @@ class Channel:
             wait.link = link = world.link
             try:
                 calls, drawn = world.do(partial(link.combine, value=own, merge=merge), wait)
+                world.have_met = True
                 return calls, drawn
             except LeftError as error:
                 world.renew()
@@ -276,7 +289,7 @@ class Channel:
         first = Farewell(0 if world is None else world.num_calls, kind, message, lives)
         if world is not None:
             first = world.leave(link, first)
-            if link is world.link:
+            if link is world.link and world.has_entered:
                 world.renew()
         return agreed(error_class(first.kind)(first.message))
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from dist_ema.errors import CommunicationError
 from dist_ema.ranks.store.courier import Courier
-from dist_ema.ranks.store.link import Farewell, Link
+from dist_ema.ranks.store.generation import Generation, outlives_ranks
+from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.presence import Presence
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import Wires
@@ -38,6 +39,7 @@ _REQUEST_SECONDS = 10.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 _TICK_SECONDS = 0.5
+_SIGN_SECONDS = 0.02
 
 
 class Patience(Protocol):
@@ -79,6 +81,7 @@ class World:
         num_links: the number of links of the calls so far; the same on all ranks within a call.
         link: the link of the calls.
         at: the call that this rank is in; "" outside.
+        have_met: whether all ranks have come to a call together.
         store: the client for the agreements of the calls, and for nothing else.
         side: a client that no wait blocks.
         make_wires: makes the wires of a piece of work, from the rank and a board; a simulation has its own.
@@ -92,22 +95,58 @@ class World:
         self.timeout_seconds: float = store.timeout.total_seconds()
         self.num_calls = 0
         self.at = ""
-        prefix = f"dist_ema/{number}"
-        self._clone = partial(SharedStore, store, prefix, self.stage_seconds + _STORE_SECONDS)
-        self.store = self._clone()
-        self.side = SharedStore(store, prefix, _REQUEST_SECONDS)
+        self.have_met = False
+        self._base = self._prefix = f"dist_ema/{number}"
+        self._connect = partial(SharedStore, store)
+        self.store = self._connect(self._prefix, self.stage_seconds + _STORE_SECONDS)
+        self.side = self._connect(self._prefix, _REQUEST_SECONDS)
+        self._generation: Generation | None = None
         self._beside: SharedStore | None = None
         self._link_beside: Link | None = None
         self.num_links = 1
         self.link = Link("calls/1", rank, size)
         self._links: list[weakref.ref[Link]] = [weakref.ref(self.link)]
         self._averages: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._presence = Presence(self.side, rank, self._doing)
+        self._presence: Presence | None = None
+        if group is not None and outlives_ranks():
+            self._generation = Generation(self._connect(self._prefix, _REQUEST_SECONDS), rank)
+        else:
+            self._presence = Presence(self.side, rank, self._doing)
+
+    def enter(self, patience: Patience) -> None:
+        """Learn where the ranks of this generation write: see generation.py. It may wait for rank 0.
+
+        Raises:
+            LeftError: rank 0 did not come in time.
+            StoreError: the store is gone.
+        """
+        began = time.monotonic()
+        while self._presence is None:
+            assert self._generation is not None, "a world without one has entered"
+            name = self._generation.name()
+            if name is not None:
+                self._prefix = f"{self._base}/{name}"
+                self.store.begin_with(self._prefix)
+                self.side.begin_with(self._prefix)
+                self._presence = Presence(self.side, self.rank, self._doing)
+                return
+            farewell = patience.end_of(time.monotonic() - began)
+            if farewell is not None:
+                raise LeftError(farewell)
 
     @property
     def stage_seconds(self) -> float:
         """The longest wait within a call that all have made."""
         return max(_STAGE_SECONDS, self.timeout_seconds)
+
+    @property
+    def has_entered(self) -> bool:
+        """Whether this rank knows where the ranks of its generation write."""
+        return self._presence is not None
+
+    @property
+    def _must_sign(self) -> bool:
+        return self._generation is not None and self.rank == 0 and not self.have_met
 
     @property
     def is_present(self) -> bool:
@@ -144,7 +183,9 @@ class World:
 
     def _wait(self, patience: Patience, end: End) -> None:
         began = time.monotonic()
-        while not end.comes_within(min(_TICK_SECONDS, max(began + patience.seconds - time.monotonic(), 0.01))):
+        # Ranks that have to learn the name of this generation wait for the signs of rank 0.
+        tick_seconds = _SIGN_SECONDS if self._must_sign else _TICK_SECONDS
+        while not end.comes_within(min(tick_seconds, max(began + patience.seconds - time.monotonic(), 0.01))):
             link = self.link
             farewell = patience.end_of(time.monotonic() - began)
             if farewell is not None and not end.has_come:
@@ -157,6 +198,8 @@ class World:
         Returns:
             The farewell of the first rank that left.
         """
+        if not self.has_entered:  # nobody waits for it in this link
+            return own
         end = End()
 
         def run() -> None:
@@ -182,7 +225,7 @@ class World:
     def beside(self) -> tuple[Link, SharedStore]:
         """A link for a thread beside the calls, and its client; the same link on all ranks within a call."""
         if self._beside is None:
-            self._beside = self._clone()
+            self._beside = self._connect(self._prefix, self.stage_seconds + _STORE_SECONDS)
         # The threads work one after the other: when all have come to this link, they are through with the one before.
         name = f"beside/{self.num_links}.{self.link.number}"
         self._link_beside = self._watched(Link(name, self.rank, self.size, self._link_beside))
@@ -194,6 +237,8 @@ class World:
 
     def missing(self, link: Link, most: int) -> tuple[str, str]:
         """The ranks that have not come to the present agreement, and a sentence about what they last did."""
+        if self._presence is None:
+            return "rank 0", "Rank 0 was not seen yet"
         try:
             ranks, count = link.missing(self.side, most)
             seen = self._presence.last_seen(ranks)
@@ -207,17 +252,21 @@ class World:
 
     def tend(self) -> None:
         """Give a sign of life, and end the agreements of all ranks if the next rank is gone."""
-        if not self.is_present:
+        if self._presence is None or not self.is_present:
             return
         with suppress(StoreError):
+            if self._generation is not None and self._must_sign:
+                self._generation.sign()
             self._presence.show()
-            self._end_without(self._presence.gone(have_met=self.num_calls > 0 and self.link.number > 0))
+            self._end_without(self._presence.gone(have_met=self.have_met))
 
     def look_for_silence(self, link: Link, most: int) -> None:
         """End the agreements of all ranks if a missing rank is gone with its machine.
 
         Rank 0 looks after the missing ranks, and the first rank of each machine after rank 0.
         """
+        if self._presence is None:
+            return
         with suppress(StoreError):
             if self.rank == 0:
                 self._end_without(self._presence.silent(link.missing(self.side, most)[0]))

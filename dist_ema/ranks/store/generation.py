@@ -1,0 +1,64 @@
+"""Which of the runs that have written into a store this one is.
+
+torchrun's agent keeps one store while it starts the ranks again and again. What former ranks left there, dead ones now,
+must not be taken for the words of the present ones. No number tells: each agent counts its starts for itself.
+
+So rank 0 draws a name for each generation, under which the ranks write. Another rank trusts a name that appears after
+it has begun to look, or whose rank 0 lives: it gives signs until all ranks have come.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+
+from dist_ema.ranks.store.shared_store import SharedStore
+
+__all__ = ["Generation", "outlives_ranks"]
+
+_KEY = "generation"
+_LONGEST_PAUSE_SECONDS = 0.25
+
+
+def outlives_ranks() -> bool:
+    """Whether the store of the process group may hold what ranks of a former start have left. No communication."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+class Generation:
+    """The name of this generation of ranks, as one of them learns it.
+
+    Args:
+        store: a client that no wait blocks.
+        rank: the rank of this process. Rank 0 writes a new name at once.
+    """
+
+    def __init__(self, store: SharedStore, rank: int) -> None:
+        self._store = store
+        self._first = None if rank == 0 else store.look(_KEY)
+        self._own = secrets.token_hex(8) if rank == 0 else None
+        self._signs: dict[str, str | None] = {}
+        self._pause = 0.005
+        if self._own is not None:
+            store.put(_KEY, self._own)
+
+    def name(self) -> str | None:
+        """The name, or None if this rank does not know it yet; then it has waited for a moment."""
+        if self._own is not None:
+            return self._own
+        name = self._store.look(_KEY)
+        if name is not None:
+            if name != self._first:
+                return name
+            sign = self._store.look(f"{_KEY}/{name}")
+            if self._signs.setdefault(name, sign) != sign:
+                return name
+        time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, _LONGEST_PAUSE_SECONDS)
+        return None
+
+    def sign(self) -> None:
+        """On rank 0: give a sign of life. Elsewhere nothing."""
+        if self._own is not None:
+            self._store.count(f"{_KEY}/{self._own}")
