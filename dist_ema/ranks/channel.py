@@ -134,7 +134,7 @@ class Channel:
             wait.link = link = world.link
             try:
                 calls, drawn = world.do(partial(link.combine, value=own, merge=merge), wait)
-                world.have_met = True
+                world.meet()
                 return calls, drawn
             except LeftError as error:
                 world.renew()

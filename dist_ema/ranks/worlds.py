@@ -39,7 +39,7 @@ _REQUEST_SECONDS = 10.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 _TICK_SECONDS = 0.5
-_SIGN_SECONDS = 0.02
+_SIGN_SECONDS = 0.005
 
 
 class Patience(Protocol):
@@ -109,7 +109,7 @@ class World:
         self._averages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._presence: Presence | None = None
         if group is not None and outlives_ranks():
-            self._generation = Generation(self._connect(self._prefix, _REQUEST_SECONDS), rank)
+            self._generation = Generation(self._connect(self._prefix, _REQUEST_SECONDS), rank, size)
         else:
             self._presence = Presence(self.side, rank, self._doing)
 
@@ -144,9 +144,13 @@ class World:
         """Whether this rank knows where the ranks of its generation write."""
         return self._presence is not None
 
+    def meet(self) -> None:
+        """All ranks have come to a call together. No communication."""
+        self.have_met, self._generation = True, None
+
     @property
     def _must_sign(self) -> bool:
-        return self._generation is not None and self.rank == 0 and not self.have_met
+        return self._generation is not None and self.rank == 0
 
     @property
     def is_present(self) -> bool:
@@ -255,7 +259,7 @@ class World:
         if self._presence is None or not self.is_present:
             return
         with suppress(StoreError):
-            if self._generation is not None and self._must_sign:
+            if self._generation is not None:
                 self._generation.sign()
             self._presence.show()
             self._end_without(self._presence.gone(have_met=self.have_met))

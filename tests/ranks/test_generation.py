@@ -20,7 +20,7 @@ def store() -> Iterator[Any]:
 
 
 def of(store: Any, rank: int) -> Generation:
-    return Generation(SharedStore(store, "test", 10.0), rank)
+    return Generation(SharedStore(store, "test", 10.0), rank, 2)
 
 
 def named(generation: Generation, seconds: float) -> str | None:

@@ -18,7 +18,8 @@ from dist_ema.ranks.store.shared_store import SharedStore
 __all__ = ["Generation", "outlives_ranks"]
 
 _KEY = "generation"
-_LONGEST_PAUSE_SECONDS = 0.25
+# All ranks together look up some ten thousand times a second at most.
+_PAUSE_SECONDS_OF_A_RANK = 1e-4
 
 
 def outlives_ranks() -> bool:
@@ -32,14 +33,15 @@ class Generation:
     Args:
         store: a client that no wait blocks.
         rank: the rank of this process. Rank 0 writes a new name at once.
+        size: the number of ranks.
     """
 
-    def __init__(self, store: SharedStore, rank: int) -> None:
+    def __init__(self, store: SharedStore, rank: int, size: int) -> None:
         self._store = store
         self._first = None if rank == 0 else store.look(_KEY)
         self._own = secrets.token_hex(8) if rank == 0 else None
         self._signs: dict[str, str | None] = {}
-        self._pause = 0.005
+        self._pause, self._longest_pause = 0.002, max(0.02, size * _PAUSE_SECONDS_OF_A_RANK)
         if self._own is not None:
             store.put(_KEY, self._own)
 
@@ -55,7 +57,7 @@ class Generation:
             if self._signs.setdefault(name, sign) != sign:
                 return name
         time.sleep(self._pause)
-        self._pause = min(1.5 * self._pause, _LONGEST_PAUSE_SECONDS)
+        self._pause = min(1.5 * self._pause, self._longest_pause)
         return None
 
     def sign(self) -> None:
