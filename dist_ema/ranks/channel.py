@@ -226,7 +226,9 @@ class Channel:
         world, link = self._present(action)
         link.num_boards += 1
         board = Board(self._client or world.side, link, f"{link.name}/board/{link.num_boards}")
-        wires: Wires = world.make_wires(world.rank, board)
+        # No signal handler interrupts a thread beside the calls.
+        insist = world.insist if self._client is None else lambda work: work()
+        wires: Wires = world.make_wires(world.rank, board, insist=insist)
         try:
             yield wires
         except LeftError as error:

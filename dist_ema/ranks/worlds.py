@@ -185,6 +185,13 @@ class World:
 
         return put, wait
 
+    def insist(self, work: Callable[[], None]) -> None:
+        """Have short work done whole, whatever a signal handler raises meanwhile. No communication."""
+        if self.group is None:
+            work()
+        else:
+            _courier.insist(work)
+
     def _wait(self, patience: Patience, end: End) -> None:
         began = time.monotonic()
         # Ranks that have to learn the name of this generation wait for the signs of rank 0.

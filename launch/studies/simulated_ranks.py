@@ -284,9 +284,10 @@ class FakeWires(Wires):
         server: of all ranks.
         rank: this rank.
         board: the texts of this piece of work.
+        options: what only sockets use.
     """
 
-    def __init__(self, server: Server, rank: int, board: Board) -> None:
+    def __init__(self, server: Server, rank: int, board: Board, **options: Any) -> None:
         super().__init__(rank, board)
         self._server = server
         self._here = rank

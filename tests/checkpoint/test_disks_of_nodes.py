@@ -18,7 +18,8 @@ from torch import nn
 from twins import assert_same_bits
 
 from dist_ema import CheckpointCorruptError, CheckpointNotFoundError, ConstantSchedule, RankMismatchError, ShardedEMA
-from dist_ema.checkpoint import loading, nodes, saving
+from dist_ema.checkpoint import loading, saving
+from dist_ema.checkpoint.nodes import views as nodes
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 

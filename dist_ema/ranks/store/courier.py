@@ -71,6 +71,25 @@ class Courier:
             raise end.failure
         return results[0]
 
+    def insist(self, work: Callable[[], None]) -> None:
+        """Have the thread, which no signal handler interrupts, do short work, and wait for it whatever is raised.
+
+        It raises the exception of the work, else the latest exception that came while it waited.
+        """
+        latest: BaseException | None = None
+
+        def wait(end: End) -> None:
+            nonlocal latest
+            while not end.has_come:
+                try:
+                    end.wait()
+                except BaseException as error:
+                    latest = error
+
+        self.fetch(work, wait)
+        if latest is not None:
+            raise latest
+
     def stop(self) -> None:
         """End the thread, after the calls that it was given."""
         if os.getpid() in self._threads:

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeAlias
 
-from dist_ema.uninterrupted import insist
-
 __all__ = ["Sockets", "Task", "Tasks", "Wait", "WireError", "read", "sleep", "write"]
 
 # How often a wait is interrupted to look whether it still makes sense.
@@ -100,18 +98,23 @@ class Tasks:
 
 
 class Sockets:
-    """What is open, so that nothing is left open whatever interrupt comes."""
+    """What is open, so that nothing is left open whatever interrupt comes.
 
-    def __init__(self) -> None:
+    Args:
+        insist: has work done whole, whatever is raised meanwhile: an interrupt within would lose a descriptor.
+    """
+
+    def __init__(self, insist: Callable[[Callable[[], None]], None]) -> None:
+        self._insist = insist
         self._open: list[socket.socket] = []
 
     def open(self, make: Callable[[], socket.socket]) -> socket.socket:
-        """Open a socket that does not block. A thread opens it: an interrupt within would lose the descriptor."""
+        """Open a socket that does not block."""
 
         def keep() -> None:
             self._open.append(make())
 
-        insist(keep)
+        self._insist(keep)
         opened = self._open[-1]
         opened.setblocking(False)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -38,6 +38,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
+from dist_ema import uninterrupted
 from dist_ema.ranks.wires.addresses import Address, addresses_of_host, host_identity, open_listener
 from dist_ema.ranks.wires.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
 from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
@@ -98,6 +99,7 @@ class Wires:
         rank: this rank.
         board: where the ranks post their addresses; it is asked twice a second whether the work goes on.
         patience_seconds: the longest time in which no message comes or goes.
+        insist: has short work done whole, whatever a signal handler raises meanwhile.
     """
 
     def __init__(
@@ -105,13 +107,14 @@ class Wires:
         rank: int,
         board: Board,
         patience_seconds: float = 1800.0,
+        insist: Callable[[Callable[[], None]], None] = uninterrupted.insist,
     ) -> None:
         self._rank = rank
         self._board = board
         self._patience_seconds = patience_seconds
         self._token, self._answer = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(TOKEN_BYTES)
         self._tasks = Tasks(board.check)
-        self._sockets = Sockets()
+        self._sockets = Sockets(insist)
         self._listener: socket.socket | None = None
         self._listening: Task | None = None
         self._accepted: dict[_Accepted, Task] = {}  # the least recently used first
