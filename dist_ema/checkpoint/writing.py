@@ -36,6 +36,8 @@ Pieces = Sequence[tuple[Box, torch.Tensor]]
 
 # The largest page of the systems in use: 4 KiB on x86, 64 KiB on some ARM.
 _PAGE_BYTES = 64 * 2**10
+# A small file has few writers: each further one costs every rank a message.
+_LEAST_PAGES = 16
 # Shorter stretches are sent to the writer of their page.
 _LONG_BYTES = 2**20
 # What a writer receives in one round; a multiple of the page.
@@ -81,6 +83,8 @@ def write_tensors(
             writing.write(parcels.windows(None, number))
         return guard.failure
     with exchange.wires(f"writing {folder}") as wires:
+        if any(writing.may_receive for writing in writings):
+            wires.listen()
         parcels.announce(exchange, wires, f"writing {folder}")
         for number, writing in enumerate(writings):
             writing.write(parcels.windows(wires, number))
@@ -125,6 +129,7 @@ class _FileWriting:
         self._path = path
         self._size_bytes = file.size_bytes
         self._writers = writers
+        self._rank = exchange.rank
         self._writes = exchange.rank in writers
         self._alone = exchange.world_size == 1
         self._checksums = checksums
@@ -201,9 +206,14 @@ class _FileWriting:
         write_all(self._descriptor, content, offset)
 
     @property
+    def may_receive(self) -> bool:
+        """Whether a part of the file is this rank's to write."""
+        return self._writes and self._writers.index(self._rank) * self._domain_bytes < self._size_bytes
+
+    @property
     def _domain_bytes(self) -> int:
-        """The bytes of the file that are a writer's: whole pages."""
-        return -(-self._size_bytes // (len(self._writers) * _PAGE_BYTES)) * _PAGE_BYTES
+        """The bytes of the file that are a writer's: whole pages, and not too few of them."""
+        return max(-(-self._size_bytes // (len(self._writers) * _PAGE_BYTES)), _LEAST_PAGES) * _PAGE_BYTES
 
     def _by_window(self, part: Part) -> Iterator[tuple[int, int, Part]]:
         """Number of the window, its writer and the cut for every window that the part reaches into."""

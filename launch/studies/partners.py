@@ -28,7 +28,8 @@ def parcels_of(files: ModelFiles, shapes: list[tuple[int, ...]], rank: int, size
     places = files.locate()
     for box in shard_boxes(shapes, rank, size):
         file, entry = places[box.fqn]
-        domain = -(-file.size_bytes // (size * writing._PAGE_BYTES)) * writing._PAGE_BYTES
+        pages = max(-(-file.size_bytes // (size * writing._PAGE_BYTES)), writing._LEAST_PAGES)
+        domain = pages * writing._PAGE_BYTES
         for _, strip in strips_of_box(entry.start, entry.shape, entry.dtype.itemsize, box):
             start, stop = strip.start, strip.stop
             first = -(-start // writing._PAGE_BYTES) * writing._PAGE_BYTES

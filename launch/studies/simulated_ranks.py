@@ -297,12 +297,16 @@ class FakeWires(Wires):
         self._reached: set[int] = set()
         self._heard: set[int] = set()
 
-    def pass_all(self, sending: Iterable[tuple[int, Callable[[], Any]]], receiving: Mapping[int, Any]) -> None:
-        if receiving and not self._has_posted:
+    def listen(self) -> None:
+        if not self._has_posted:
             self._has_posted = True
             self._texts.post(f"at/{self._here}", "x" * _ADDRESS_BYTES)
             self._server.posted.add((self._number, self._here))
             self._server.turns.wake(("at", self._number, self._here))
+
+    def pass_all(self, sending: Iterable[tuple[int, Callable[[], Any]]], receiving: Mapping[int, Any]) -> None:
+        if receiving:
+            self.listen()
         for target, make in sending:
             if target not in self._reached:
                 # The board alone would ask the store again and again, and keep the turn.

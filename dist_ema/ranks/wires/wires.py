@@ -46,7 +46,7 @@ from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, re
 __all__ = ["MOST_ACCEPTED", "Board", "Content", "WireError", "Wires"]
 
 # Connections of other ranks that are open at a time.
-MOST_ACCEPTED = 8
+MOST_ACCEPTED = 3
 # A connection that has not shown the token by then is dropped: a rank shows it as soon as it is connected.
 _HELLO_SECONDS = 1.0
 # What is received at a time of a message that nobody wants.
@@ -142,6 +142,17 @@ class Wires:
         self._num_announcements += 1
         return [(source, value) for source, value in map(json.loads, text.splitlines())]
 
+    def listen(self) -> None:
+        """No communication but with the board. Post where this rank is, unless that was done.
+
+        A rank that does so before an agreement, after which others send to it, spares them many looks.
+
+        Raises:
+            WireError: this rank cannot listen.
+        """
+        if self._listener is None:
+            self._listen()
+
     def send(self, values: Content, target: int) -> None:
         """Point to point: `target` must call `receive`, or expect the message in `pass_all`.
 
@@ -183,8 +194,8 @@ class Wires:
         self._expected = {
             source: values if isinstance(values, int) else _bytes_of(values) for source, values in receiving.items()
         }
-        if self._expected and self._listener is None:
-            self._listen()
+        if self._expected:
+            self.listen()
         self._note_progress()
         own = self._outgoing.send_all((target, partial(_made, make)) for target, make in sending)
         try:
