@@ -27,7 +27,7 @@ from dist_ema.ranks.store.board import Board
 from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import WireError, Wires
-from dist_ema.ranks.worlds import World, this_world
+from dist_ema.ranks.worlds import STORE_IS_GONE, World, this_world
 
 __all__ = ["Channel"]
 
@@ -297,11 +297,11 @@ class Channel:
 
     def _lost(self, action: str, link: Link, error: Exception) -> DistEMAError:
         """Leave a link, because the store or a rank is gone. Returns the error that all ranks raise."""
-        who = "the store of the process group" if isinstance(error, StoreError) else "another rank"
+        if isinstance(error, StoreError):
+            return self._leave(link, CommunicationError.__name__, STORE_IS_GONE, lives=False)
         message = (
-            f"{action}: rank {self.rank} has lost {who} ({_first_line(error)}). Every rank must make the same call. "
-            "Perhaps a rank has died, or the process that keeps the store (rank 0, or torchrun), or the process group "
-            "was destroyed before wait()"
+            f"{action}: rank {self.rank} has lost another rank ({_first_line(error)}). Every rank must make the same "
+            "call. Perhaps a rank has died"
         )
         return self._leave(link, CommunicationError.__name__, message, lives=False)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,9 +25,9 @@ from dist_ema.ranks.store.link import Farewell, Link
 from dist_ema.ranks.store.presence import Presence
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import Wires
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted import End, insist
 
-__all__ = ["Patience", "World", "simulated", "this_world"]
+__all__ = ["STORE_IS_GONE", "Patience", "World", "simulated", "this_world"]
 
 T = TypeVar("T")
 
@@ -38,6 +40,14 @@ _REQUEST_SECONDS = 10.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 _TICK_SECONDS = 0.5
+
+# Without their store the ranks cannot tell one another anything. So that all raise the same error, it has nothing that
+# a rank alone knows: neither its number, nor where it was, nor what the system said (that is the cause of the error).
+STORE_IS_GONE = (
+    "the store of the process group does not answer, so the ranks cannot agree any more: the process that keeps it "
+    "(rank 0, or torchrun) has died or ended, or the process group was destroyed before wait(). Every rank must make "
+    "the same calls while all are there: start the run again from its last checkpoint"
+)
 
 
 class Patience(Protocol):
@@ -71,7 +81,6 @@ class World:
         rank: the rank of this process in the group.
         size: the number of ranks.
         store: the store of the group.
-        number: the number of worlds that this process was in, with this one; the same on all ranks.
 
     Attributes:
         timeout_seconds: the timeout of the default group, which `init_process_group` gives to its store too.
@@ -86,16 +95,19 @@ class World:
 
     make_wires: Callable[..., Any] = Wires
 
-    def __init__(self, group: Any, rank: int, size: int, store: Any, number: int) -> None:
+    def __init__(self, group: Any, rank: int, size: int, store: Any) -> None:
         self.group = group
         self.rank, self.size = rank, size
         self.timeout_seconds: float = store.timeout.total_seconds()
         self.num_calls = 0
         self.at = ""
-        prefix = f"dist_ema/{number}"
+        self.side = SharedStore(store, "dist_ema", _REQUEST_SECONDS)
+        # A store may serve one group after the other, and a process may be in more or fewer groups than another one.
+        # What all ranks of a group have alike is how often a rank of that number, of so many, has joined.
+        number = self.side.count(f"joined/{size}/{rank}")
+        prefix = self.side.enter(f"{size}.{number}")
         self._clone = partial(SharedStore, store, prefix, self.stage_seconds + _STORE_SECONDS)
         self.store = self._clone()
-        self.side = SharedStore(store, prefix, _REQUEST_SECONDS)
         self._beside: SharedStore | None = None
         self._link_beside: Link | None = None
         self.num_links = 1
@@ -163,7 +175,7 @@ class World:
             try:
                 link.leave(self.side, own)
             except Exception:  # the store is gone with the process that kept it
-                link.forget(own)
+                link.forget(dataclasses.replace(own, message=STORE_IS_GONE, kind=CommunicationError.__name__))
 
         # No second interrupt can end a thread halfway.
         _thread.start_new_thread(end.come_of, (run,))
@@ -243,7 +255,7 @@ class World:
 
 
 _worlds: list[World] = []
-_num_worlds = 0
+_joining = threading.Lock()
 _simulated: contextvars.ContextVar[World | None] = contextvars.ContextVar("_simulated", default=None)
 
 
@@ -260,17 +272,21 @@ def this_world() -> World | None:
 
     No communication, but two connections to the store.
     """
-    global _num_worlds
     if _simulated.get() is not None:
         return _simulated.get()
     group = dist.group.WORLD if dist.is_available() else None
     if _worlds and _worlds[0].group is group:
         return _worlds[0]
-    _worlds.clear()
     if group is None or dist.get_world_size() == 1:
+        _worlds.clear()
         return None
-    _num_worlds += 1  # keys may outlive a process group
-    _worlds[:] = [World(group, dist.get_rank(), dist.get_world_size(), group.get_group_store(), _num_worlds)]
+
+    def join() -> None:
+        with _joining:
+            if not _worlds or _worlds[0].group is not group:
+                _worlds[:] = [World(group, dist.get_rank(), dist.get_world_size(), group.get_group_store())]
+
+    insist(join)  # whoever joined twice would not meet the others
     return _worlds[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,30 @@ def test_a_save_that_outlives_its_process_group_ends_in_an_error_that_names_it(f
     first, second = forking(outliving, tmp_path, host)
     assert first[0] == second[0] == "CommunicationError"
     assert "process group was destroyed" in first[1] and "process group was destroyed" in second[1]
+
+
+def replaced(folder: Path) -> int:
+    """The last two ranks of a world go on as ranks 0 and 1 of a new one, with a process that was in none."""
+    rank, store = dist.get_rank(), f"file://{folder}"
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank:
+        dist.init_process_group("gloo", init_method=f"{store}/two", rank=rank - 1, world_size=2)
+        averaging().save(folder / "ema")
+        dist.barrier()
+        dist.destroy_process_group()
+    own = (rank - 1) % 3
+    dist.init_process_group("gloo", init_method=f"{store}/three", rank=own, world_size=3, timeout=timedelta(seconds=20))
+    ema = averaging()
+    ema.save(folder / "ema")
+    return ema.num_updates
+
+
+def replacing(folder: Path) -> list[int]:
+    with store_kept_by("agent") as store:
+        return forked(3, store, replaced, folder)
+
+
+@pytest.mark.ranks
+def test_a_process_that_joins_later_meets_those_that_were_in_a_group_before(forking, tmp_path) -> None:
+    assert forking(replacing, tmp_path) == [1, 1, 1]
