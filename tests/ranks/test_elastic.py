@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import CommunicationError, ConstantSchedule, ShardedEMA
 from dist_ema.checkpoint import save_calls
+from dist_ema.ranks.exchange import Exchange
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,28 @@ def replacing(folder: Path) -> list[int]:
 @pytest.mark.ranks
 def test_a_process_that_joins_later_meets_those_that_were_in_a_group_before(forking, tmp_path) -> None:
     assert forking(replacing, tmp_path) == [1, 1, 1]
+
+
+def times_of_the_end(folder: Path) -> tuple[float, float]:
+    """When this rank came to the last step of a save, and when it left the save; rank 1 comes late to that step."""
+    ema, came, real = averaging(), list[float](), Exchange.on_rank_0
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.5 * dist.get_rank())
+        came.append(time.monotonic())
+        return real(*arguments)
+
+    setattr(Exchange, "on_rank_0", late)  # noqa: B010
+    ema.save(folder / "ema")
+    return came[-1], time.monotonic()
+
+
+def ending(folder: Path) -> list[tuple[float, float]]:
+    with store_kept_by("rank 0") as store:
+        return forked(2, store, times_of_the_end, folder)
+
+
+@pytest.mark.ranks
+def test_rank_0_does_not_end_with_its_store_before_all_have_come_to_the_end_of_a_save(forking, tmp_path) -> None:
+    (_, left), (came, _) = forking(ending, tmp_path)
+    assert left > came
