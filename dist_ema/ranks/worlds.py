@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import contextvars
 import dataclasses
+import socket
 import threading
 import time
 import weakref
@@ -40,6 +41,7 @@ _REQUEST_SECONDS = 10.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 _TICK_SECONDS = 0.5
+_PROBE_SECONDS = 1.0
 
 # Without their store the ranks cannot tell one another anything. So that all raise the same error, it has nothing that
 # a rank alone knows: neither its number, nor where it was, nor what the system said (that is the cause of the error).
@@ -101,6 +103,8 @@ class World:
         self.timeout_seconds: float = store.timeout.total_seconds()
         self.num_calls = 0
         self.at = ""
+        self._of_group = store
+        self._is_lost = False
         self.side = SharedStore(store, "dist_ema", _REQUEST_SECONDS)
         # A store may serve one group after the other, and a process may be in more or fewer groups than another one.
         # What all ranks of a group have alike is how often a rank of that number, of so many, has joined.
@@ -135,7 +139,11 @@ class World:
         """
         if self.group is None:
             return work(self.store)
-        return _courier.fetch(partial(work, self.store), partial(self._wait, patience))
+        self._is_lost = False
+        result = _courier.fetch(partial(work, self.store), partial(self._wait, patience))
+        if not self._presence.knows_all:  # who is on this machine is learnt while all are there
+            _courier.put(partial(End().come_of, self.tend))
+        return result
 
     def begin(self, work: Callable[[SharedStore], None]) -> tuple[Callable[[], None], Callable[[Patience], None]]:
         """Two steps that may be cut off and done again: the beginning of `work`, and the wait for its end."""
@@ -218,12 +226,21 @@ class World:
         return names, doing[0].upper() + doing[1:]
 
     def tend(self) -> None:
-        """Give a sign of life, and end the agreements of all ranks if the next rank is gone."""
-        if not self.is_present:
+        """Give a sign of life, and end the agreements of all ranks if the next rank is gone.
+
+        A store that is gone is asked no more before the next call: torch writes a line about each try, and that rank 0
+        ends before others is no fault.
+        """
+        if not self.is_present or self._is_lost:
             return
-        with suppress(StoreError):
+        try:
+            if not self.link.is_left and self._presence.has_ended(0) and not _answers(self._of_group):
+                self._is_lost = True
+                return
             self._presence.show()
             self._end_without(self._presence.gone(have_met=self.num_calls > 0 and self.link.number > 0))
+        except StoreError:
+            self._is_lost = True
 
     def look_for_silence(self, link: Link, most: int) -> None:
         """End the agreements of all ranks if a missing rank is gone with its machine.
@@ -252,6 +269,19 @@ class World:
 
     def _doing(self) -> tuple[int, str]:
         return max((average.num_updates for average in list(self._averages)), default=0), self.at
+
+
+def _answers(store: Any) -> bool:
+    """Whether a server of torch still listens; True for stores without one. Unlike a request, it writes no lines."""
+    while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):  # type: ignore[attr-defined]
+        return True
+    try:
+        socket.create_connection((store.host, store.port), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 _worlds: list[World] = []

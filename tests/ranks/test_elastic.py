@@ -157,3 +157,27 @@ def ending(folder: Path) -> list[tuple[float, float]]:
 def test_rank_0_does_not_end_with_its_store_before_all_have_come_to_the_end_of_a_save(forking, tmp_path) -> None:
     (_, left), (came, _) = forking(ending, tmp_path)
     assert left > came
+
+
+def outliving_rank_0(folder: Path) -> str:
+    """What rank 1 writes to stderr after the process of rank 0, which keeps the store, has ended as it should."""
+    with store_kept_by("rank 0") as store:
+        pids: list[int] = []
+        for rank in range(2):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+                os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+                dist.init_process_group("gloo")
+                averaging().save(folder / "ema")
+                os.write(2, b"saved\n")
+                time.sleep(3.5 * rank)
+                os._exit(0)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert statuses == [0, 0]
+    return (folder / "stderr-1").read_text().rpartition("saved\n")[2]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_outlives_the_process_with_the_store_writes_nothing_about_it(forking, tmp_path) -> None:
+    assert forking(outliving_rank_0, tmp_path) == ""

@@ -32,6 +32,9 @@ class Presence:
         store: a client that no wait blocks.
         rank: the rank of this process.
         doing: what this rank does: the number of its updates, and the call it is in ("" outside).
+
+    Attributes:
+        knows_all: whether the processes of this machine are known.
     """
 
     def __init__(self, store: SharedStore, rank: int, doing: Callable[[], tuple[int, str]]) -> None:
@@ -40,7 +43,7 @@ class Presence:
         self._doing = doing
         self._host = host_identity()
         self._neighbours: dict[int, Process] = {}
-        self._knows_all = False
+        self.knows_all = False
         self._shown: tuple[int, str] | None = None
         self._changed = time.time()
         self._next_sign = 0.0
@@ -70,16 +73,20 @@ class Presence:
         Args:
             have_met: whether all ranks have made a call together.
         """
-        if not self._knows_all:
+        if not self.knows_all:
             lines = (self._store.look(f"host/{self._host}") or "").splitlines()
             self._neighbours = {int(rank): Process(int(pid), int(start)) for rank, pid, start in map(str.split, lines)}
-            self._knows_all = have_met
+            self.knows_all = have_met
         ranks = sorted(self._neighbours, key=lambda rank: (rank <= self._rank, rank))
         for rank in ranks[:-1]:  # the last one is this rank
             if not self._neighbours[rank].is_gone():
                 return None
             return f"rank {rank} is gone: its process {self._neighbours[rank].pid} has ended"
         return None
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank was a process of this machine that has ended, as far as is known. No communication."""
+        return rank in self._neighbours and self._neighbours[rank].is_gone()
 
     def silent(self, ranks: Sequence[int]) -> str | None:
         """How one of some ranks is gone with its machine; None if none is. To be asked again and again."""
