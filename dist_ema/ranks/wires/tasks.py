@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeAlias
@@ -106,12 +107,18 @@ class Sockets:
         self._open: list[socket.socket] = []
 
     def open(self, make: Callable[[], socket.socket]) -> socket.socket:
-        """Open a socket that does not block. A thread opens it: an interrupt within would lose the descriptor."""
+        """Open a socket that does not block.
+
+        For the main thread another one opens it: an interrupt within would lose the descriptor.
+        """
 
         def keep() -> None:
             self._open.append(make())
 
-        insist(keep)
+        if threading.current_thread() is threading.main_thread():
+            insist(keep)
+        else:
+            keep()
         opened = self._open[-1]
         opened.setblocking(False)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
