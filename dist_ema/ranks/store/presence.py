@@ -60,9 +60,10 @@ class Presence:
         """Give a sign of life, and write down what this rank does, if it is time."""
         now = time.monotonic()
         doing = self._doing()
+        is_elsewhere = self._shown is None or doing[1] != self._shown[1]  # it has come to a call, or out of one
         if doing != self._shown:
             self._shown, self._changed = doing, time.time()
-        if at_once or now >= self._next_sign:
+        if at_once or is_elsewhere or now >= self._next_sign:
             self._next_sign = now + _SIGN_SECONDS
             self._store.put(f"seen/{self._rank}", json.dumps([*doing, self._changed, self._host]))
             self._store.count(f"sign/{self._host}")
