@@ -28,7 +28,7 @@ from dist_ema.ranks.store.board import Board
 from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import WireError, Wires
-from dist_ema.ranks.worlds import World, this_world
+from dist_ema.ranks.worlds import STORE_IS_GONE, World, this_world
 
 __all__ = ["Channel"]
 
@@ -149,6 +149,7 @@ class Channel:
         """Leave the present call, at its end. No communication."""
         if self._world is not None and not self.is_beside:
             self._world.at = ""
+            self._world.clients.release()
 
     def shows(self, average: Any) -> None:
         """Have other ranks that wait for this one learn `average.num_updates`. No communication."""
@@ -225,10 +226,8 @@ class Channel:
         """
         world, link = self._present(action)
         link.num_boards += 1
-        board = Board(self._client or world.side, link, f"{link.name}/board/{link.num_boards}")
-        # No signal handler interrupts a thread beside the calls.
-        insist = world.insist if self._client is None else lambda work: work()
-        wires: Wires = world.make_wires(world.rank, board, insist=insist)
+        board = Board(self._client or world.clients.store, link, f"{link.name}/board/{link.num_boards}")
+        wires: Wires = world.make_wires(world.rank, board, opened_by=world.insist if self._client is None else None)
         try:
             yield wires
         except LeftError as error:
@@ -312,11 +311,11 @@ class Channel:
 
     def _lost(self, action: str, link: Link, error: Exception) -> DistEMAError:
         """Leave a link, because the store or a rank is gone. Returns the error that all ranks raise."""
-        who = "the store of the process group" if isinstance(error, StoreError) else "another rank"
+        if isinstance(error, StoreError):
+            return self._leave(link, CommunicationError.__name__, STORE_IS_GONE, lives=False)
         message = (
-            f"{action}: rank {self.rank} has lost {who} ({_first_line(error)}). Every rank must make the same call. "
-            "Perhaps a rank has died, or the process that keeps the store (rank 0, or torchrun), or the process group "
-            "was destroyed before wait()"
+            f"{action}: rank {self.rank} has lost another rank ({_first_line(error)}). Every rank must make the same "
+            "call. Perhaps a rank has died"
         )
         return self._leave(link, CommunicationError.__name__, message, lives=False)
 

@@ -213,7 +213,8 @@ class Exchange:
     def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` on rank 0 and gives its result, or its error, to all ranks.
 
-        `work` must not communicate, and its result must survive JSON.
+        `work` must not communicate, and its result must survive JSON. Rank 0 waits for the others: this may be the end
+        of the last call of a run, and where rank 0 keeps the store, it must not end before they have come.
 
         Raises:
             CommunicationError: other ranks are gone.
@@ -230,7 +231,7 @@ class Exchange:
                 known = isinstance(error, DistEMAError)
                 message = {"kind": kind, "text": text if known else f"{action}: rank 0 failed: {text}"}
                 cause = None if known else error
-        message = self.broadcast_object(message)
+        message = self.reduce(action, message, lambda first, _: first)
         if "kind" in message:
             raise agreed(error_class(message["kind"])(message["text"])) from cause
         return message["result"]  # type: ignore[no-any-return]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,15 +20,16 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from dist_ema.errors import CommunicationError
+from dist_ema.ranks.store.clients import Clients
 from dist_ema.ranks.store.courier import Courier
 from dist_ema.ranks.store.generation import Generation, outlives_ranks
 from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.presence import Presence
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import Wires
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted import End, insist
 
-__all__ = ["Patience", "World", "simulated", "this_world"]
+__all__ = ["STORE_IS_GONE", "Patience", "World", "simulated", "this_world"]
 
 T = TypeVar("T")
 
@@ -34,12 +37,18 @@ T = TypeVar("T")
 _STAGE_SECONDS = 1800.0
 # The store itself gives up later than any wait: it would print lines of its own.
 _STORE_SECONDS = 60.0
-# How long a request may take that nobody else needs to answer.
-_REQUEST_SECONDS = 10.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 5.0
 _TICK_SECONDS = 0.5
 _SIGN_SECONDS = 0.005
+
+# Without their store the ranks cannot tell one another anything. So that all raise the same error, it has nothing that
+# a rank alone knows: neither its number, nor where it was, nor what the system said (that is the cause of the error).
+STORE_IS_GONE = (
+    "the store of the process group does not answer, so the ranks cannot agree any more: the process that keeps it "
+    "(rank 0, or torchrun) has died or ended, or the process group was destroyed before wait(). Every rank must make "
+    "the same calls while all are there: start the run again from its last checkpoint"
+)
 
 
 class Patience(Protocol):
@@ -73,7 +82,6 @@ class World:
         rank: the rank of this process in the group.
         size: the number of ranks.
         store: the store of the group.
-        number: the number of worlds that this process was in, with this one; the same on all ranks.
 
     Attributes:
         timeout_seconds: the timeout of the default group, which `init_process_group` gives to its store too.
@@ -82,36 +90,38 @@ class World:
         link: the link of the calls.
         at: the call that this rank is in; "" outside.
         have_met: whether all ranks have come to a call together.
-        store: the client for the agreements of the calls, and for nothing else.
-        side: a client that no wait blocks.
+        clients: the connections to the store.
         make_wires: makes the wires of a piece of work, from the rank and a board; a simulation has its own.
     """
 
     make_wires: Callable[..., Any] = Wires
 
-    def __init__(self, group: Any, rank: int, size: int, store: Any, number: int) -> None:
+    def __init__(self, group: Any, rank: int, size: int, store: Any) -> None:
         self.group = group
         self.rank, self.size = rank, size
         self.timeout_seconds: float = store.timeout.total_seconds()
         self.num_calls = 0
         self.at = ""
         self.have_met = False
-        self._base = self._prefix = f"dist_ema/{number}"
-        self._connect = partial(SharedStore, store)
-        self.store = self._connect(self._prefix, self.stage_seconds + _STORE_SECONDS)
-        self.side = self._connect(self._prefix, _REQUEST_SECONDS)
-        self._generation: Generation | None = None
-        self._beside: SharedStore | None = None
+        self._is_lost = False
+        self.clients = Clients(store, "dist_ema", self.stage_seconds + _STORE_SECONDS)
         self._link_beside: Link | None = None
         self.num_links = 1
         self.link = Link("calls/1", rank, size)
         self._links: list[weakref.ref[Link]] = [weakref.ref(self.link)]
         self._averages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._presence: Presence | None = None
+        self._generation: Generation | None = None
         if group is not None and outlives_ranks():
-            self._generation = Generation(self._connect(self._prefix, _REQUEST_SECONDS), rank, size)
+            self._generation = Generation(self.clients.store, rank, size)
         else:
-            self._presence = Presence(self.side, rank, self._doing)
+            # A store may serve one group after the other, and a process may be in more or fewer groups than another
+            # one. What all ranks of a group have alike is how often a rank of that number, of so many, has joined.
+            self._join(f"{size}.{self.clients.store.count(f'joined/{size}/{rank}')}")
+
+    def _join(self, name: str) -> None:
+        self.clients.begin_with(f"dist_ema/{name}")
+        self._presence = Presence(self.clients.store, self.rank, self._doing)
 
     def enter(self, patience: Patience) -> None:
         """Learn where the ranks of this generation write: see generation.py. It may wait for rank 0.
@@ -122,13 +132,10 @@ class World:
         """
         began = time.monotonic()
         while self._presence is None:
-            assert self._generation is not None, "a world without one has entered"
+            assert self._generation is not None, "a world without one has joined"
             name = self._generation.name()
             if name is not None:
-                self._prefix = f"{self._base}/{name}"
-                self.store.begin_with(self._prefix)
-                self.side.begin_with(self._prefix)
-                self._presence = Presence(self.side, self.rank, self._doing)
+                self._join(name)
                 return
             farewell = patience.end_of(time.monotonic() - began)
             if farewell is not None:
@@ -162,18 +169,24 @@ class World:
 
         Raises:
             LeftError: a rank has left.
-                StoreError: the store is gone.
+            StoreError: the store is gone.
         """
         if self.group is None:
-            return work(self.store)
-        return _courier.fetch(partial(work, self.store), partial(self._wait, patience))
+            return work(self.clients.store)
+        self._is_lost = False
+        result = _courier.fetch(partial(work, self.clients.store), partial(self._wait, patience))
+        if (
+            self._presence is not None and not self._presence.knows_all
+        ):  # who is on this machine is learnt while all are there
+            _courier.put(partial(End().come_of, partial(self.tend, self.clients.store)))
+        return result
 
     def begin(self, work: Callable[[SharedStore], None]) -> tuple[Callable[[], None], Callable[[Patience], None]]:
         """Two steps that may be cut off and done again: the beginning of `work`, and the wait for its end."""
         end = End()
-        call = partial(end.come_of, partial(work, self.store))
+        call = partial(end.come_of, partial(work, self.clients.store))
         if self.group is None:
-            return (lambda: None), (lambda patience: work(self.store))
+            return (lambda: None), (lambda patience: work(self.clients.store))
         _courier.begin()
         # The map ends with its first use: a second call of this step, which is C, gives the courier nothing.
         put: Callable[[], None] = partial(list[None]().extend, map(_courier.put, (call,)))
@@ -201,7 +214,7 @@ class World:
             farewell = patience.end_of(time.monotonic() - began)
             if farewell is not None and not end.has_come:
                 self.leave(link, farewell)
-            self.tend()
+            self.tend(self.clients.side)
 
     def leave(self, link: Link, own: Farewell) -> Farewell:
         """Leave a link. No communication but with the store.
@@ -215,9 +228,9 @@ class World:
 
         def run() -> None:
             try:
-                link.leave(self.side, own)
+                link.leave(self.clients.side, own)
             except Exception:  # the store is gone with the process that kept it
-                link.forget(own)
+                link.forget(dataclasses.replace(own, message=STORE_IS_GONE, kind=CommunicationError.__name__))
 
         # No second interrupt can end a thread halfway.
         _thread.start_new_thread(end.come_of, (run,))
@@ -235,12 +248,10 @@ class World:
 
     def beside(self) -> tuple[Link, SharedStore]:
         """A link for a thread beside the calls, and its client; the same link on all ranks within a call."""
-        if self._beside is None:
-            self._beside = self._connect(self._prefix, self.stage_seconds + _STORE_SECONDS)
         # The threads work one after the other: when all have come to this link, they are through with the one before.
         name = f"beside/{self.num_links}.{self.link.number}"
         self._link_beside = self._watched(Link(name, self.rank, self.size, self._link_beside))
-        return self._link_beside, self._beside
+        return self._link_beside, self.clients.another()
 
     def shows(self, average: _Doing) -> None:
         """Have the other ranks learn the number of updates of an average, where they wait for this rank."""
@@ -251,8 +262,8 @@ class World:
         if self._presence is None:
             return "rank 0", "Rank 0 was not seen yet"
         try:
-            ranks, count = link.missing(self.side, most)
-            seen = self._presence.last_seen(ranks)
+            ranks, count = link.missing(self.clients.side, most)
+            seen = self._presence.last_seen(self.clients.side, ranks)
         except StoreError:
             return "ranks that cannot be named", "The store of the process group is gone"
         if not ranks:
@@ -261,15 +272,27 @@ class World:
         doing = "; ".join(f"rank {rank} was {text}" for rank, text in zip(ranks, seen, strict=True))
         return names, doing[0].upper() + doing[1:]
 
-    def tend(self) -> None:
-        """Give a sign of life, and end the agreements of all ranks if the next rank is gone."""
-        if self._presence is None or not self.is_present:
+    def tend(self, store: SharedStore) -> None:
+        """Give a sign of life, and end the agreements of all ranks if the next rank is gone.
+
+        A store that is gone is asked no more before the next call: torch writes a line about each try, and that rank 0
+        ends before others is no fault.
+
+        Args:
+            store: a client that does not wait now.
+        """
+        if self._presence is None or not self.is_present or self._is_lost:
             return
-        with suppress(StoreError):
+        try:
+            if not self.link.is_left and self._presence.has_ended(0) and not self.clients.has_server:
+                self._is_lost = True
+                return
             if self._generation is not None:
-                self._generation.sign()
-            self._presence.show()
-            self._end_without(self._presence.gone(have_met=self.have_met))
+                self._generation.sign(store)
+            self._presence.show(store)
+            self._end_without(self._presence.gone(store, have_met=self.have_met))
+        except StoreError:
+            self._is_lost = True
 
     def look_for_silence(self, link: Link, most: int) -> None:
         """End the agreements of all ranks if a missing rank is gone with its machine.
@@ -280,9 +303,9 @@ class World:
             return
         with suppress(StoreError):
             if self.rank == 0:
-                self._end_without(self._presence.silent(link.missing(self.side, most)[0]))
+                self._end_without(self._presence.silent(self.clients.side, link.missing(self.clients.side, most)[0]))
             elif self._presence.is_first:
-                self._end_without(self._presence.silent([0]))
+                self._end_without(self._presence.silent(self.clients.side, [0]))
 
     def _end_without(self, how: str | None) -> None:
         for reference in list(self._links) if how is not None else []:
@@ -303,13 +326,13 @@ class World:
 
 
 _worlds: list[World] = []
-_num_worlds = 0
+_joining = threading.Lock()
 _simulated: contextvars.ContextVar[World | None] = contextvars.ContextVar("_simulated", default=None)
 
 
 def _tend() -> None:
     for world in list(_worlds):
-        world.tend()
+        world.tend(world.clients.store)
 
 
 _courier = Courier(_tend)
@@ -318,19 +341,23 @@ _courier = Courier(_tend)
 def this_world() -> World | None:
     """The world of the default process group; None without a group, or if it has one rank.
 
-    No communication, but two connections to the store.
+    No communication, but a connection to the store.
     """
-    global _num_worlds
     if _simulated.get() is not None:
         return _simulated.get()
     group = dist.group.WORLD if dist.is_available() else None
     if _worlds and _worlds[0].group is group:
         return _worlds[0]
-    _worlds.clear()
     if group is None or dist.get_world_size() == 1:
+        _worlds.clear()
         return None
-    _num_worlds += 1  # keys may outlive a process group
-    _worlds[:] = [World(group, dist.get_rank(), dist.get_world_size(), group.get_group_store(), _num_worlds)]
+
+    def join() -> None:
+        with _joining:
+            if not _worlds or _worlds[0].group is not group:
+                _worlds[:] = [World(group, dist.get_rank(), dist.get_world_size(), group.get_group_store())]
+
+    insist(join)  # whoever joined twice would not meet the others
     return _worlds[0]
 
 

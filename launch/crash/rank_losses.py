@@ -232,7 +232,7 @@ def tried(case: Case, odd: int, host: str) -> tuple[float, list[str]]:
         is_dead = (folder / "cause").exists()
         if is_dead:
             ends[odd] = End(cause=float((folder / "cause").read_text()))
-        return _judged(case, odd, ends, is_dead=is_dead, has_store=not is_dead or odd != 0 or host != "rank 0")
+        return _judged(case, odd, ends, is_dead=is_dead)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -240,10 +240,8 @@ def tried(case: Case, odd: int, host: str) -> tuple[float, list[str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _judged(
-    case: Case, odd: int, ends: Sequence[End | None], *, is_dead: bool, has_store: bool
-) -> tuple[float, list[str]]:
-    """What `tried` returns. Ranks that have lost their store have lost each other, and say the same in own words."""
+def _judged(case: Case, odd: int, ends: Sequence[End | None], *, is_dead: bool) -> tuple[float, list[str]]:
+    """What `tried` returns. Ranks that have lost their store, and so each other, say the same nevertheless."""
     wrong = [f"rank {rank} hangs" for rank, end in enumerate(ends) if end is None]
     wrong += [f"rank {rank}: {end.failure}" for rank, end in enumerate(ends) if end is not None and end.failure]
     if wrong:
@@ -252,7 +250,7 @@ def _judged(
     living = [end for rank, end in enumerate(told) if rank != odd or not is_dead]
     wrong += [f"ended by {end.kind or 'nothing'}: {end.text}" for end in living if end.kind not in case.kinds]
     texts = {end.text for end in living if end.kind != "KeyboardInterrupt"}
-    if len(texts) > 1 and has_store:
+    if len(texts) > 1:
         wrong.append(f"told differently: {sorted(texts)}")
     seconds = max(end.at - (end.cause or told[odd].cause) for end in living)
     if seconds > case.limit_seconds:

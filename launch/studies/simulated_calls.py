@@ -77,7 +77,7 @@ def simulate(size: int, calls: tuple[str, ...] = CALLS, seed: int = 0) -> dict[s
             "load": lambda: averages[0].load(folder / "ema"),
             "fsdp2 write": lambda: write_rows(rank, size, folder / "rows"),
         }
-        world = World(None, rank, size, FakeStore(server, rank), 1)
+        world = World(None, rank, size, FakeStore(server, rank))
         world.make_wires = functools.partial(FakeWires, server)
         with simulated(world):
             for call in calls:

@@ -23,6 +23,10 @@ def of(store: Any, rank: int) -> Generation:
     return Generation(SharedStore(store, "test", 10.0), rank, 2)
 
 
+def sign(store: Any, generation: Generation) -> None:
+    generation.sign(SharedStore(store, f"test/{generation.name()}", 10.0))
+
+
 def named(generation: Generation, seconds: float) -> str | None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -34,7 +38,7 @@ def named(generation: Generation, seconds: float) -> str | None:
 
 def test_a_dead_generation_is_not_joined(store) -> None:
     dead = of(store, 0)
-    dead.sign()  # it had lived
+    sign(store, dead)  # it had lived
     assert named(of(store, 1), 1.0) is None
 
 
@@ -47,11 +51,11 @@ def test_a_rank_that_looks_before_rank_0_has_come_back_waits_for_the_new_name(st
 
 
 def test_a_rank_that_looks_after_rank_0_has_come_back_learns_it_from_a_sign_of_life(store) -> None:
-    of(store, 0).sign()
+    sign(store, of(store, 0))
     living = of(store, 0)
     late = of(store, 1)
     assert named(late, 0.3) is None
-    signs = threading.Thread(target=lambda: [(time.sleep(0.05), living.sign()) for _ in range(20)])
+    signs = threading.Thread(target=lambda: [(time.sleep(0.05), sign(store, living)) for _ in range(20)])
     signs.start()
     assert named(late, 5.0) == living.name()
     signs.join()

@@ -442,3 +442,21 @@ def test_an_interrupt_ends_a_wait_at_once() -> None:
         assert time.perf_counter() - began < 0.3
     finally:
         signal.signal(signal.SIGALRM, former)
+
+
+def test_a_thread_behind_training_needs_no_further_thread_for_its_sockets() -> None:
+    opened_by: list[int] = []
+
+    def opened() -> socket.socket:
+        opened_by.append(threading.get_ident())
+        return socket.socket()
+
+    def save() -> None:
+        sockets = tasks.Sockets()
+        sockets.open(opened)
+        sockets.close_all()
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join()
+    assert opened_by == [thread.ident]

@@ -17,7 +17,7 @@ from dist_ema.ranks.store.shared_store import SharedStore
 
 __all__ = ["Generation", "outlives_ranks"]
 
-_KEY = "generation"
+_KEY, _SIGN = "generation", "sign"
 # All ranks together look up some ten thousand times a second at most.
 _PAUSE_SECONDS_OF_A_RANK = 1e-4
 
@@ -31,7 +31,7 @@ class Generation:
     """The name of this generation of ranks, as one of them learns it.
 
     Args:
-        store: a client that no wait blocks.
+        store: a client, which has a prefix of its own from the join on.
         rank: the rank of this process. Rank 0 writes a new name at once.
         size: the number of ranks.
     """
@@ -40,6 +40,7 @@ class Generation:
         self._store = store
         self._first = None if rank == 0 else store.look(_KEY)
         self._own = secrets.token_hex(8) if rank == 0 else None
+        self._known = self._own
         self._signs: dict[str, str | None] = {}
         self._pause, self._longest_pause = 0.002, max(0.02, size * _PAUSE_SECONDS_OF_A_RANK)
         if self._own is not None:
@@ -47,20 +48,19 @@ class Generation:
 
     def name(self) -> str | None:
         """The name, or None if this rank does not know it yet; then it has waited for a moment."""
-        if self._own is not None:
-            return self._own
+        if self._known is not None:
+            return self._known
         name = self._store.look(_KEY)
         if name is not None:
-            if name != self._first:
-                return name
-            sign = self._store.look(f"{_KEY}/{name}")
-            if self._signs.setdefault(name, sign) != sign:
+            sign = self._store.look(f"{name}/{_SIGN}")
+            if name != self._first or self._signs.setdefault(name, sign) != sign:
+                self._known = name
                 return name
         time.sleep(self._pause)
         self._pause = min(1.5 * self._pause, self._longest_pause)
         return None
 
-    def sign(self) -> None:
-        """On rank 0: give a sign of life. Elsewhere nothing."""
+    def sign(self, store: SharedStore) -> None:
+        """On rank 0: give a sign of life, by a client that has the name in its prefix. Elsewhere nothing."""
         if self._own is not None:
-            self._store.count(f"{_KEY}/{self._own}")
+            store.count(_SIGN)

@@ -131,11 +131,12 @@ class Link:
         self.number += 1
         self._num_combined += 1
         # All ranks have come here, so all have read the verdicts before, and have left the former link.
-        if written is not None:
-            for key in verdicts:
-                store.delete(key)
-        if former is not None:
-            former.clear(store)
+        with suppress(StoreError):  # whoever keeps the store may have read this verdict, the last one, and ended
+            if written is not None:
+                for key in verdicts:
+                    store.delete(key)
+            if former is not None:
+                former.clear(store)
         return result
 
     def broadcast(self, store: SharedStore, value: Any) -> Any:

@@ -26,21 +26,23 @@ _SILENT_SECONDS = 120.0
 
 
 class Presence:
-    """The signs of life of this rank, and those of the others.
+    """The signs of life of this rank, and those of the others. The methods take a client that does not wait now.
 
     Args:
-        store: a client that no wait blocks.
+        store: a client.
         rank: the rank of this process.
         doing: what this rank does: the number of its updates, and the call it is in ("" outside).
+
+    Attributes:
+        knows_all: whether the processes of this machine are known.
     """
 
     def __init__(self, store: SharedStore, rank: int, doing: Callable[[], tuple[int, str]]) -> None:
-        self._store = store
         self._rank = rank
         self._doing = doing
         self._host = host_identity()
         self._neighbours: dict[int, Process] = {}
-        self._knows_all = False
+        self.knows_all = False
         self._shown: tuple[int, str] | None = None
         self._changed = time.time()
         self._next_sign = 0.0
@@ -53,27 +55,29 @@ class Presence:
         """Whether this is the lowest rank of its machine."""
         return self._rank <= min(self._neighbours, default=self._rank)
 
-    def show(self, *, at_once: bool = False) -> None:
+    def show(self, store: SharedStore) -> None:
         """Give a sign of life, and write down what this rank does, if it is time."""
         now = time.monotonic()
         doing = self._doing()
+        is_elsewhere = self._shown is None or doing[1] != self._shown[1]  # it has come to a call, or out of one
         if doing != self._shown:
             self._shown, self._changed = doing, time.time()
-        if at_once or now >= self._next_sign:
+        if is_elsewhere or now >= self._next_sign:
             self._next_sign = now + _SIGN_SECONDS
-            self._store.put(f"seen/{self._rank}", json.dumps([*doing, self._changed, self._host]))
-            self._store.count(f"sign/{self._host}")
+            store.put(f"seen/{self._rank}", json.dumps([*doing, self._changed, self._host]))
+            store.count(f"sign/{self._host}")
 
-    def gone(self, *, have_met: bool) -> str | None:
+    def gone(self, store: SharedStore, *, have_met: bool) -> str | None:
         """How the next rank of this machine is gone; None while it is there.
 
         Args:
+            store: a client.
             have_met: whether all ranks have made a call together.
         """
-        if not self._knows_all:
-            lines = (self._store.look(f"host/{self._host}") or "").splitlines()
+        if not self.knows_all:
+            lines = (store.look(f"host/{self._host}") or "").splitlines()
             self._neighbours = {int(rank): Process(int(pid), int(start)) for rank, pid, start in map(str.split, lines)}
-            self._knows_all = have_met
+            self.knows_all = have_met
         ranks = sorted(self._neighbours, key=lambda rank: (rank <= self._rank, rank))
         for rank in ranks[:-1]:  # the last one is this rank
             if not self._neighbours[rank].is_gone():
@@ -81,26 +85,30 @@ class Presence:
             return f"rank {rank} is gone: its process {self._neighbours[rank].pid} has ended"
         return None
 
-    def silent(self, ranks: Sequence[int]) -> str | None:
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank was a process of this machine that has ended, as far as is known. No communication."""
+        return rank in self._neighbours and self._neighbours[rank].is_gone()
+
+    def silent(self, store: SharedStore, ranks: Sequence[int]) -> str | None:
         """How one of some ranks is gone with its machine; None if none is. To be asked again and again."""
         if time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + _SIGN_SECONDS
         for rank in ranks:
-            seen = self._store.look(f"seen/{rank}")
+            seen = store.look(f"seen/{rank}")
             host = "" if seen is None else str(json.loads(seen)[3])
             if not host or host == self._host:
                 continue
-            sign, now = self._store.look(f"sign/{host}"), time.monotonic()
+            sign, now = store.look(f"sign/{host}"), time.monotonic()
             former, since = self._signs.get(host, (None, now))
             self._signs[host] = (sign, since if sign == former else now)
             if sign == former and now - since > _SILENT_SECONDS:
                 return f"rank {rank} is gone: no rank of its machine has given a sign of life for {now - since:.0f} s"
         return None
 
-    def last_seen(self, ranks: Sequence[int]) -> list[str]:
+    def last_seen(self, store: SharedStore, ranks: Sequence[int]) -> list[str]:
         """What each of some ranks did when it was last seen."""
-        return [_shown(self._store.look(f"seen/{rank}")) for rank in ranks]
+        return [_shown(store.look(f"seen/{rank}")) for rank in ranks]
 
 
 def _shown(seen: str | None) -> str:

@@ -29,6 +29,7 @@ import json
 import secrets
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -38,10 +39,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from dist_ema import uninterrupted
 from dist_ema.ranks.wires.addresses import Address, addresses_of_host, host_identity, open_listener
 from dist_ema.ranks.wires.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
 from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
+from dist_ema.uninterrupted import insist
 
 __all__ = ["MOST_ACCEPTED", "Board", "Content", "WireError", "Wires"]
 
@@ -99,7 +100,8 @@ class Wires:
         rank: this rank.
         board: where the ranks post their addresses; it is asked twice a second whether the work goes on.
         patience_seconds: the longest time in which no message comes or goes.
-        insist: has short work done whole, whatever a signal handler raises meanwhile.
+        opened_by: has short work done whole, whatever a signal handler raises meanwhile; None for a thread of its own,
+            where there may be signals.
     """
 
     def __init__(
@@ -107,14 +109,14 @@ class Wires:
         rank: int,
         board: Board,
         patience_seconds: float = 1800.0,
-        insist: Callable[[Callable[[], None]], None] = uninterrupted.insist,
+        opened_by: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._rank = rank
         self._board = board
         self._patience_seconds = patience_seconds
         self._token, self._answer = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(TOKEN_BYTES)
         self._tasks = Tasks(board.check)
-        self._sockets = Sockets(insist)
+        self._sockets = Sockets(opened_by or _insist)
         self._listener: socket.socket | None = None
         self._listening: Task | None = None
         self._accepted: dict[_Accepted, Task] = {}  # the least recently used first
@@ -318,6 +320,14 @@ class Wires:
             yield from read(connection, values)
         del self._expected[source]
         self._note_progress()
+
+
+def _insist(work: Callable[[], None]) -> None:
+    """Have a thread do the work, if this is the main thread, to which signals come."""
+    if threading.current_thread() is threading.main_thread():
+        insist(work)
+    else:
+        work()
 
 
 def _is_closed(connection: socket.socket) -> bool:
