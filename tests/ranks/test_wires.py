@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dist_ema.ranks.wires import addresses, tasks
+from dist_ema.ranks.wires import wires as wires_of_threads
 from dist_ema.ranks.wires.wires import MOST_ACCEPTED, WireError, Wires
 
 MOST_OPEN = MOST_ACCEPTED + 2
@@ -452,7 +453,7 @@ def test_a_thread_behind_training_needs_no_further_thread_for_its_sockets() -> N
         return socket.socket()
 
     def save() -> None:
-        sockets = tasks.Sockets()
+        sockets = tasks.Sockets(wires_of_threads._insist)
         sockets.open(opened)
         sockets.close_all()
 

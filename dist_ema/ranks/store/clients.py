@@ -60,7 +60,7 @@ class Clients:
 
     @property
     def has_server(self) -> bool:
-        """Whether a server of torch still listens; True for a store without one. Unlike a request, it prints nothing."""
+        """Whether torch's server still listens; True for a store without one. Unlike a request, it prints nothing."""
         store = self._of_group
         while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
             store = store.underlying_store
