@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_ema.ranks.store.shared_store import SharedStore
+from dist_ema.ranks.store.shared_store import SharedStore, innermost
 
 __all__ = ["Clients"]
 
@@ -61,9 +61,7 @@ class Clients:
     @property
     def has_server(self) -> bool:
         """Whether torch's server still listens; True for a store without one. Unlike a request, it prints nothing."""
-        store = self._of_group
-        while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
-            store = store.underlying_store
+        store = innermost(self._of_group)
         if not isinstance(store, dist.TCPStore):  # type: ignore[attr-defined]
             return True
         try:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import datetime
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["SharedStore", "StoreError"]
+import torch.distributed as dist
+
+__all__ = ["SharedStore", "StoreError", "innermost"]
 
 # torch's server drops a client that sends more than 8 MiB at once.
 _MOST_CHARACTERS = 2**20
@@ -22,6 +25,9 @@ _MOST_CHARACTERS = 2**20
 _NO_TEXT = "\0"
 _IN_PARTS = "\1"
 
+
+# Between two looks at a file.
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2e-4, 1e-2
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +63,8 @@ class SharedStore:
         self._store: Any = _clone(store)
         self._store.set_timeout(datetime.timedelta(seconds=seconds))
         self._prefix = f"{prefix}/"
+        self._seconds = seconds
+        self._is_file = isinstance(innermost(store), dist.FileStore)  # type: ignore[attr-defined]
         self._num_parts: dict[str, int] = {}  # of the long texts that this client has written or read
 
     def begin_with(self, prefix: str) -> None:
@@ -76,9 +84,18 @@ class SharedStore:
     @_asks
     def take(self, key: str) -> str:
         """The text, which is not empty; waits until there is one."""
+        if self._is_file:
+            self._look_until_there(key)
         while not (text := self._store.get(self._prefix + key).decode()):
             pass  # torch's server ends a wait also where a comparison has found nothing
         return self._whole(key, text)
+
+    def _look_until_there(self, key: str) -> None:
+        """Wait for a text in a file, at which torch itself would look a hundred times a second at most."""
+        pause, deadline = _SHORTEST_PAUSE_SECONDS, time.monotonic() + self._seconds
+        while not self._store.check([self._prefix + key]) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(1.2 * pause, _LONGEST_PAUSE_SECONDS)
 
     @_asks
     def look(self, key: str) -> str | None:
@@ -125,6 +142,13 @@ class SharedStore:
             return text
         num_parts = self._num_parts[key] = int(text[1:])
         return "".join(self._store.get(f"{self._prefix}{key}/{number}").decode() for number in range(num_parts))
+
+
+def innermost(store: Any) -> Any:
+    """The store within those that only add a prefix to names. No communication."""
+    while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
+        store = store.underlying_store
+    return store
 
 
 @_asks
