@@ -38,7 +38,7 @@ _STAGE_SECONDS = 1800.0
 # The store itself gives up later than any wait: it would print lines of its own.
 _STORE_SECONDS = 60.0
 # How long a rank that leaves waits for the store to take its farewell.
-_FAREWELL_SECONDS = 5.0
+_FAREWELL_SECONDS = 2.0
 _TICK_SECONDS = 0.5
 _SIGN_SECONDS = 0.005
 
