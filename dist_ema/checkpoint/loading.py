@@ -239,7 +239,7 @@ def _steadily(
                     raise failure
                 return record
         attempts.count_one()
-        if exchange.broadcast_object(attempts.are_enough):  # rank 0 has the clock
+        if exchange.on_rank_0(f"loading {source}", lambda: attempts.are_enough):  # rank 0 has the clock
             raise attempts.refusal() from failure
 
 

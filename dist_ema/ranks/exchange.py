@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -176,14 +176,6 @@ class Exchange:
         """
         self._report(action, failure, "", None)
 
-    def compare(self, record: Mapping[str, Any], working_folder: str | None = None) -> None:
-        """Collective: every rank must call it. Refuses a record that differs over the ranks. See `agree_alike`.
-
-        Raises:
-            RankMismatchError: it has the first difference; the same on all ranks.
-        """
-        self._report("comparing the ranks", None, json.dumps(record), working_folder)
-
     def _report(
         self,
         action: str,
@@ -208,7 +200,7 @@ class Exchange:
         own = [record, working_folder] if self.rank == other else None
         theirs = self.reduce(action, own, lambda left, right: right if left is None else left, on_rank_0=True)
         message = difference_text(other, (record, working_folder), theirs) if self.rank == 0 else None
-        raise agreed(RankMismatchError(self.broadcast_object(message)))
+        raise agreed(RankMismatchError(self.on_rank_0(action, lambda: message)))
 
     def on_rank_0(self, action: str, work: Callable[[], T]) -> T:
         """Collective: every rank must call it. Runs `work` on rank 0 and gives its result, or its error, to all ranks.

@@ -121,7 +121,7 @@ class World:
 
     def _join(self, name: str) -> None:
         self.clients.begin_with(f"dist_ema/{name}")
-        self._presence = Presence(self.clients.store, self.rank, self._doing)
+        self._presence = Presence(self.clients.store, self.rank, self.size, self._doing)
 
     def enter(self, patience: Patience) -> None:
         """Learn where the ranks of this generation write: see generation.py. It may wait for rank 0.
@@ -167,6 +167,9 @@ class World:
     def do(self, work: Callable[[SharedStore], T], patience: Patience) -> T:
         """Have the courier do `work` with the store, which may wait for other ranks. A signal ends the wait.
 
+        After a signal the courier still waits for the verdict. `leave` writes that verdict, by another client, which
+        frees the courier: so the rank leaves before it asks for anything else.
+
         Raises:
             LeftError: a rank has left.
             StoreError: the store is gone.
@@ -178,7 +181,7 @@ class World:
         if (
             self._presence is not None and not self._presence.knows_all
         ):  # who is on this machine is learnt while all are there
-            _courier.put(partial(End().come_of, partial(self.tend, self.clients.store)))
+            _courier.put(partial(End().come_of, partial(self.tend, waits=False)))
         return result
 
     def begin(self, work: Callable[[SharedStore], None]) -> tuple[Callable[[], None], Callable[[Patience], None]]:
@@ -214,7 +217,7 @@ class World:
             farewell = patience.end_of(time.monotonic() - began)
             if farewell is not None and not end.has_come:
                 self.leave(link, farewell)
-            self.tend(self.clients.side)
+            self.tend(waits=True)
 
     def leave(self, link: Link, own: Farewell) -> Farewell:
         """Leave a link. No communication but with the store.
@@ -272,25 +275,29 @@ class World:
         doing = "; ".join(f"rank {rank} was {text}" for rank, text in zip(ranks, seen, strict=True))
         return names, doing[0].upper() + doing[1:]
 
-    def tend(self, store: SharedStore) -> None:
+    def tend(self, *, waits: bool) -> None:
         """Give a sign of life, and end the agreements of all ranks if the next rank is gone.
 
         A store that is gone is asked no more before the next call: torch writes a line about each try, and that rank 0
         ends before others is no fault.
 
         Args:
-            store: a client that does not wait now.
+            waits: whether the client of the calls waits meanwhile.
         """
         if self._presence is None or not self.is_present or self._is_lost:
             return
+
+        def client() -> SharedStore:
+            return self.clients.side if waits else self.clients.store
+
         try:
             if not self.link.is_left and self._presence.has_ended(0) and not self.clients.has_server:
                 self._is_lost = True
                 return
             if self._generation is not None:
-                self._generation.sign(store)
-            self._presence.show(store)
-            self._end_without(self._presence.gone(store, have_met=self.have_met))
+                self._generation.sign(client())
+            self._presence.show(client, waits=waits)
+            self._end_without(self._presence.gone(client, have_met=self.have_met))
         except StoreError:
             self._is_lost = True
 
@@ -332,7 +339,7 @@ _simulated: contextvars.ContextVar[World | None] = contextvars.ContextVar("_simu
 
 def _tend() -> None:
     for world in list(_worlds):
-        world.tend(world.clients.store)
+        world.tend(waits=False)
 
 
 _courier = Courier(_tend)

@@ -14,7 +14,7 @@ the last of the group combines the list, in the order of the ranks, and does the
                                 |                                   the last of these writes the verdict
                              verdict                                which all ranks wait for
 
-So nobody waits for one that has not come but by the verdict, and no rank makes more than some fifteen requests.
+So nobody waits for one that has not come but by the verdict, and no rank makes more than a dozen requests.
 
 [Note: leaving]
 A rank that cannot go on writes its farewell, with the reason, as the verdict of its next agreement, and leaves the

@@ -19,8 +19,13 @@ from dist_ema.ranks.store.shared_store import SharedStore
 
 __all__ = ["Presence"]
 
-# A rank gives a sign of life so often, and a rank that waits looks for those of others as often.
+# A rank gives a sign of life so often at least, and a rank that waits looks for those of others as often.
 _SIGN_SECONDS = 10.0
+# In small worlds it is more often: all ranks together give a hundred signs a second at most, until the limit above.
+_SIGN_SECONDS_OF_A_RANK = 0.01
+_LEAST_SIGN_SECONDS = 1.0
+# A rank that waits for the first call of all looks so often who of its machine has come.
+_MEETING_SECONDS = 2.0
 # A machine without a sign of life for so long is gone. Python may stand still in a rank for a while, not in all.
 _SILENT_SECONDS = 120.0
 
@@ -31,13 +36,14 @@ class Presence:
     Args:
         store: a client.
         rank: the rank of this process.
+        size: the number of ranks.
         doing: what this rank does: the number of its updates, and the call it is in ("" outside).
 
     Attributes:
         knows_all: whether the processes of this machine are known.
     """
 
-    def __init__(self, store: SharedStore, rank: int, doing: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, store: SharedStore, rank: int, size: int, doing: Callable[[], tuple[int, str]]) -> None:
         self._rank = rank
         self._doing = doing
         self._host = host_identity()
@@ -45,9 +51,11 @@ class Presence:
         self.knows_all = False
         self._shown: tuple[int, str] | None = None
         self._changed = time.time()
-        self._next_sign = 0.0
+        self._sign_seconds = min(max(size * _SIGN_SECONDS_OF_A_RANK, _LEAST_SIGN_SECONDS), _SIGN_SECONDS)
+        self._next_sign = time.monotonic() + self._sign_seconds
         self._signs: dict[str, tuple[str | None, float]] = {}
         self._next_look = 0.0
+        self._next_meeting = time.monotonic() + _MEETING_SECONDS
         store.append(f"host/{self._host}", f"{rank} {' '.join(map(str, this_process()))}\n")
 
     @property
@@ -55,27 +63,34 @@ class Presence:
         """Whether this is the lowest rank of its machine."""
         return self._rank <= min(self._neighbours, default=self._rank)
 
-    def show(self, store: SharedStore) -> None:
-        """Give a sign of life, and write down what this rank does, if it is time."""
+    def show(self, client: Callable[[], SharedStore], *, waits: bool) -> None:
+        """Give a sign of life, and write down what this rank does, if it is time.
+
+        Args:
+            client: gives a client, which may have to connect.
+            waits: whether this rank waits for others; then it does not tell that it has come to a call.
+        """
         now = time.monotonic()
         doing = self._doing()
         is_elsewhere = self._shown is None or doing[1] != self._shown[1]  # it has come to a call, or out of one
         if doing != self._shown:
             self._shown, self._changed = doing, time.time()
-        if is_elsewhere or now >= self._next_sign:
-            self._next_sign = now + _SIGN_SECONDS
+        if (is_elsewhere and not waits) or now >= self._next_sign:
+            self._next_sign = now + self._sign_seconds
+            store = client()
             store.put(f"seen/{self._rank}", json.dumps([*doing, self._changed, self._host]))
             store.count(f"sign/{self._host}")
 
-    def gone(self, store: SharedStore, *, have_met: bool) -> str | None:
+    def gone(self, client: Callable[[], SharedStore], *, have_met: bool) -> str | None:
         """How the next rank of this machine is gone; None while it is there.
 
         Args:
-            store: a client.
+            client: gives a client, which may have to connect.
             have_met: whether all ranks have made a call together.
         """
-        if not self.knows_all:
-            lines = (store.look(f"host/{self._host}") or "").splitlines()
+        if not self.knows_all and (have_met or time.monotonic() >= self._next_meeting):
+            self._next_meeting = time.monotonic() + _MEETING_SECONDS
+            lines = (client().look(f"host/{self._host}") or "").splitlines()
             self._neighbours = {int(rank): Process(int(pid), int(start)) for rank, pid, start in map(str.split, lines)}
             self.knows_all = have_met
         ranks = sorted(self._neighbours, key=lambda rank: (rank <= self._rank, rank))
