@@ -1,8 +1,8 @@
 """The way of one average into a call of all ranks, through its agreements, and out of it.
 
 A world lasts as long as the process group; a link lasts from one failure to the next; a channel belongs to an average,
-and takes the world's present link at each arrival. `num_calls` counts the calls of all averages; `epoch` is the number of
-the link.
+and takes the world's present link at each arrival. `num_calls` counts the calls of all averages; `epoch` is the number
+of the link.
 
 If a call ends in any other way than by an agreement (by an interrupt, or a defect), its rank leaves the link of the
 calls, which ends the call for the others at once: see [Note: leaving] in link.py, and calls.py.

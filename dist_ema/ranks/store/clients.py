@@ -23,7 +23,7 @@ class Clients:
     """The clients of one rank.
 
         store     one for the life of the group: the thread of the calls waits in it; else any thread may use it
-        side      while `store` waits: for signs of life, farewells, and the names of missing ranks; closed after the call
+        side      while `store` waits: for signs of life, farewells, the names of missing ranks; closed after the call
         another   for a thread beside the calls; closed with it
 
     A client that waits blocks its other calls. So while `store` waits, `side` is asked; it connects at its first use.
