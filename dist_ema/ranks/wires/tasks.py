@@ -107,12 +107,16 @@ class Sockets:
     def __init__(self, insist: Callable[[Callable[[], None]], None]) -> None:
         self._insist = insist
         self._open: list[socket.socket] = []
+        self._has_ended = False
 
     def open(self, make: Callable[[], socket.socket]) -> socket.socket:
         """Open a socket that does not block."""
 
         def keep() -> None:
-            self._open.append(make())
+            kept = make()
+            self._open.append(kept)
+            if self._has_ended:  # an interrupt came between the beginning of this work and the wait for its end
+                kept.close()
 
         self._insist(keep)
         opened = self._open[-1]
@@ -127,7 +131,8 @@ class Sockets:
             self._open.remove(opened)
 
     def close_all(self) -> None:
-        """Close every socket."""
+        """Close every socket, also one that a thread is about to open."""
+        self._has_ended = True
         try:
             while self._open:
                 self._open[-1].close()
