@@ -40,6 +40,8 @@ _STORE_SECONDS = 60.0
 # How long a rank that leaves waits for the store to take its farewell.
 _FAREWELL_SECONDS = 2.0
 _TICK_SECONDS = 0.5
+# How long the thread of a farewell tries to reach the store.
+_REQUEST_SECONDS = 60.0
 _SIGN_SECONDS = 0.005
 
 # Without their store the ranks cannot tell one another anything. So that all raise the same error, it has nothing that
@@ -231,7 +233,7 @@ class World:
 
         def run() -> None:
             try:
-                link.leave(self.clients.side, own)
+                link.leave(self.clients.side_within(_REQUEST_SECONDS), own)
             except Exception:  # the store is gone with the process that kept it
                 link.forget(dataclasses.replace(own, message=STORE_IS_GONE, kind=CommunicationError.__name__))
 
@@ -298,8 +300,8 @@ class World:
                 self._generation.sign(client())
             self._presence.show(client, waits=waits)
             self._end_without(self._presence.gone(client, have_met=self.have_met))
-        except StoreError:
-            self._is_lost = True
+        except StoreError:  # a busy server may be slow: then the next look tries again
+            self._is_lost = not self.clients.has_server
 
     def look_for_silence(self, link: Link, most: int) -> None:
         """End the agreements of all ranks if a missing rank is gone with its machine.

@@ -47,7 +47,11 @@ class Clients:
 
     @property
     def side(self) -> SharedStore:
-        """A client that no wait blocks. It connects at its first use.
+        """A client that no wait blocks. It connects at its first use; see `side_within`."""
+        return self.side_within(_CONNECT_SECONDS)
+
+    def side_within(self, seconds: float) -> SharedStore:
+        """A client that no wait blocks, which is connected within so long.
 
         A thread connects, since torch tries for minutes to reach a server that dies meanwhile, and no signal ends that.
 
@@ -60,12 +64,12 @@ class Clients:
         if end is None:
             end = self._connecting = End()
             _thread.start_new_thread(end.come_of, (self._connect_side,))
-        if not end.comes_within(_CONNECT_SECONDS):
+        if not end.comes_within(seconds):
             raise StoreError("its server does not answer")
         self._connecting = None
         if end.failure is not None:
             raise end.failure
-        return self.side
+        return self.side_within(seconds)
 
     def _connect_side(self) -> None:
         self._side = self._connected(_REQUEST_SECONDS)
