@@ -18,14 +18,14 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "version_of"]
+__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "outlast", "version_of"]
 
 # These two are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
 _call = operator.methodcaller("__call__")
@@ -256,9 +256,21 @@ class End:
         Returns:
             Whether the end has come.
         """
-        if not self.has_come:
-            self._lock.acquire(timeout=seconds)
+        if not self.has_come and self._lock.acquire(timeout=seconds):
+            self._lock.release()  # for whoever else waits
         return self.has_come
+
+
+def outlast(ends: Iterable[End]) -> BaseException | None:
+    """Wait for all ends, whatever a signal handler raises meanwhile. Returns the latest of it."""
+    latest: BaseException | None = None
+    for end in ends:
+        while not end.has_come:
+            try:
+                end.wait()
+            except BaseException as error:
+                latest = error
+    return latest
 
 
 def insist(work: Callable[[], None]) -> None:

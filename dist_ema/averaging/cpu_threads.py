@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted import End, outlast
 
 __all__ = ["SERIAL_NUMEL", "KeptThreads", "num_workers", "share_out"]
 
@@ -70,23 +70,12 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
         serve(0)
     finally:
         queue.clear()
-        _wait_for(helping)
+        latest = outlast(helping)
+        if latest is not None:
+            raise latest
     for end in helping:
         if end.failure is not None:
             raise end.failure
-
-
-def _wait_for(helping: Sequence[End]) -> None:
-    """Wait for all ends, whatever a signal handler raises meanwhile, and raise the latest of it."""
-    latest: BaseException | None = None
-    for end in helping:
-        while not end.has_come:
-            try:
-                end.wait()
-            except BaseException as error:
-                latest = error
-    if latest is not None:
-        raise latest
 
 
 class KeptThreads:

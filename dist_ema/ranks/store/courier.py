@@ -17,7 +17,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted import End, outlast
 
 __all__ = ["Courier"]
 
@@ -80,11 +80,7 @@ class Courier:
 
         def wait(end: End) -> None:
             nonlocal latest
-            while not end.has_come:
-                try:
-                    end.wait()
-                except BaseException as error:
-                    latest = error
+            latest = outlast((end,))
 
         self.fetch(work, wait)
         if latest is not None:
