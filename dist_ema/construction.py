@@ -120,6 +120,15 @@ def _checked(*, device: object, include: Patterns, exclude: Patterns, **others: 
     )
 
 
+class _Prepared(NamedTuple):
+    """What a rank has planned alone: the average, and what shows that the boxes of all ranks cover the model."""
+
+    state: AveragedState
+    small_files: SmallFiles
+    coverage: Coverage
+    owned: list[Box]
+
+
 def _agreed(
     exchange: Exchange, prepare: Callable[[], tuple[AveragedState, SmallFiles]], *, has_teacher: bool
 ) -> tuple[AveragedState, SmallFiles]:
@@ -128,30 +137,28 @@ def _agreed(
     One agreement says whether any rank failed, whether all are alike, and whether their boxes cover every tensor.
     """
 
-    def record(prepared: tuple[AveragedState, SmallFiles]) -> Mapping[str, Any]:
-        manifest = manifest_of(prepared[0], exchange.world_size)
-        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in prepared[0].plan.specs}
+    def work() -> _Prepared:
+        state, small_files = prepare()
+        owned = [shard.box for averaged in (True, False) for shard in state.plan.owned(averaged=averaged)]
+        return _Prepared(state, small_files, Coverage(state.plan.specs, exchange.channel.drawn), owned)
+
+    def record(prepared: _Prepared) -> Mapping[str, Any]:
+        manifest = manifest_of(prepared.state, exchange.world_size)
+        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in prepared.state.plan.specs}
         of_model = {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes}
         return {"model": of_model, **manifest.compared(Agreement.RUN), "into": has_teacher}
 
-    def coverage(prepared: tuple[AveragedState, SmallFiles]) -> tuple[Coverage, list[Box]]:
-        plan = prepared[0].plan
-        owned = [shard.box for averaged in (True, False) for shard in plan.owned(averaged=averaged)]
-        return Coverage(plan.specs, exchange.channel.drawn), owned
+    def terms(prepared: _Prepared) -> list[int]:
+        return [prepared.coverage.fingerprint(prepared.owned)]
 
-    def terms(prepared: tuple[AveragedState, SmallFiles]) -> list[int]:
-        covered, owned = coverage(prepared)
-        return [covered.fingerprint(owned)]
-
-    prepared: tuple[AveragedState, SmallFiles]
     try:
-        prepared, (fingerprint,) = exchange.agree_and_sum(_ACTION, prepare, terms, record)
+        prepared, (fingerprint,) = exchange.agree_and_sum(_ACTION, work, terms, record)
     except RankMismatchError as error:
         raise _with_advice(error) from None
-    covered, owned = coverage(prepared)
-    if not covered.is_whole(fingerprint):
-        covered.check(exchange.sum_integers(covered.contribution(owned)))
-    return prepared
+    coverage = prepared.coverage
+    if not coverage.is_whole(fingerprint):
+        coverage.check(exchange.sum_integers(coverage.contribution(prepared.owned)))
+    return prepared.state, prepared.small_files
 
 
 def _with_advice(error: RankMismatchError) -> DistEMAError:

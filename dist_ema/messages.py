@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["difference_text", "level_of_caller", "tell"]
+__all__ = ["MOST_NAMED", "difference_text", "first_of", "level_of_caller", "tell"]
 
+# The most ranks that a message names.
+MOST_NAMED = 8
 # Libraries that call the hooks of this package: such a warning is about the hook, not about a line of the library.
 _HOSTS = ("accelerate.", "torch.", "transformers.")
 # The frames of this package, and those between them: `torch.compiler.disable` wraps functions.
@@ -35,6 +37,11 @@ def tell(message: str) -> None:
 
 def _name(frame: types.FrameType) -> str:
     return str(frame.f_globals.get("__name__"))
+
+
+def first_of(names: Sequence[str], count: int) -> str:
+    """The first of some names, of which there are `count`: "1, 3 and 5 more"."""
+    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
 
 
 def level_of_caller() -> int:

@@ -26,6 +26,7 @@ from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, tensor_checksums
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.live.differing import Table, differing_tensors, key_of
+from dist_ema.messages import MOST_NAMED
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
 
@@ -34,8 +35,6 @@ __all__ = ["DRIFT_ALLOWED", "Replicas"]
 # Relative L2 difference from the lowest holder up to which replicas count as drifted apart: reductions that round
 # otherwise on each rank come to about 1e-6, two models of their own to about 1.
 DRIFT_ALLOWED = 1e-3
-# So many ranks are named in an error; of the others it has the number.
-_MOST_NAMED = 8
 
 T = TypeVar("T")
 
@@ -244,7 +243,7 @@ def _with_further_ranks(lower: dict[str, Any], higher: dict[str, Any]) -> dict[s
             merged[key] = _Difference(
                 first.fqn,
                 first.lowest,
-                [*first.refused, *second.refused][:_MOST_NAMED],
+                [*first.refused, *second.refused][:MOST_NAMED],
                 first.num_refused + second.num_refused,
                 sorted([*first.worst, *second.worst], key=lambda of_rank: -of_rank[1])[:1],
             )

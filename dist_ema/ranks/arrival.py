@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from dist_ema.checks import seconds_from_environment
 from dist_ema.errors import CommunicationError
+from dist_ema.messages import MOST_NAMED, first_of
 from dist_ema.ranks.store.link import Farewell, Link
 from dist_ema.ranks.worlds import World, this_world
 
-__all__ = ["MOST_NAMED", "Wait", "arrival_seconds", "differing_calls", "merge_calls", "present_world"]
+__all__ = ["Wait", "arrival_seconds", "differing_calls", "merge_calls", "present_world"]
 
 _log = logging.getLogger(__name__)
 
@@ -21,8 +22,6 @@ _GROWTH = 10.0
 _STAGE_FACTOR = 10.0
 # A wait as long as this looks for machines that are gone.
 _SILENCE_SECONDS = 30.0
-# The most ranks that a message names.
-MOST_NAMED = 8
 
 
 def arrival_seconds() -> tuple[float, float]:
@@ -152,7 +151,7 @@ def differing_calls(calls: Calls) -> str | None:
 
     def ranks(name: str) -> str:
         count, *first = calls[name]
-        text = ", ".join(map(str, first)) + (f" and {count - len(first)} more" if count > len(first) else "")
+        text = first_of(list(map(str, first)), count)
         return f"rank {text}" if count == 1 else f"ranks {text}"
 
     made = ", ".join(f"{ranks(name)} {name!r}" for name in (common, *others))

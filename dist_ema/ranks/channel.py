@@ -141,11 +141,10 @@ class Channel:
                 world.meet()
                 return calls, drawn
             except LeftError as error:
-                world.renew()
-                first = error.farewell
+                failure, first = self._after(link, error), error.farewell
                 # The farewell may be of the former call: a rank left its very end, when the others were through.
                 if not first.lives or first.call >= world.num_calls:
-                    raise agreed(error_class(first.kind)(first.message)) from None
+                    raise failure from None
             except StoreError as error:
                 raise self._lost(call, link, error) from error
 
@@ -257,7 +256,7 @@ class Channel:
         """The error that all ranks raise after a farewell."""
         if self._world is not None and link is self._world.link:
             self._world.renew()
-        return agreed(error_class(error.farewell.kind)(error.farewell.message))
+        return _error_of(error.farewell)
 
     def meeting(self, action: str) -> tuple[Callable[[], None], Callable[[], None]]:
         """Collective: every rank must do both steps. No rank passes the second before all have done the first.
@@ -296,7 +295,7 @@ class Channel:
             first = world.leave(link, first)
             if link is world.link and world.has_entered:
                 world.renew()
-        return agreed(error_class(first.kind)(first.message))
+        return _error_of(first)
 
     def _left(self, call: str, error: BaseException) -> DistEMAError:
         """Leave the call because of an error that only this rank may have. Returns the error that all ranks raise."""
@@ -336,6 +335,11 @@ class Channel:
             raise of_all from error
         if isinstance(error, DistEMAError):
             raise of_all from error
+
+
+def _error_of(farewell: Farewell) -> DistEMAError:
+    """The error that all ranks raise."""
+    return agreed(error_class(farewell.kind)(farewell.message))
 
 
 def _first_line(error: Exception) -> str:

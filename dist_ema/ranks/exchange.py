@@ -239,18 +239,18 @@ class Exchange:
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
         """Collective: every rank must call it. The sums over the ranks, on every rank."""
-        return self._combined(values, operator.add)
+        return self._sums(values)
 
     def sum_floats(self, values: Sequence[float]) -> list[float]:
         """Collective: every rank must call it. The sums over the ranks in float64, the same on every rank."""
-        return self._combined(values, operator.add)
+        return self._sums(values)
 
-    def _combined(self, values: Sequence[Any], combine: Callable[[Any, Any], Any]) -> list[Any]:
+    def _sums(self, values: Sequence[Any]) -> list[Any]:
         def merge(left: list[Any], right: list[Any]) -> list[Any]:
-            return list(map(combine, left, right))
+            return list(map(operator.add, left, right))
 
-        combined: list[Any] = self.reduce("adding up over the ranks", list(values), merge) if values else []
-        return combined
+        sums: list[Any] = self.reduce("adding up over the ranks", list(values), merge) if values else []
+        return sums
 
     def xor_on_rank_0(self, values: Sequence[int]) -> list[int] | None:
         """Collective: every rank must call it. The exclusive-or over the ranks, on rank 0; None elsewhere.

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_ema.errors import described
+from dist_ema.messages import MOST_NAMED
 
 __all__ = ["Report", "failure_text", "merge_reports", "report_of"]
-
-# The most ranks whose reasons a message has.
-_MOST_NAMED = 8
 
 # "failed": how many ranks failed, whether all for the same reason, and (rank, class, text) of the first ones.
 # "sums": integers that are added up over the ranks.
@@ -46,7 +44,7 @@ def merge_reports(left: Report, right: Report) -> Report:
     return {
         "failed": left["failed"] + right["failed"],
         "same": left["same"] and right["same"] and all(reason[1:] == first[0][1:] for reason in first),
-        "first": first[:_MOST_NAMED],
+        "first": first[:MOST_NAMED],
         "alike": [digest, lowest, other],
         "sums": list(map(operator.add, left["sums"], right["sums"])),  # those of a failed agreement do not count
     }

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from dist_ema.errors import CommunicationError
+from dist_ema.messages import first_of
 from dist_ema.ranks.store.clients import Clients
 from dist_ema.ranks.store.courier import Courier
 from dist_ema.ranks.store.generation import Generation, outlives_ranks
@@ -180,9 +181,8 @@ class World:
             return work(self.clients.store)
         self._is_lost = False
         result = _courier.fetch(partial(work, self.clients.store), partial(self._wait, patience))
-        if (
-            self._presence is not None and not self._presence.knows_all
-        ):  # who is on this machine is learnt while all are there
+        # Who is on this machine is learnt while all are there.
+        if self._presence is not None and not self._presence.knows_all:
             _courier.put(partial(End().come_of, partial(self.tend, waits=False)))
         return result
 
@@ -273,7 +273,7 @@ class World:
             return "ranks that cannot be named", "The store of the process group is gone"
         if not ranks:
             return "ranks that came and are gone", "Nothing more is known of them"
-        names = ", ".join(f"rank {rank}" for rank in ranks) + (f" and {count - len(ranks)} more" * (count > len(ranks)))
+        names = first_of([f"rank {rank}" for rank in ranks], count)
         doing = "; ".join(f"rank {rank} was {text}" for rank, text in zip(ranks, seen, strict=True))
         return names, doing[0].upper() + doing[1:]
 

@@ -93,12 +93,10 @@ class Presence:
             lines = (client().look(f"host/{self._host}") or "").splitlines()
             self._neighbours = {int(rank): Process(int(pid), int(start)) for rank, pid, start in map(str.split, lines)}
             self.knows_all = have_met
-        ranks = sorted(self._neighbours, key=lambda rank: (rank <= self._rank, rank))
-        for rank in ranks[:-1]:  # the last one is this rank
-            if not self._neighbours[rank].is_gone():
-                return None
-            return f"rank {rank} is gone: its process {self._neighbours[rank].pid} has ended"
-        return None
+        following = min(self._neighbours, key=lambda rank: (rank <= self._rank, rank), default=self._rank)
+        if following == self._rank or not self.has_ended(following):
+            return None
+        return f"rank {following} is gone: its process {self._neighbours[following].pid} has ended"
 
     def has_ended(self, rank: int) -> bool:
         """Whether a rank was a process of this machine that has ended, as far as is known. No communication."""

@@ -7,7 +7,7 @@ import os
 import socket
 from typing import NamedTuple
 
-__all__ = ["Process", "host_identity", "this_process"]
+__all__ = ["Process", "host_identity", "namespace_identity", "this_process"]
 
 
 class Process(NamedTuple):
@@ -31,12 +31,21 @@ class Process(NamedTuple):
 @functools.cache
 def host_identity() -> str:
     """A text that is the same for two processes if they see the same processes: of one machine and one container."""
+    return namespace_identity("pid") or socket.gethostname()
+
+
+def namespace_identity(kind: str) -> str | None:
+    """A text that processes of one machine have alike if they share a namespace; None where the system has none.
+
+    Args:
+        kind: the kind of namespace, as /proc names it.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             machine = file.read().strip()
-        return f"{machine}/{os.stat('/proc/self/ns/pid').st_ino}"
+        return f"{machine}/{os.stat(f'/proc/self/ns/{kind}').st_ino}"
     except OSError:
-        return socket.gethostname()
+        return None
 
 
 def this_process() -> Process:

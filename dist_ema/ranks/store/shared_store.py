@@ -24,8 +24,6 @@ _MOST_CHARACTERS = 2**20
 # A text that a key may not hold marks a look at it.
 _NO_TEXT = "\0"
 _IN_PARTS = "\1"
-
-
 # Between two looks at a file.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2e-4, 1e-2
 

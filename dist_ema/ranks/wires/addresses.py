@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_ema.ranks.store.processes import namespace_identity
+
 __all__ = ["INTERFACE_VARIABLE", "Address", "addresses_of_host", "host_identity", "open_listener"]
 
 # The variable of gloo that names the network interface to use.
@@ -66,11 +68,8 @@ def open_listener() -> socket.socket:
 @functools.cache
 def host_identity() -> str:
     """A text that processes have alike if they reach each other at the loopback address."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return f"{socket.gethostname()}/{os.getpid()}"  # nobody else has it: the loopback address is not used
+    # Where the system does not tell, nobody else has this text: the loopback address is not used.
+    return namespace_identity("net") or f"{socket.gethostname()}/{os.getpid()}"
 
 
 def addresses_of_host() -> list[str]:
