@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.layout import Named, Where
+from dist_ema.topology.parts import Parts
 
 __all__ = [
     "canonical_prefix",
@@ -94,7 +95,9 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
     owner: Any = model
     kept = []
     for part in raw_name.split(".") if raw_name else ():
-        wraps = part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, _WRAPPERS))
+        wraps = (
+            part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, _WRAPPERS)) or isinstance(owner, Parts)
+        )
         if not wraps:
             kept.append(part + ".")
         owner = owner.get_submodule(part)
@@ -146,9 +149,15 @@ def _canonical_key(model: nn.Module, key: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside the outermost wrappers. It changes nothing (accelerate's `unwrap_model` may)."""
+    """The module inside the outermost wrappers. It changes nothing (accelerate's `unwrap_model` may).
+
+    Of a model in several parts it is the first of them that has a config, else the first one.
+    """
     while True:
         children = dict(model.named_children())
+        if isinstance(model, Parts):
+            inner = [unwrapped(part) for part in children.values()]
+            return next((part for part in inner if hasattr(part, "config")), inner[0])
         name = next((name for name in children if name in _WRAPPED_CHILD), None)
         if name is None and isinstance(model, _WRAPPERS):
             name = "module"
