@@ -45,7 +45,7 @@ def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Name
     taken: dict[str, int] = {}
     for fqn, owner, attribute, source, is_buffer in (*_parameters(model, elsewhere), *_buffers(model)):
         if taken.setdefault(fqn, id(source)) != id(source):
-            raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: rename one")
+            raise UnsupportedModelError(f"two different tensors of the model are called {fqn!r}: {_way_out(model)}")
         named = by_identity.get(id(source))
         if isinstance(source, torch.Tensor) and nn.parameter.is_lazy(source):
             raise UnsupportedModelError(f"{fqn} is not initialised yet: run one forward of the lazy modules first")
@@ -55,6 +55,15 @@ def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Name
         if fqn not in named.fqns:
             named.fqns.append(fqn)
     return list(by_identity.values())
+
+
+def _way_out(model: nn.Module) -> str:
+    if not isinstance(model, Parts):
+        return "rename one"
+    return (
+        "if it is one tensor of the whole model, let these parts share it (second.name = first.name), or register a "
+        "buffer that each of them computes with persistent=False; else give it the name that it has in the whole model"
+    )
 
 
 _Met = tuple[str, nn.Module, str, Any, bool]
