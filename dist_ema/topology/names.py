@@ -28,6 +28,8 @@ __all__ = [
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # The wrappers that only the type tells: their child is called `module`, as a user's own module may be.
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
+# Those of other libraries, which are not imported: module and name of the class, which may have subclasses.
+_WRAPPERS_BY_NAME = frozenset({("deepspeed.runtime.engine", "DeepSpeedEngine")})
 
 
 def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
@@ -94,11 +96,16 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
     owner: Any = model
     kept = []
     for part in raw_name.split(".") if raw_name else ():
-        wraps = part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, _WRAPPERS))
+        wraps = part in _WRAPPED_CHILD or (part == "module" and _is_wrapper(owner))
         if not wraps:
             kept.append(part + ".")
         owner = owner.get_submodule(part)
     return "".join(kept)
+
+
+def _is_wrapper(module: object) -> bool:
+    classes = {(made_by.__module__, made_by.__name__) for made_by in type(module).__mro__}
+    return isinstance(module, _WRAPPERS) or not classes.isdisjoint(_WRAPPERS_BY_NAME)
 
 
 def check_against_state_dict(
@@ -150,7 +157,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         name = next((name for name in children if name in _WRAPPED_CHILD), None)
-        if name is None and isinstance(model, _WRAPPERS):
+        if name is None and _is_wrapper(model):
             name = "module"
         if name is None:
             return model

@@ -19,11 +19,12 @@ from dist_ema.topology.layout import Holders, Layout, Named, View, Where
 from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
 from dist_ema.topology.plain import Plain
 from dist_ema.topology.values import check_tensor, foreign_kind
+from dist_ema.topology.zero3 import ZeRO3
 
 __all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
 
 # Every layout. The first one that claims a tensor has it, so the last one gets the tensors of no special kind.
-LAYOUTS: tuple[Layout, ...] = (FSDP1(), DTensors(), ExtraStates(), Plain())
+LAYOUTS: tuple[Layout, ...] = (FSDP1(), ZeRO3(), DTensors(), ExtraStates(), Plain())
 
 
 def plan_model(
