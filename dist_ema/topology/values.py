@@ -78,8 +78,8 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
         whole = list(getattr(tensor, "ds_shape", ()))
         raise UnsupportedModelError(
             f"{fqn} is partitioned by DeepSpeed ZeRO-3: it has shape {list(tensor.shape)} here, {whole} as a whole, "
-            "but not all of the attributes by which its values are found (those of DeepSpeed 0.19). Use such a version, "
-            "shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2"
+            "but not all of the attributes by which its values are found (those of DeepSpeed 0.19). Use such a "
+            "version, shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2"
         )
     if tensor.numel() == 0:
         contradiction = _contradiction(named, tensor)

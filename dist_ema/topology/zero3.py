@@ -1,7 +1,8 @@
 """DeepSpeed's ZeRO-3: a parameter is flattened, padded, and cut in one run of equal length for each rank.
 
-The parameter itself has no elements, except while it is gathered. Its run on this rank lies in the attribute `ds_tensor`,
-which is what the optimizer writes, whatever is gathered. A run is a few boxes: a partial row, whole rows, a partial row.
+The parameter itself has no elements, except while it is gathered. Its run on this rank lies in the attribute
+`ds_tensor`, which is what the optimizer writes, whatever is gathered. A run is a few boxes: a partial row, whole rows,
+a partial row.
 
     weight, flattened   |--------------------------------------|pad|
     ds_tensor of        [     rank 0     ][     rank 1     ][     rank 2     ]
@@ -9,8 +10,8 @@ which is what the optimizer writes, whatever is gathered. A run is a few boxes: 
 Small parameters stay gathered between steps ("persistent"), and others from a forward to its backward. A gathered copy
 is stale as soon as the runs are written, so `ZeRO3.drop_gathered` frees it: the next forward gathers anew.
 
-DeepSpeed is never imported: attributes tell its parameters. `test_the_attributes_of_zero_3_are_what_a_run_takes_them_for`
-fails loudly when DeepSpeed changes them.
+DeepSpeed is never imported: attributes tell its parameters.
+`test_the_attributes_of_zero_3_are_what_a_run_takes_them_for` fails loudly when DeepSpeed changes them.
 """
 
 from __future__ import annotations
@@ -163,13 +164,13 @@ def _check_run(fqn: str, parameter: Any) -> None:
         )
     if getattr(_optimizer(parameter), "zenflow", False):
         raise UnsupportedModelError(
-            f"{fqn} is trained by ZenFlow, which keeps it transposed: leave \"zenflow\" out of DeepSpeed's configuration"
+            f'{fqn} is trained by ZenFlow, which keeps it transposed: leave "zenflow" out of the configuration'
         )
     if run.numel() != -(-parameter.ds_numel // num_runs):
         raise UnsupportedModelError(
             f"{fqn} is cut by DeepSpeed ZeRO-3 in runs of {run.numel()} of {parameter.ds_numel} elements over "
-            f"{num_runs} ranks, expected equal ones: this kind of partitioning (MiCS) is not served; use the plain one, or "
-            'hierarchical partitioning ("zero_hpz_partition_size")'
+            f"{num_runs} ranks, expected equal ones: this kind of partitioning (MiCS) is not served; use the plain "
+            'one, or the hierarchical one ("zero_hpz_partition_size")'
         )
 
 
