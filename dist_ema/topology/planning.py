@@ -50,9 +50,6 @@ def plan_model(
     Raises:
         UnsupportedModelError: a tensor or a layout cannot be served exactly.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
-
     _drop_gathered(model)
     elsewhere = _elsewhere(model)
     tensors = named_tensors(model, elsewhere)
@@ -113,6 +110,7 @@ def plan_model(
         aliases=aliases,
         left_out=tuple(left_out),
         divisions=divisions,
+        has_replicas=any(division.averaged and len(division.ranks) > 1 for division in divisions),
         drop_gathered=drop_gathered,
         check_model=check_model,
         remains=remains,
