@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from oracle import NaiveAverage
 from ranks import World
 from safetensors.torch import load_file
@@ -20,7 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from twins import assert_same_bits
 from zoo import Nasty
 
-from dist_ema import CosineSchedule, ShardedEMA
+from dist_ema import AttachError, CosineSchedule, ShardedEMA, attach
 
 pytestmark = [
     pytest.mark.ranks,
@@ -106,3 +109,149 @@ def test_averages_swaps_and_files_of_a_partitioned_model_are_those_of_whole_tens
 ) -> None:
     """ZeRO-3 averaged nothing, in silence; what a forward gathers is stale after a swap."""
     own_world(size).run(whole_life, kind, str(tmp_path / "ema"), size == 2)
+
+
+# Through accelerate
+
+
+@contextmanager
+def accelerated(kind: str, *, accumulate: int = 1) -> Iterator[tuple[Any, Any, Any]]:
+    """A fresh accelerator, engine and optimizer; what accelerate keeps per process is dropped before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+    from cpu_deepspeed import deepspeed_on_cpu
+    from deepspeeded import configuration, imported
+
+    imported()
+    torch.manual_seed(0)
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        accelerator = deepspeed_on_cpu(
+            configuration(kind, accumulate=accumulate), gradient_accumulation_steps=accumulate
+        )
+        model = Nasty(scalar=False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield accelerator, *accelerator.prepare(model, torch.optim.AdamW(trained, lr=0.01))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def micro_batch(accelerator: Any, engine: Any, optimizer: Any, step: int, factor: float = 1.0) -> None:
+    from deepspeeded import batch
+
+    with accelerator.accumulate(engine):
+        accelerator.backward(engine(batch(step)).float().square().mean() * factor)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def attached_run(kind: str, whole_engine: bool) -> None:
+    from deepspeeded import read_whole
+
+    with accelerated(kind, accumulate=2) as (accelerator, engine, optimizer):
+        ema = attach(accelerator, engine if whole_engine else engine.module, optimizer, SCHEDULE)
+        naive = NaiveAverage(SCHEDULE.momentum)
+        poisoned = 5 if kind.endswith("fp16") else None
+        before = read_whole(engine.module)
+        for step in range(10):
+            micro_batch(accelerator, engine, optimizer, step, float("inf") if step == poisoned else 1.0)
+            after = read_whole(engine.module)
+            is_real = step % 2 == 1 and step != poisoned
+            assert is_real == any(not torch.equal(after[name], before[name]) for name in after), "of the harness"
+            if is_real:
+                naive.update(after)
+            before = after
+            assert ema.num_updates == naive.num_updates
+        on_rank_0(ema.full_state_dict(), naive.values)
+        ema.detach()
+        assert "step" not in vars(engine)
+        for step in range(10, 12):
+            micro_batch(accelerator, engine, optimizer, step)
+        assert ema.num_updates == naive.num_updates
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2_fp16", "zero3", "zero3_persistent", "zero3_fp16", "none_bf16"])
+def test_an_update_follows_each_step_of_the_engine_and_no_micro_batch_or_overflow(own_world, kind) -> None:
+    """The hook of the inner optimizer fires before the live weights are written, and per sub-group under ZeRO-3."""
+    own_world(2).run(attached_run, kind, kind != "zero3")
+
+
+def interrupted_run(kind: str, folder: str) -> None:
+    with accelerated(kind) as (accelerator, engine, optimizer):
+        ema = attach(accelerator, engine, optimizer, SCHEDULE)
+        for step in range(3):
+            micro_batch(accelerator, engine, optimizer, step)
+        accelerator.save_state(folder)
+        for step in range(3, 6):
+            micro_batch(accelerator, engine, optimizer, step)
+        expected = ema.full_state_dict()
+    with accelerated(kind) as (accelerator, engine, optimizer):
+        ema = attach(accelerator, engine, optimizer, SCHEDULE)
+        accelerator.load_state(folder)
+        assert ema.num_updates == 3
+        for step in range(3, 6):
+            micro_batch(accelerator, engine, optimizer, step)
+        assert ema.num_updates == 6
+        assert_same_bits(ema.full_state_dict(), expected)
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3_persistent", "zero3_bf16"])
+def test_save_state_of_deepspeed_has_the_average_and_a_resume_goes_on_bit_for_bit(own_world, tmp_path, kind) -> None:
+    own_world(2).run(interrupted_run, kind, str(tmp_path / "checkpoint"))
+    assert (tmp_path / "checkpoint" / "ema" / "manifest.json").exists()
+
+
+def engines_refused() -> None:
+    with accelerated("zero2") as (accelerator, engine, optimizer):
+        other = AcceleratedOptimizer(torch.optim.SGD(engine.module.parameters(), lr=0.1))
+        with pytest.raises(AttachError, match="not that of the model's DeepSpeed engine"):
+            attach(accelerator, engine, other, SCHEDULE)
+        with pytest.raises(AttachError, match="has not prepared"):
+            attach(accelerator, Nasty(scalar=False), optimizer, SCHEDULE)
+
+
+def test_an_optimizer_that_is_not_the_engines_is_refused(own_world) -> None:
+    own_world(2).run(engines_refused)
+
+
+# Across layouts
+
+
+def saved_under(kind: str, folder: str) -> None:
+    from deepspeeded import engine_of, train
+
+    engine = engine_of(kind)
+    ema = ShardedEMA(engine, SCHEDULE)
+    for step in range(3):
+        train(engine, step)
+        ema.update()
+    ema.save(folder)
+
+
+def loaded_under(kind: str, folder: str, again: str) -> None:
+    """Load, compare with the files, and save again: both folders have the same values."""
+    from deepspeeded import engine_of
+    from layouts_zoo import fsdp2
+
+    torch.manual_seed(3)
+    ema = ShardedEMA(fsdp2(Nasty(scalar=False)) if kind == "fsdp2" else engine_of(kind), SCHEDULE)
+    ema.load(folder)
+    assert ema.num_updates == 3
+    ema.save(again)
+    if dist.get_rank() == 0:
+        former, latter = (load_file(os.path.join(path, "model.safetensors")) for path in (folder, again))
+        parameters = {name: value for name, value in former.items() if name not in ("running", "count")}
+        assert_same_bits(latter, parameters)
+
+
+def test_what_zero_3_saved_fsdp2_loads_and_back_and_so_do_other_numbers_of_ranks(own_world, tmp_path) -> None:
+    paths = [str(tmp_path / name) for name in ("saved", "fsdp2", "back", "whole", "three")]
+    own_world(2).run(saved_under, "zero3", paths[0])
+    own_world(2).run(loaded_under, "fsdp2", paths[0], paths[1])
+    own_world(3).run(loaded_under, "zero3", paths[1], paths[2])
+    own_world(2).run(loaded_under, "zero2", paths[2], paths[3])
+    own_world(3).run(loaded_under, "zero3_persistent", paths[3], paths[4])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import tempfile
 import warnings
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cpu_deepspeed import deepspeed_for_cpu
 from torch import nn
 from zoo import Nasty
 
@@ -40,17 +40,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def imported() -> ModuleType:
-    """DeepSpeed, on the process group of this world. It compiles nothing: an extension of its own is not needed."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    """DeepSpeed, on the process group of this world."""
     os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-        import deepspeed.comm.torch
-
-        deepspeed.utils.set_log_level_from_string("error")
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed: ModuleType = deepspeed_for_cpu()
+    deepspeed.utils.set_log_level_from_string("error")
+    # DeepSpeed will not run fp16 on a CPU. Torch computes it all the same.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
