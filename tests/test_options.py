@@ -38,6 +38,7 @@ OTHERS = {
     "skip_nonfinite": (True, True),
     "compensated": (True, True),
     "overlap": (True, True),
+    "masters": (True, True),
 }
 
 

@@ -31,7 +31,7 @@ from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
 
-__all__ = ["ZeRO3", "is_partitioned"]
+__all__ = ["ZeRO3", "optimizer_of_zero3", "run_of"]
 
 _NO_FORM = NoForm(
     "is partitioned by DeepSpeed ZeRO-3, whose runs have no form in a state dict: use save, or shard the model with "
@@ -45,7 +45,7 @@ _SECOND_COPY = "ds_secondary_tensor"
 _OPTIMIZER = "_z3_optimizer"
 
 
-def is_partitioned(tensor: object) -> bool:
+def _is_partitioned(tensor: object) -> bool:
     """Whether a parameter lies as DeepSpeed's ZeRO-3 leaves it, gathered at the moment or not."""
     whole = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_process_group")
     return isinstance(getattr(tensor, "ds_tensor", None), torch.Tensor) and all(hasattr(tensor, at) for at in whole)
@@ -108,7 +108,7 @@ class ZeRO3(Layout):
                 "written back: leave that block first"
             )
         gathered = [parameter for parameter in parameters if parameter.ds_status.name != "NOT_AVAILABLE"]
-        for optimizer in {id(made): made for made in map(_optimizer, gathered) if made is not None}.values():
+        for optimizer in {id(made): made for made in map(optimizer_of_zero3, gathered) if made is not None}.values():
             optimizer.empty_partition_cache()
         for parameter in gathered:
             if parameter.ds_status.name == "AVAILABLE":  # no optimizer knows it yet
@@ -120,7 +120,7 @@ class ZeRO3(Layout):
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if is_partitioned(parameter):
+        if _is_partitioned(parameter):
             yield attribute, parameter
 
 
@@ -128,19 +128,26 @@ def _partitioned(model: nn.Module) -> Iterator[Any]:
     return (parameter for module in model.modules() for _, parameter in _own(module))
 
 
-def _optimizer(parameter: Any) -> Any:
+def optimizer_of_zero3(parameter: Any) -> Any:
+    """The optimizer of ZeRO-3 that steps a parameter; None for any other parameter."""
     return getattr(parameter, _OPTIMIZER, None)
+
+
+def run_of(parameter: Any) -> tuple[int, int]:
+    """The first element and the number of elements that this rank holds of a flattened parameter, without padding."""
+    run_numel = parameter.ds_tensor.numel()
+    start = min(dist.get_rank(parameter.ds_process_group) * run_numel, parameter.ds_numel)
+    return start, min(run_numel, parameter.ds_numel - start)
 
 
 def _locate(named: Named, rank: int) -> tuple[list[HeldBox], Holders]:
     parameter = named.source.parameter
-    fqn, group, run = named.fqns[0], parameter.ds_process_group, parameter.ds_tensor
+    fqn = named.fqns[0]
     _check_run(fqn, parameter)
-    start = min(dist.get_rank(group) * run.numel(), parameter.ds_numel)
     whole = Box(fqn, (0,) * len(named.shape), named.shape)
     boxes = [
         HeldBox(box, _LocalRun(named, skipped, box.sizes), _NO_FORM)
-        for skipped, box in boxes_of_run(whole, start, min(run.numel(), parameter.ds_numel - start))
+        for skipped, box in boxes_of_run(whole, *run_of(parameter))
     ]
     return boxes, Holders((rank,), 0)
 
@@ -162,7 +169,7 @@ def _check_run(fqn: str, parameter: Any) -> None:
             f"{fqn} is quantised by DeepSpeed ZeRO-3, and its bytes alone are not its values: leave "
             '"zero_quantized_nontrainable_weights" out of the configuration'
         )
-    if getattr(_optimizer(parameter), "zenflow", False):
+    if getattr(optimizer_of_zero3(parameter), "zenflow", False):
         raise UnsupportedModelError(
             f'{fqn} is trained by ZenFlow, which keeps it transposed: leave "zenflow" out of the configuration'
         )

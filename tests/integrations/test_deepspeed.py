@@ -23,7 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from twins import assert_same_bits
 from zoo import Nasty
 
-from dist_ema import AttachError, CosineSchedule, ShardedEMA, attach
+from dist_ema import AttachError, ConfigError, CosineSchedule, ShardedEMA, UnsupportedModelError, attach
 
 pytestmark = [
     pytest.mark.ranks,
@@ -109,6 +109,93 @@ def test_averages_swaps_and_files_of_a_partitioned_model_are_those_of_whole_tens
 ) -> None:
     """ZeRO-3 averaged nothing, in silence; what a forward gathers is stale after a swap."""
     own_world(size).run(whole_life, kind, str(tmp_path / "ema"), size == 2)
+
+
+# Masters
+
+
+def masters_life(kind: str, folder: str, whole_engine: bool) -> None:
+    from deepspeeded import engine_of, masters, read_whole, train
+
+    engine = engine_of(kind)
+    model = engine if whole_engine else engine.module
+    ema, naive = ShardedEMA(model, SCHEDULE, masters=True, exclude="narrow.bias"), NaiveAverage(SCHEDULE.momentum)
+    averaged_live = ShardedEMA(model, SCHEDULE)
+    differs = False
+    for step in range(4):
+        train(engine, step)
+        with CommDebugMode() as traffic:
+            ema.update()
+        assert traffic.get_total_counts() == 0
+        whole = masters(engine)
+        naive.update(whole)
+        averaged_live.update()
+        differs |= any(not torch.equal(whole[name], value.float()) for name, value in read_whole(model).items())
+    live = read_whole(model)
+    assert differs == (live["hidden.weight"].dtype != torch.float32), "of the harness"
+    not_averaged = naive.values.pop("narrow.bias")
+    on_rank_0(ema.full_state_dict(), naive.values)
+    dtype = live["hidden.weight"].dtype
+    with ema.average_parameters():
+        inside = read_whole(model)
+        assert_same_bits(inside, {name: value.to(dtype) for name, value in naive.values.items()})
+        assert torch.equal(inside["narrow.bias"], live["narrow.bias"]) and not_averaged.numel() == 1
+    assert_same_bits(read_whole(model), live)
+    ema.save(folder)
+    if dist.get_rank() == 0:
+        assert_same_bits(load_file(os.path.join(folder, "model.safetensors")), naive.values)
+    resumed = ShardedEMA(model, SCHEDULE, masters=True, exclude="narrow.bias")
+    resumed.load(folder)
+    train(engine, 4)
+    whole = masters(engine)
+    naive.update({name: whole[name] for name in naive.values})
+    for each in (ema, resumed):
+        each.update()
+        on_rank_0(each.full_state_dict(), naive.values)
+    # For good: without it the next step would write the masters of before over the average.
+    ema.copy_to_model()
+    engine.optimizer.refresh_fp32_params()
+    whole = masters(engine)
+    assert_same_bits(
+        {name: whole[name].float() for name in naive.values},
+        {name: value.to(dtype).float() for name, value in naive.values.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        *(("zero1_bf16", size) for size in (2, 3)),
+        *(("zero2_bf16", size) for size in (2, 3)),
+        *(("zero3_bf16", size) for size in (2, 3)),
+        *(
+            (kind, 2)
+            for kind in ("zero2", "zero2_fp16", "zero3_fp16", "zero3_offload", "bf16", "none_bf16", "none_fp16")
+        ),
+    ],
+)
+def test_masters_are_averaged_where_the_optimizer_has_them_and_shown_in_the_live_weights(
+    own_world, tmp_path, kind, size
+) -> None:
+    own_world(size).run(masters_life, kind, str(tmp_path / "ema"), size == 2)
+
+
+def without_masters() -> None:
+    from deepspeeded import engine_of
+
+    for model in (Nasty(scalar=False), engine_of("none")):
+        with pytest.raises(ConfigError, match="no fp32 masters of DeepSpeed: give the engine"):
+            ShardedEMA(model, SCHEDULE, masters=True)
+    # There DeepSpeed's own record of the masters is that of another order than that of the live weights.
+    with pytest.raises(UnsupportedModelError, match=r'where its masters lie is not .* without "round_robin_gradients"'):
+        ShardedEMA(engine_of("zero2_round_robin"), SCHEDULE, masters=True)
+    engine = engine_of("zero2")
+    with pytest.raises(ConfigError, match="masters=True with into"):
+        ShardedEMA(engine, SCHEDULE, masters=True, into=Nasty(scalar=False).requires_grad_(False))
+
+
+def test_masters_that_are_not_there_are_refused_at_construction(own_world) -> None:
+    own_world(2).run(without_masters)
 
 
 # Through accelerate

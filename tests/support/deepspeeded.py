@@ -29,10 +29,21 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero_force_ds_cpu_optimizer": False,
     },
     "zero3_nodes": {"zero_optimization": {**_PLAIN_3, "zero_hpz_partition_size": 2}},
+    "none": {"zero_optimization": {"stage": 0}},
     "none_bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
     "zero1_bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
     "zero2_bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
     "zero3_bf16": {"zero_optimization": _PLAIN_3, "bf16": {"enabled": True}},
+    "zero2_round_robin": {
+        "zero_optimization": {"stage": 2, "round_robin_gradients": True},
+        "bf16": {"enabled": True},
+    },
+    "bf16": {  # its optimizer of its own for bf16
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+    "none_fp16": {"zero_optimization": {"stage": 0}, "fp16": {"enabled": True, "initial_scale_power": 4}},
     "zero2_fp16": {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 4}},
     "zero3_fp16": {"zero_optimization": _PLAIN_3, "fp16": {"enabled": True, "initial_scale_power": 4}},
 }
@@ -97,10 +108,12 @@ def read_whole(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name.removeprefix("module."): value.detach().clone() for name, value in parameters.items()}
 
 
-def masters(model: nn.Module) -> dict[str, torch.Tensor]:
+def masters(engine: Any) -> dict[str, torch.Tensor]:
     """The fp32 masters of the trained parameters, whole, on every rank; of the frozen ones the live values."""
-    whole = read_whole(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            whole[name.removeprefix("module.")] = imported().utils.safe_get_full_fp32_param(parameter).clone()
+    whole = {name: value.float() for name, value in read_whole(engine.module).items()}
+    trained = {name: each for name, each in engine.module.named_parameters() if each.requires_grad}
+    of_fp16 = dict(zip(trained, *getattr(engine.optimizer, "fp32_groups", [trained]), strict=True))
+    for name, parameter in trained.items():
+        master = imported().utils.safe_get_full_fp32_param(parameter)
+        whole[name] = (of_fp16[name] if master is None else master).detach().clone()
     return whole
