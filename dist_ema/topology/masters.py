@@ -58,7 +58,7 @@ class Masters:
     def __init__(self, model: nn.Module) -> None:
         self._of_engine = _of_engine(model)
         self._without: list[str] = []
-        self._num_found = 0
+        self._num_with = 0
 
     def averaged(self, named: Named, boxes: Sequence[HeldBox], holders: Holders) -> tuple[Sequence[HeldBox], Holders]:
         """What a layout says of a parameter that is averaged, with the masters as the source.
@@ -73,7 +73,7 @@ class Masters:
         if master is None:
             self._without.append(named.fqns[0])
             return boxes, holders
-        self._num_found += 1
+        self._num_with += 1
         source = _Source(named, master)
         return [dataclasses.replace(box, source=source) for box in boxes], master.holders or holders
 
@@ -83,12 +83,12 @@ class Masters:
         Raises:
             ConfigError: an averaged parameter that requires a gradient has none.
         """
-        if self._without and self._num_found:
+        if self._without and self._num_with:
             raise ConfigError(
                 f"masters=True, but DeepSpeed's optimizer has no master of {len(self._without)} averaged parameters "
                 f"that require a gradient ({self._without[0]}, ...): exclude them, or give the optimizer all of them"
             )
-        if not self._num_found:
+        if not self._num_with:
             raise ConfigError(
                 "masters=True, but the model has no fp32 masters of DeepSpeed: give the engine that "
                 "deepspeed.initialize returned, with ZeRO or its bf16 or fp16 optimizer. Otherwise leave masters out: "
@@ -137,9 +137,9 @@ def _of_flat_buffer(named: Named, parameter: Any) -> _Master:
     numel = max(min((rank + 1) * run_numel - start, parameter.numel()) - first, 0)
     mapping = getattr(parameter, _MAPPING)
     address = None if mapping is None else mapping.lp_fragment_address
-    told = (0, 0) if address is None else (address.start, address.numel)
-    if rest or not parameter.is_contiguous() or told[1] != numel or (numel and told[0] != first):
-        raise _misunderstood(named, f"{told[1]} masters from element {told[0]} on, not {numel} from {first} on")
+    recorded = (0, 0) if address is None else (address.start, address.numel)
+    if rest or not parameter.is_contiguous() or recorded[1] != numel or (numel and recorded[0] != first):
+        raise _misunderstood(named, f"{recorded[1]} masters from element {recorded[0]} on, not {numel} from {first} on")
     ranks = tuple(dist.get_process_group_ranks(group))
     place = FlatPlace(buffer.data_ptr(), start, run_numel)
 
@@ -169,9 +169,9 @@ def _part(tensors: Sequence[torch.Tensor], index: int, start: int, end: int) -> 
     return lambda: tensors[index].detach().view(-1)[start:end]
 
 
-def _misunderstood(named: Named, found: str) -> UnsupportedModelError:
+def _misunderstood(named: Named, present: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"DeepSpeed has on this rank, of {named.fqns[0]}, {found}: where its masters lie is not understood (in "
+        f"DeepSpeed has on this rank, of {named.fqns[0]}, {present}: where its masters lie is not understood (in "
         'DeepSpeed 0.19 it is, without "round_robin_gradients"). Leave masters out to average the live weights'
     )
 

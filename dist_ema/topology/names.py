@@ -31,11 +31,7 @@ _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wr
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 # Wrappers of other libraries, which are not imported: the module of the class, its name, and a child that it wraps; of
 # several such children the outermost comes first.
-_FOREIGN_WRAPPERS = (
-    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
-    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
-    ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
-)
+_FOREIGN_WRAPPERS = (("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),)
 
 
 def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
@@ -141,7 +137,7 @@ def check_against_state_dict(
     Raises:
         UnsupportedModelError: the error gives the first name that is not explained.
     """
-    while wrapped := _children_of(type(model)):  # Fabric's wrapper gives the keys of the module in it
+    while wrapped := _children_of(type(model)):  # a wrapper may give the keys of the module in it
         model = model.get_submodule(wrapped[0])
     entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})

@@ -23,7 +23,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from twins import assert_same_bits
 from zoo import Nasty
 
-from dist_ema import AttachError, ConfigError, CosineSchedule, ShardedEMA, UnsupportedModelError, attach
+from dist_ema import (
+    AttachError,
+    ConfigError,
+    CosineSchedule,
+    ModelChangedError,
+    ShardedEMA,
+    UnsupportedModelError,
+    attach,
+)
 
 pytestmark = [
     pytest.mark.ranks,
@@ -111,7 +119,164 @@ def test_averages_swaps_and_files_of_a_partitioned_model_are_those_of_whole_tens
     own_world(size).run(whole_life, kind, str(tmp_path / "ema"), size == 2)
 
 
+def attributes_of_zero3() -> None:
+    from deepspeeded import batch, configuration, engine_of, imported, read_whole, train
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    engine = engine_of("zero3_persistent")
+    whole = read_whole(engine.module)
+    engine.optimizer.empty_partition_cache()
+    parameters = dict(engine.module.named_parameters())
+    for name, parameter in parameters.items():
+        assert parameter.shape == (0,) and parameter.ds_status.name == "NOT_AVAILABLE"
+        assert parameter.ds_shape == whole[name].shape and parameter.ds_numel == whole[name].numel()
+        run = parameter.ds_tensor
+        assert dist.get_world_size(parameter.ds_process_group) == size
+        assert run.numel() == -(-parameter.ds_numel // size) and run.final_location is None
+        values = whole[name].flatten()[rank * run.numel() :][: run.numel()]
+        assert torch.equal(run[: len(values)], values)
+        assert parameter._z3_optimizer is engine.optimizer and not engine.optimizer.zenflow
+        assert not engine.optimizer.swap_optimizer
+    with imported().zero.GatheredParameters([parameters["hidden.weight"]]):
+        assert parameters["hidden.weight"]._ds_z3_gathered_param_context_depth == 1
+        assert parameters["hidden.weight"].ds_status.name == "AVAILABLE"
+        assert not getattr(parameters["norm.weight"], "_ds_z3_gathered_param_context_depth", 0)
+    assert not getattr(parameters["hidden.weight"], "_ds_z3_gathered_param_context_depth", 0)
+
+    # A small one stays gathered, and stale, until it is freed.
+    train(engine, 0)
+    small = parameters["norm.weight"]
+    assert small.ds_persist and small.ds_status.name == "AVAILABLE"
+    former = small.detach().clone()
+    small.ds_tensor.mul_(2.0)
+    assert torch.equal(small, former)
+    engine.optimizer.empty_partition_cache()
+    assert torch.equal(read_whole(engine.module)["norm.weight"], 2.0 * former)
+
+    # Before there is an optimizer a parameter frees itself.
+    with imported().zero.Init(config_dict_or_path=configuration("zero3")):
+        early = torch.nn.Linear(3, 2)
+    early.weight.all_gather()
+    assert early.weight.ds_status.name == "AVAILABLE" and not hasattr(early.weight, "_z3_optimizer")
+    early.weight.partition()
+    assert early.weight.ds_status.name == "NOT_AVAILABLE"
+
+    # The second copy within a node outlives a write.
+    second = engine_of("zero3_nodes")
+    with torch.no_grad():
+        former = second(batch(0))
+        assert second.module.norm.weight.ds_secondary_tensor is not None
+        second.module.norm.weight.ds_tensor.mul_(2.0)
+        assert torch.equal(second(batch(0)), former)
+
+
+def test_the_attributes_of_zero_3_are_what_a_run_takes_them_for(own_world) -> None:
+    own_world(2).run(attributes_of_zero3)
+
+
+class Cut(Exception):
+    """Cuts a forward off."""
+
+
+def cut_off(*_: object) -> None:
+    raise Cut
+
+
+def awkward_moments() -> None:
+    from deepspeeded import batch, engine_of, imported, read_whole, train
+
+    engine = engine_of("zero3_persistent")
+    ema, naive = ShardedEMA(engine, SCHEDULE), NaiveAverage(SCHEDULE.momentum)
+    followed(engine, [ema], naive, range(3))
+    parameters = list(engine.module.parameters())
+    with imported().zero.GatheredParameters(parameters[:1]):
+        for call in (lambda: ShardedEMA(engine, SCHEDULE), ema.copy_to_model, lambda: ema.save("/nowhere")):
+            with pytest.raises(ModelChangedError, match=r"within deepspeed\.zero\.GatheredParameters"):
+                call()
+        with pytest.raises(ModelChangedError, match="within deepspeed"), ema.average_parameters():
+            pass
+    live = read_whole(engine.module)
+    with torch.no_grad():
+        handle = engine.module.narrow.register_forward_pre_hook(cut_off)
+        with pytest.raises(Cut):
+            engine(batch(0))
+        handle.remove()
+        with ema.average_parameters():
+            reference = Nasty(scalar=False)
+            reference.load_state_dict(naive.values, strict=False)
+            assert torch.equal(engine(batch(7)), reference(batch(7)))
+    assert_same_bits(read_whole(engine.module), live)
+    train(engine, 3)
+
+    run, kind = engine.module.hidden.weight.ds_tensor, imported().runtime.zero.offload_config.OffloadDeviceEnum
+    for attribute, value, told in (
+        ("final_location", kind.nvme, "hidden.weight is offloaded to NVMe"),
+        ("ds_quant_scale", torch.ones(1), "hidden.weight is quantised"),
+    ):
+        former = getattr(run, attribute, None)
+        setattr(run, attribute, value)
+        with pytest.raises(UnsupportedModelError, match=told):
+            ShardedEMA(engine, SCHEDULE)
+        setattr(run, attribute, former) if attribute == "final_location" else delattr(run, attribute)
+    engine.module.hidden.weight.ds_tensor = run[:-1]
+    with pytest.raises(UnsupportedModelError, match=r"hidden.weight is cut .* in runs of \d+ of 35 elements over 2"):
+        ShardedEMA(engine, SCHEDULE)
+    engine.module.hidden.weight.ds_tensor = run
+    with pytest.raises(UnsupportedModelError, match="is partitioned by DeepSpeed ZeRO-3, whose runs have no form"):
+        ema.sharded_state_dict()
+
+
+def test_gathered_blocks_and_forwards_cut_off_do_not_mix_live_weights_and_averages(own_world) -> None:
+    own_world(2).run(awkward_moments)
+
+
 # Masters
+
+
+def where_masters_lie() -> None:
+    from deepspeeded import engine_of, read_whole, train
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for kind in ("zero1_bf16", "zero2_bf16", "bf16"):
+        engine = engine_of(kind)
+        train(engine, 0)
+        held = 0
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                assert not hasattr(parameter, "_hp_mapping"), name
+                continue
+            assert dist.get_process_group_ranks(parameter._dp_group) == list(range(size))
+            run_numel = parameter.untyped_storage().nbytes() // parameter.element_size() // size
+            if (mapping := parameter._hp_mapping) is not None:
+                address = mapping.lp_fragment_address
+                live = parameter.detach().flatten()[address.start : address.start + address.numel]
+                assert torch.equal(mapping.hp_fragment.bfloat16(), live)
+                assert rank * run_numel <= parameter.storage_offset() + address.start < (rank + 1) * run_numel
+                held += address.numel
+        total = torch.tensor(held)
+        dist.all_reduce(total)
+        assert total == sum(each.numel() for each in engine.module.parameters() if each.requires_grad)
+    engine = engine_of("zero3_bf16")
+    train(engine, 0)
+    optimizer = engine.optimizer
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            masters = optimizer.fp32_partitioned_groups_flat[group][start : start + numel]
+            held = min(numel, max(parameter.ds_numel - rank * numel, 0))  # without padding
+            assert torch.equal(masters[:held].bfloat16(), parameter.ds_tensor[:held])
+    for kind in ("none_fp16", "none_bf16"):
+        engine = engine_of(kind)
+        train(engine, 0)
+        live = read_whole(engine.module)
+        trained = [name for name, each in engine.module.named_parameters() if each.requires_grad]
+        (group,), (of_group,) = engine.optimizer.fp16_groups, engine.optimizer.fp32_groups
+        assert [id(each) for each in group] == [id(engine.module.get_parameter(name)) for name in trained]
+        assert_same_bits(live, {name: one.to(live[name].dtype) for name, one in zip(trained, of_group, strict=True)})
+
+
+def test_the_masters_lie_where_these_attributes_say(own_world) -> None:
+    own_world(2).run(where_masters_lie)
 
 
 def masters_life(kind: str, folder: str, whole_engine: bool) -> None:
