@@ -85,6 +85,8 @@ class ShardedEMA:
         overlap: on a GPU, run updates beside the next forward and backward, on a stream of their own, or on a host
             thread for device="cpu". Code that writes to the weights must call `wait` first; the next step of every
             torch optimizer, and every call here that uses the averages, wait anyway. On a CPU it changes nothing.
+        masters: under DeepSpeed average the fp32 masters of its optimizer in place of the live bfloat16 or float16
+            weights; of frozen parameters the live values. A swap puts the average into the live weights all the same.
         into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
             the model's names (excluded ones it may lack), shapes and layout, and the averaged dtype, and must take no
             gradient. It begins as a copy of the model; every rank averages all that it holds of the teacher.
@@ -118,6 +120,7 @@ class ShardedEMA:
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
+        masters: bool = False,
         into: nn.Module | None = None,
     ) -> None:
         self._exchange = exchange = Exchange()
@@ -136,6 +139,7 @@ class ShardedEMA:
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
+            masters=masters,
         )
         self._state, self._replicas = built.state, built.replicas
         self._saves = SaveCalls(built.state, built.replicas, built.small_files)

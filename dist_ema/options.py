@@ -44,6 +44,7 @@ class OptionArguments(TypedDict, total=False):
     skip_nonfinite: bool
     compensated: bool
     overlap: bool
+    masters: bool
     into: nn.Module | None
 
 
@@ -71,6 +72,7 @@ class Options:
         skip_nonfinite: leave out live values that are infinite or not a number.
         compensated: keep what rounding takes from an update, and add it to the next.
         overlap: run updates beside training.
+        masters: average the fp32 masters of DeepSpeed's optimizer, not the live weights.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -86,6 +88,7 @@ class Options:
     skip_nonfinite: bool = dataclasses.field(default=False, metadata=_RECORDED)
     compensated: bool = dataclasses.field(default=False, metadata=_RECORDED)
     overlap: bool = dataclasses.field(default=False, metadata=_NOT_RECORDED)
+    masters: bool = dataclasses.field(default=False, metadata=_RECORDED)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
