@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.topology.names import unwrapped
+from dist_ema.topology.parts import module_of, parts_of, whole_model
 from dist_ema.topology.planning import trained_parameters
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ _attached_names: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.Weak
 
 def attach(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: AcceleratedOptimizer,
     schedule: Schedule | Mapping[str, Schedule],
     *,
@@ -85,7 +86,9 @@ def attach(
 
     Args:
         accelerator: the accelerator that prepared model and optimizer.
-        model: the model as `prepare` returned it (its unwrapped module is accepted too).
+        model: the model as `prepare` returned it (its unwrapped module is accepted too). The parts of a pipeline that
+            this rank has are a list: prepare each by `accelerator.prepare_model(part, evaluation_mode=True)`, which
+            does not take it for a replica, or shard it first.
         optimizer: the optimizer as `prepare` returned it.
         schedule: a schedule, or `{track_name: schedule}`.
         name: the folder of this average within a checkpoint.
@@ -139,7 +142,7 @@ def attach(
             watch.after_update()
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        if not _is_prepared(accelerator, model):  # accelerator.free_memory() was called
+        if _not_prepared(accelerator, model):  # accelerator.free_memory() was called
             # A detach would change the hooks through which accelerate is iterating.
             _log.warning("the average %r is not saved, its model was released: call ema.detach()", name)
             return
@@ -184,7 +187,7 @@ def attach(
     around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
     untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        follow_steps(_prepared(accelerator, model), ema, untraced)
+        follow_steps(_prepared(accelerator, *parts_of(model)), ema, untraced)
     else:
         ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
@@ -231,18 +234,20 @@ def _check(
             "ranks train apart, and an average would mix different models. On CPU give Accelerator(cpu=True), before "
             "anything else starts accelerate's state (a tracker made earlier does)"
         )
-    if not isinstance(model, nn.Module) or not _is_prepared(accelerator, model):
+    for part in _not_prepared(accelerator, model):
         raise AttachError(
-            f"model is a {type(model).__name__} that this accelerator has not prepared, expected the one that "
+            f"model is a {type(part).__name__} that this accelerator has not prepared, expected the one that "
             "accelerator.prepare returned: call model, optimizer = accelerator.prepare(model, optimizer) first"
         )
     if name in _attached_names.get(accelerator, ()):
         raise AttachError(f"an average named {name!r} is attached already: give another name=, or detach() the first")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        check_engine(_prepared(accelerator, model), optimizer.optimizer)
+        if len(parts_of(model)) != 1:
+            raise AttachError("model is a list of several parts, expected one: DeepSpeed's engine steps one model")
+        check_engine(_prepared(accelerator, *parts_of(model)), optimizer.optimizer)
         return  # it steps flat masters
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = trained_parameters(model)
+    trained = trained_parameters(whole_model(model))
     if not stepped.intersection(trained):
         raise AttachError(
             f"the optimizer steps none of the model's {len(trained)} trained parameters: give the optimizer that was "
@@ -250,14 +255,17 @@ def _check(
         )
 
 
-def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
-    return _prepared(accelerator, model) is not None
+def _not_prepared(accelerator: Accelerator, model: object) -> list[object]:
+    """The model, or those of its parts, that accelerate has not prepared."""
+    return [part for part in parts_of(model) if _prepared(accelerator, part) is None]
 
 
-def _prepared(accelerator: Accelerator, model: nn.Module) -> Any:
-    """What accelerate remembers for a model; None for one that it has not prepared."""
+def _prepared(accelerator: Accelerator, part: object) -> Any:
+    """What accelerate remembers for a model or a part; None for one that it has not prepared."""
+    module = module_of(part)
     # Under DDP accelerate remembers the inner module and returns the wrapped one: the inner modules are compared.
-    return next((made for made in accelerator._models if unwrapped(made) is unwrapped(model)), None)
+    same = (made for made in accelerator._models if module is not None and unwrapped(made) is unwrapped(module))
+    return next(same, None)
 
 
 def _is_state_initialisation() -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_ema.errors import UnsupportedModelError
 
-__all__ = ["Parts", "whole_model"]
+__all__ = ["Parts", "module_of", "parts_of", "whole_model"]
 
 # A stage of torch.distributed.pipelining is no module, and has its module under this name.
 _OF_A_STAGE = "submod"
@@ -33,17 +33,25 @@ def whole_model(model: object) -> nn.Module:
     Raises:
         UnsupportedModelError: it is something else, or an empty list.
     """
-    if not isinstance(model, list | tuple):
-        return _module(model, "model")
-    if not model:
+    parts = parts_of(model)
+    modules = [module for module in map(module_of, parts) if module is not None]
+    for number, part in enumerate(parts):
+        if module_of(part) is None:
+            name = f"model[{number}]" if isinstance(model, list | tuple) else "model"
+            raise UnsupportedModelError(
+                f"{name} is {type(part).__name__}, expected a torch.nn.Module, or a list of its parts"
+            )
+    if not modules:
         raise UnsupportedModelError("model is an empty list, expected the modules that this rank has of the model")
-    return Parts([_module(part, f"model[{number}]") for number, part in enumerate(model)])
+    return Parts(modules) if isinstance(model, list | tuple) else modules[0]
 
 
-def _module(part: object, name: str) -> nn.Module:
+def parts_of(model: object) -> list[object]:
+    """What a user gives as the model, as a list; a model in one part is a list of itself."""
+    return list(model) if isinstance(model, list | tuple) else [model]
+
+
+def module_of(part: object) -> nn.Module | None:
+    """The module itself, or that of a stage; None for anything else."""
     module = part if isinstance(part, nn.Module) else getattr(part, _OF_A_STAGE, None)
-    if not isinstance(module, nn.Module):
-        raise UnsupportedModelError(
-            f"{name} is {type(part).__name__}, expected a torch.nn.Module, or a list of its parts"
-        )
-    return module
+    return module if isinstance(module, nn.Module) else None

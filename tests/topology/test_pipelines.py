@@ -28,7 +28,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, SplitPoint
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import CosineSchedule, ShardedEMA, UnsupportedModelError, attach
+from dist_ema import AttachError, CosineSchedule, ShardedEMA, UnsupportedModelError, attach
 
 SCHEDULE = CosineSchedule(0.3, 0.01, total_steps=6)
 NUM_STEPS = 3
@@ -252,7 +252,7 @@ def attached(folder: str, of_stages: bool) -> int:
     with accelerator_of("ddp") as accelerator:
         made = Pipeline("4", True)
         for module in made.parts:
-            assert accelerator.prepare_model(module, evaluation_mode=True) is module
+            assert accelerator.prepare_model(module, device_placement=False, evaluation_mode=True) is module
         optimizer = accelerator.prepare(made.optimizer)
         given = made.stages if of_stages else made.parts
         ema, naive = attach(accelerator, given, optimizer, SCHEDULE), NaiveAverage(SCHEDULE.momentum)
@@ -265,7 +265,7 @@ def attached(folder: str, of_stages: bool) -> int:
         files = load_file(f"{folder}/ema/model.safetensors")
         assert_equal({name: files[name] for name in naive.values}, naive.values)
         made.step(NUM_STEPS)
-        accelerator.load_state(folder)
+        ema.load(f"{folder}/ema")  # load_state would give every rank the stage of the main process
         assert ema.num_updates == NUM_STEPS
         with ema.average_parameters():
             assert_equal(whole_tensors(made.parts), naive.values)
@@ -276,3 +276,18 @@ def attached(folder: str, of_stages: bool) -> int:
 @pytest.mark.parametrize("of_stages", [False, True])
 def test_parts_are_attached_as_one_model(world, tmp_path, of_stages) -> None:
     assert world(2).run(attached, str(tmp_path / "state"), of_stages) == [NUM_STEPS, NUM_STEPS]
+
+
+def unprepared_part() -> str:
+    with accelerator_of("ddp") as accelerator:
+        parts = Pipeline("4").parts
+        accelerator.prepare_model(parts[0], device_placement=False, evaluation_mode=True)
+        optimizer = accelerator.prepare(torch.optim.SGD(parts[0].parameters(), lr=0.1))
+        with pytest.raises(AttachError) as caught:
+            attach(accelerator, parts, optimizer, SCHEDULE)
+    return str(caught.value)
+
+
+def test_a_part_that_was_not_prepared_is_refused_on_all_ranks(world) -> None:
+    first, second = world(2).run(unprepared_part)
+    assert first == second and "model is a Transformer that this accelerator has not prepared" in first
