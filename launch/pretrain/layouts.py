@@ -12,29 +12,68 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from accelerate.parallelism_config import ParallelismConfig
+from byte_lm import next_byte_loss
+from cpu_deepspeed import deepspeed_on_cpu
 from cpu_fsdp import force_fsdp
-from torch import nn
+from pipelined import FOLDER, Pipelined, prepare_pipeline
+from tensor_parallel import cut_feed_layers
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
+
+MAX_GRADIENT_NORM = 1.0
+
+
+def backward_by_accelerate(accelerator: Accelerator, model: nn.Module, windows: Tensor) -> Tensor:
+    loss = next_byte_loss(model, windows)
+    accelerator.backward(loss)
+    return loss.detach()
+
+
+def clip_by_accelerate(accelerator: Accelerator, model: nn.Module) -> None:
+    accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
 
 
 @dataclass(frozen=True)
 class Layout:
     """What differs between the choices of ``--sharding``.
 
-    ``open`` makes the accelerator, ``check`` looks at the prepared model and raises if it is another, and
-    ``before_load`` is called before a checkpoint is loaded into freshly prepared model and optimizer.
+    Attributes:
+        open: makes the accelerator.
+        check: looks at the prepared model, and raises if it is another.
+        files: the name of the files that accelerate writes. Layouts of one name load one another's checkpoints.
+        before_load: called before a checkpoint is loaded into freshly prepared model and optimizer.
+        cut: what accelerate does not do to a model itself, before the optimizer is made.
+        prepare: as ``accelerator.prepare``, of model, optimizer, loader and scheduler.
+        parts: what the average is given.
+        backward: the mean loss of a batch, its gradients added.
+        clip: clips the gradients by their norm.
+        num_alike: how many processes train on the same batches.
     """
 
     open: Callable[[Namespace], Accelerator]
     check: Callable[[Accelerator, nn.Module, Namespace], None]
+    files: str
     before_load: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, optimizer: None
+    cut: Callable[[nn.Module, Accelerator, Namespace], nn.Module] = lambda model, accelerator, options: model
+    prepare: Callable[..., tuple[Any, ...]] = lambda accelerator, *prepared: accelerator.prepare(*prepared)
+    parts: Callable[[nn.Module], Any] = lambda model: model
+    backward: Callable[[Accelerator, nn.Module, Tensor], Tensor] = backward_by_accelerate
+    clip: Callable[[Accelerator, nn.Module], None] = clip_by_accelerate
+    num_alike: Callable[[Namespace], int] = lambda options: 1
 
 
 def num_launched() -> int:
@@ -125,6 +164,85 @@ def check_hsdp(accelerator: Accelerator, model: nn.Module, options: Namespace) -
     check_dtensors(accelerator, model, "hsdp", replicas=options.replicas)
 
 
+def open_fsdp2_tp(options: Namespace) -> Accelerator:
+    """FSDP2 on one axis of a mesh, tensor parallelism on the other."""
+    launched, shares = num_launched(), options.tp_size
+    if shares < 2 or launched % shares or launched == shares:
+        raise ValueError(
+            f"--sharding fsdp2_tp --tp-size {shares} cannot divide {launched} processes: expected at least 2 shares of "
+            "the wide layers, over at least 2 shards each, so 4 processes or more. One share is --sharding fsdp2"
+        )
+    mesh = ParallelismConfig(dp_shard_size=launched // shares, tp_size=shares)
+    return open_fsdp(options, mesh, fsdp_version=2, reshard_after_forward=True)
+
+
+def check_fsdp2_tp(accelerator: Accelerator, model: nn.Module, options: Namespace) -> None:
+    wide = {"Shard": 0, "Replicate": 0}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.size() != num_launched():
+            raise RuntimeError(f"asked for fsdp2_tp over {num_launched()} processes, but {name} is not cut so")
+        wide["Replicate" if parameter.placements[-1].is_replicate() else "Shard"] += 1
+    if not all(wide.values()):
+        raise RuntimeError(f"asked for fsdp2_tp, but accelerate made {accelerator.distributed_type} with {wide}")
+
+
+def cut_columns(model: nn.Module, accelerator: Accelerator, options: Namespace) -> nn.Module:
+    cut_feed_layers(model, accelerator.torch_device_mesh["tp"])
+    return model
+
+
+def open_pp(options: Namespace) -> Accelerator:
+    if num_launched() < 2:
+        raise ValueError("--sharding pp needs a process for each of at least 2 stages: start it by torchrun")
+    return Accelerator(**common_options(options))
+
+
+def cut_stage(model: nn.Module, accelerator: Accelerator, options: Namespace) -> nn.Module:
+    return Pipelined(model, accelerator.device, options.accumulation)  # type: ignore[arg-type]
+
+
+def pipelined(model: nn.Module) -> Pipelined:
+    if not isinstance(model, Pipelined):
+        raise RuntimeError(f"asked for pp, but the model is a {type(model).__name__}")
+    return model
+
+
+def check_pp(accelerator: Accelerator, model: nn.Module, options: Namespace) -> None:
+    if pipelined(model).num_stages != num_launched():
+        raise RuntimeError(f"asked for pp on {num_launched()} processes, but there are {pipelined(model).num_stages}")
+
+
+def zero(stage: int) -> Layout:
+    """DeepSpeed with the optimizer, the gradients (from stage 2 on) and the parameters (3) sharded."""
+
+    def open_zero(options: Namespace) -> Accelerator:
+        common = common_options(options)
+        on_cpu = common.pop("cpu")
+        configuration = {
+            "train_micro_batch_size_per_gpu": options.batch_size // options.accumulation // num_launched(),
+            "gradient_accumulation_steps": options.accumulation,
+            "gradient_clipping": MAX_GRADIENT_NORM,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        if on_cpu:
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+            pretend_launched()
+            return deepspeed_on_cpu(configuration, **common)
+        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=configuration), **common)
+
+    def check_zero(accelerator: Accelerator, model: nn.Module, options: Namespace) -> None:
+        made = getattr(model, "zero_optimization_stage", lambda: None)()
+        if accelerator.distributed_type != DistributedType.DEEPSPEED or made != stage:
+            raise RuntimeError(
+                f"asked for zero{stage}, but accelerate made {accelerator.distributed_type}, and the model is a "
+                f"{type(model).__name__} of stage {made}"
+            )
+
+    # DeepSpeed's own files go on under the same stage and number of processes only. The average does under any.
+    return Layout(open_zero, check_zero, files=f"zero{stage}")
+
+
 def check_dtensors(accelerator: Accelerator, model: nn.Module, asked: str, *, replicas: int) -> None:
     """Every parameter is a DTensor over all processes, of which ``replicas`` hold each piece."""
     if accelerator.distributed_type != DistributedType.FSDP or not accelerator.is_fsdp2:
@@ -172,28 +290,65 @@ def pretend_launched() -> None:
 
 
 LAYOUTS = {
-    "ddp": Layout(open_ddp, check_ddp),
-    "fsdp1": Layout(open_fsdp1, check_fsdp1, create_optimizer_state),
-    "fsdp2": Layout(open_fsdp2, check_fsdp2),
-    "hsdp": Layout(open_hsdp, check_hsdp),
+    "ddp": Layout(open_ddp, check_ddp, files="ddp"),
+    "fsdp1": Layout(open_fsdp1, check_fsdp1, files="fsdp", before_load=create_optimizer_state),
+    "fsdp2": Layout(open_fsdp2, check_fsdp2, files="fsdp"),
+    "hsdp": Layout(open_hsdp, check_hsdp, files="fsdp"),
+    "fsdp2_tp": Layout(
+        open_fsdp2_tp, check_fsdp2_tp, files="fsdp", cut=cut_columns, num_alike=lambda options: options.tp_size
+    ),
+    "pp": Layout(
+        open_pp,
+        check_pp,
+        files="pp",
+        cut=cut_stage,
+        prepare=prepare_pipeline,
+        parts=lambda model: pipelined(model).stage,
+        backward=lambda accelerator, model, windows: pipelined(model).forward_backward(windows),
+        clip=lambda accelerator, model: pipelined(model).clip_gradients(MAX_GRADIENT_NORM),
+        num_alike=lambda options: num_launched(),
+    ),
+    "zero2": zero(2),
+    "zero3": zero(3),
 }
+
+
+def files_in(checkpoint: Path) -> str:
+    """The ``Layout.files`` of what accelerate wrote into a folder; ``ddp`` if nothing tells."""
+    if (checkpoint / FOLDER).is_dir():
+        return "pp"
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
+        return "fsdp"
+    if any(checkpoint.glob("pytorch_model/zero_pp_rank_*_model_states.pt")):
+        return "zero3"
+    return "zero2" if (checkpoint / "pytorch_model").is_dir() else "ddp"
 
 
 def default_layout() -> str:
     """What an accelerate config file asks for; ``ddp`` where there is none."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return "ddp"
     if os.environ.get("FSDP_VERSION", "1") == "1":
         return "fsdp1"
-    return "hsdp" if configured_replicas() > 1 else "fsdp2"
+    if configured("TP") > 1:
+        return "fsdp2_tp"
+    return "hsdp" if configured("DP_REPLICATE") > 1 else "fsdp2"
 
 
 def default_replicas() -> int:
     """What an accelerate config file asks for, else 2."""
-    return max(2, configured_replicas())
+    return max(2, configured("DP_REPLICATE"))
 
 
-def configured_replicas() -> int:
+def default_tp_size() -> int:
+    """What an accelerate config file asks for, else 2."""
+    return max(2, configured("TP"))
+
+
+def configured(axis: str) -> int:
+    """The size of an axis of the mesh in an accelerate config file; 1 where there is none."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() != "true":
         return 1
-    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+    return int(os.environ.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layouts import LAYOUTS, default_layout, default_replicas
+from layouts import LAYOUTS, default_layout, default_replicas, default_tp_size
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,6 +29,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="else accelerate's config")
     training.add_argument("--sharding", choices=tuple(LAYOUTS), default=default_layout())
     training.add_argument("--replicas", type=int, help="of the model, for hsdp; else accelerate's config, else 2")
+    training.add_argument("--tp-size", type=int, help="shares of wide layers, for fsdp2_tp; else as configured, else 2")
     training.add_argument("--seed", type=int, default=0)
 
     average = parser.add_argument_group("average")
@@ -50,7 +51,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.replicas is not None and options.sharding != "hsdp":
         parser.error(f"--replicas is for --sharding hsdp, not {options.sharding}")
+    if options.tp_size is not None and options.sharding != "fsdp2_tp":
+        parser.error(f"--tp-size is for --sharding fsdp2_tp, not {options.sharding}")
     options.replicas = default_replicas() if options.replicas is None else options.replicas
+    options.tp_size = default_tp_size() if options.tp_size is None else options.tp_size
     options.stop_at = options.steps if options.stop_at is None else options.stop_at
     if not 1 <= options.stop_at <= options.steps:
         parser.error(f"--stop-at must be between 1 and --steps ({options.steps})")

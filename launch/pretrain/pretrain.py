@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from byte_lm import ByteLM, ByteLMConfig, next_byte_loss
+from byte_lm import ByteLM, ByteLMConfig
 from evaluation import validation_loss
 from journal import Row, add_row, read_rows, start_journal, table
-from layouts import LAYOUTS
+from layouts import LAYOUTS, files_in
 from options import parse_options
 from text import Crops, read_corpus, validation_windows
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA, attach
 
-MAX_GRADIENT_NORM = 1.0
 LOG_EVERY_STEPS = 10
 
 
@@ -81,18 +80,19 @@ class Trainer:
         )
         # Read in order: what sample i is was decided by Crops.
         loader = DataLoader(crops, batch_size=options.batch_size // options.accumulation)
-        model: nn.Module = ByteLM(config)
+        model = self.layout.cut(ByteLM(config), self.accelerator, options)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), foreach=True)
         warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, options.warmup_steps)))
-        self.model, self.optimizer, self.loader, self.warmup = self.accelerator.prepare(
-            model, optimizer, loader, warmup
+        self.model, self.optimizer, self.loader, self.warmup = self.layout.prepare(
+            self.accelerator, model, optimizer, loader, warmup
         )
         self.layout.check(self.accelerator, self.model, options)
 
         self.schedule = CosineSchedule(
             momentum=options.momentum, end_momentum=options.end_momentum, total_steps=options.steps
         )
-        self.ema = attach(self.accelerator, self.model, self.optimizer, self.schedule, interval=options.interval)
+        self.parts = self.layout.parts(self.model)
+        self.ema = attach(self.accelerator, self.parts, self.optimizer, self.schedule, interval=options.interval)
 
         self.progress = Progress()
         self.accelerator.register_for_checkpointing(self.progress)
@@ -109,21 +109,22 @@ class Trainer:
 
     def open_accelerator(self) -> Accelerator:
         accelerator = self.layout.open(self.options)
-        micro_batches = accelerator.num_processes * self.options.accumulation
-        if self.options.batch_size % micro_batches:
+        num_batches = accelerator.num_processes // self.layout.num_alike(self.options)
+        if self.options.batch_size % (num_batches * self.options.accumulation):
             raise ValueError(
-                f"--batch-size {self.options.batch_size} is not a multiple of {accelerator.num_processes} "
-                f"processes times {self.options.accumulation} micro-batches"
+                f"--batch-size {self.options.batch_size} is not a multiple of {num_batches} "
+                f"processes with batches of their own times {self.options.accumulation} micro-batches"
             )
         return accelerator
 
     def resume(self) -> None:
         if self.options.resume is not None:
-            is_of_fsdp = any(self.options.resume.glob("pytorch_model_fsdp*"))
-            if is_of_fsdp != (self.options.sharding != "ddp"):
+            written = files_in(self.options.resume)
+            if written != self.layout.files:
+                names = [name for name, layout in LAYOUTS.items() if layout.files == written]
                 raise ValueError(
-                    f"{self.options.resume} is a checkpoint of {'fsdp1, fsdp2 or hsdp' if is_of_fsdp else 'ddp'}, or "
-                    f"of nothing: it cannot go on with --sharding {self.options.sharding}"
+                    f"{self.options.resume} is a checkpoint of {' or '.join(names)}, or of nothing: it cannot go on "
+                    f"with --sharding {self.options.sharding}"
                 )
             self.layout.before_load(self.model, self.optimizer.optimizer)
             self.accelerator.load_state(str(self.options.resume))
@@ -140,14 +141,12 @@ class Trainer:
         self.clock.start()
         for windows in loader:
             with accelerator.accumulate(self.model):
-                loss = next_byte_loss(self.model, windows)
-                accelerator.backward(loss)
+                losses.append(self.layout.backward(accelerator, self.model, windows))
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+                    self.layout.clip(accelerator, self.model)
                 self.optimizer.step()
                 self.warmup.step()
                 self.optimizer.zero_grad()
-            losses.append(loss.detach())
             if not accelerator.sync_gradients:
                 continue
             progress.step += 1
@@ -156,7 +155,7 @@ class Trainer:
             is_evaluation = is_last or progress.step % options.eval_every == 0
             is_save = is_last or progress.step % options.save_every == 0
             if is_evaluation or is_save or progress.step % LOG_EVERY_STEPS == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", momentum=f"{self.momentum():.5f}", refresh=False)
+                bar.set_postfix(loss=f"{losses[-1].item():.3f}", momentum=f"{self.momentum():.5f}", refresh=False)
                 bar.update(progress.step - bar.n)
                 self.clock.stop()
                 if is_evaluation:
@@ -184,11 +183,13 @@ class Trainer:
             add_row(self.journal, row)
 
     def validation_loss(self) -> float:
+        # Processes that train on the same batches run the model together: their sums are added up as often as counted.
+        num_alike = self.layout.num_alike(self.options)
         return validation_loss(
             self.model,
             self.windows,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index // num_alike,
+            num_ranks=self.accelerator.num_processes // num_alike,
         )
 
     def report(self) -> None:
@@ -207,7 +208,7 @@ class Trainer:
 
     def seconds_per_update(self, num_calls: int = 20) -> float:
         """Median time of one update of a throwaway average of the same model."""
-        throwaway = ShardedEMA(self.model, ConstantSchedule(momentum=0.001))
+        throwaway = ShardedEMA(self.parts, ConstantSchedule(momentum=0.001))
         throwaway.update()  # call number 0 only copies
         seconds = []
         for _ in range(num_calls):
