@@ -194,6 +194,11 @@ def cut_columns(model: nn.Module, accelerator: Accelerator, options: Namespace) 
 def open_pp(options: Namespace) -> Accelerator:
     if num_launched() < 2:
         raise ValueError("--sharding pp needs a process for each of at least 2 stages: start it by torchrun")
+    if num_launched() > max(2, options.depth):
+        raise ValueError(
+            f"--sharding pp cannot cut --depth {options.depth} blocks into {num_launched()} stages, one for each "
+            "process: take fewer processes, or a deeper model"
+        )
     return Accelerator(**common_options(options))
 
 
@@ -225,6 +230,8 @@ def zero(stage: int) -> Layout:
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
+        # accelerate refuses a configuration of a script beside that of its own file, of which the stage was read.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         if on_cpu:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
             pretend_launched()

@@ -18,7 +18,7 @@ import yaml
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from byte_lm import ByteLM, ByteLMConfig
 from safetensors.torch import load_file
 
@@ -53,8 +53,8 @@ def test_configuration_is_one_that_accelerate_loads(path) -> None:
         assert config.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
 
 
-def test_there_is_a_configuration_for_each_layout() -> None:
-    assert {path.stem for path in CONFIGS} == {"cpu_gloo", *layouts.LAYOUTS}
+def test_there_is_a_configuration_for_each_layout_that_accelerate_knows() -> None:
+    assert {path.stem for path in CONFIGS} | {"pp"} == {"cpu_gloo", *layouts.LAYOUTS}
 
 
 @pytest.fixture
@@ -64,7 +64,10 @@ def launched_with(monkeypatch):
     def set_environment(path: Path) -> None:
         told = launch_command_parser().parse_args(["--config_file", str(path), "launch/pretrain/pretrain.py"])
         arguments, _, _ = _validate_launch_command(told)
-        for name, value in prepare_multi_gpu_env(arguments).items():
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        by_deepspeed = arguments.use_deepspeed
+        environment = prepare_deepspeed_cmd_env(arguments)[1] if by_deepspeed else prepare_multi_gpu_env(arguments)
+        for name, value in environment.items():
             monkeypatch.setenv(name, value)
 
     return set_environment
@@ -75,7 +78,7 @@ def test_configuration_chooses_its_own_layout(path, launched_with) -> None:
     launched_with(path)
     chosen = options.parse_options([]).sharding
     assert chosen == ("ddp" if path.stem == "cpu_gloo" else path.stem)
-    if chosen == "ddp":
+    if chosen == "ddp" or chosen.startswith("zero"):
         return
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == (1 if chosen == "fsdp1" else 2)
@@ -87,16 +90,24 @@ def test_configuration_chooses_its_own_layout(path, launched_with) -> None:
         assert plugin.reshard_after_forward is True
 
 
-def test_replicas_come_from_the_option_then_the_configuration(tmp_path, launched_with) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "key", "option"), [("hsdp", "replicate_size", "replicas"), ("fsdp2_tp", "tp_size", "tp-size")]
+)
+def test_sizes_of_a_mesh_come_from_the_option_then_the_configuration(
+    tmp_path, launched_with, sharding, key, option
+) -> None:
+    def size(*arguments: str) -> int:
+        return getattr(options.parse_options([*arguments]), option.replace("-", "_"))
+
     three = tmp_path / "three.yaml"
-    hsdp = (ROOT / "launch" / "configs" / "hsdp.yaml").read_text()
-    three.write_text(hsdp.replace("replicate_size: 2", "replicate_size: 3"))
-    assert options.parse_options([]).replicas == 2
+    of_two = (ROOT / "launch" / "configs" / f"{sharding}.yaml").read_text()
+    three.write_text(of_two.replace(f"{key}: 2", f"{key}: 3"))
+    assert size() == 2
     launched_with(three)
-    assert options.parse_options([]).replicas == 3
-    assert options.parse_options(["--replicas", "4"]).replicas == 4
+    assert size() == 3
+    assert size(f"--{option}", "4") == 4
     with pytest.raises(SystemExit):
-        options.parse_options(["--sharding", "fsdp2", "--replicas", "4"])
+        size("--sharding", "fsdp2", f"--{option}", "4")
 
 
 @pytest.mark.parametrize(("num_processes", "replicas"), [(1, 2), (2, 2), (3, 2), (4, 1), (4, 4), (6, 4)])
@@ -105,6 +116,22 @@ def test_hsdp_refuses_what_leaves_nothing_to_shard_or_to_replicate(monkeypatch, 
     asked = options.parse_options(["--sharding", "hsdp", "--replicas", str(replicas)])
     with pytest.raises(ValueError, match=f"--replicas {replicas} cannot divide {num_processes} processes"):
         layouts.LAYOUTS["hsdp"].open(asked)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "arguments", "text"),
+    [
+        (2, ["--sharding", "fsdp2_tp"], "--tp-size 2 cannot divide 2 processes"),
+        (6, ["--sharding", "fsdp2_tp", "--tp-size", "4"], "--tp-size 4 cannot divide 6 processes"),
+        (1, ["--sharding", "pp"], "needs a process for each of at least 2 stages"),
+        (4, ["--sharding", "pp", "--depth", "3"], "cannot cut --depth 3 blocks into 4 stages"),
+    ],
+)
+def test_a_mesh_or_a_pipeline_that_does_not_fit_is_refused(monkeypatch, num_processes, arguments, text) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    asked = options.parse_options(arguments)
+    with pytest.raises(ValueError, match=text):
+        layouts.LAYOUTS[asked.sharding].open(asked)
 
 
 @pytest.mark.parametrize("sharding", layouts.LAYOUTS)
@@ -122,7 +149,7 @@ def test_shell_scripts_parse(script) -> None:
 
 
 SMALL = [
-    *("--width", 16, "--depth", 1, "--heads", 2, "--context", 16, "--batch-size", 4, "--steps", 6),
+    *("--width", 16, "--depth", 3, "--heads", 2, "--context", 16, "--batch-size", 4, "--steps", 6),
     *("--eval-every", 3, "--save-every", 4, "--eval-windows", 64, "--momentum", 0.1, "--end-momentum", 0),
     *("--lr", 0.02, "--warmup-steps", 1, "--mixed-precision", "no"),
 ]
@@ -164,8 +191,25 @@ def manifest(checkpoint: Path) -> dict:
         ([*ACCELERATE, "launch/configs/fsdp1.yaml", "--num_processes", 2], [*TORCHRUN, 1, "--sharding", "fsdp1"]),
         ([*TORCHRUN, 2, "--sharding", "fsdp2"], [*TORCHRUN, 1, "--sharding", "fsdp2"]),
         ([*ACCELERATE, "launch/configs/hsdp.yaml", "--num_processes", 4], [*TORCHRUN, 2, "--sharding", "fsdp2"]),
+        ([*ACCELERATE, "launch/configs/fsdp2_tp.yaml", "--num_processes", 4], [*TORCHRUN, 2, "--sharding", "fsdp2"]),
+        (
+            [*ACCELERATE, "launch/configs/ddp.yaml", "--num_processes", 3, "--sharding", "pp"],
+            [*TORCHRUN, 2, "--sharding", "pp"],
+        ),
+        # DeepSpeed's own files fit the same number of processes only.
+        ([*ACCELERATE, "launch/configs/zero2.yaml", "--num_processes", 2], [*TORCHRUN, 2, "--sharding", "zero2"]),
+        ([*ACCELERATE, "launch/configs/zero3.yaml", "--num_processes", 2], [*TORCHRUN, 2, "--sharding", "zero3"]),
     ],
-    ids=["ddp from 2 to 1", "fsdp1 from 2 to 1", "fsdp2 from 2 to 1", "hsdp on 4 to fsdp2 on 2"],
+    ids=[
+        "ddp from 2 to 1",
+        "fsdp1 from 2 to 1",
+        "fsdp2 from 2 to 1",
+        "hsdp on 4 to fsdp2 on 2",
+        "fsdp2_tp on 4 to fsdp2 on 2",
+        "pp from 3 to 2",
+        "zero2 on 2",
+        "zero3 on 2",
+    ],
 )
 @pytest.mark.ranks
 def test_pretraining_goes_on_with_another_number_of_processes(tmp_path, text, uninterrupted, start, go_on) -> None:
@@ -175,6 +219,7 @@ def test_pretraining_goes_on_with_another_number_of_processes(tmp_path, text, un
         at = how.index("--sharding") if "--sharding" in how else len(how)
         return run(*how[:at], "launch/pretrain/pretrain.py", *how[at:], "--data", text, "--out", out, *SMALL, *more)
 
+    pytest.importorskip("deepspeed") if "zero" in str(start) else None
     assert "averaged weights, bytes per rank:" in pretrain(start, "--stop-at", 4)
     assert_average_is_the_file(out, step=4)
     first, last = manifest(out / "checkpoint-4"), pretrain(go_on, "--resume", out / "checkpoint-4")
@@ -185,7 +230,8 @@ def test_pretraining_goes_on_with_another_number_of_processes(tmp_path, text, un
         assert float(rows(out)[-1][column]) == pytest.approx(float(rows(uninterrupted)[-1][column]), abs=1e-5)
     final = manifest(out / "checkpoint-6")
     assert final["num_updates"] == 6
-    assert final["written_by"]["world_size"] < first["written_by"]["world_size"]
+    world_sizes = tuple(saved["written_by"]["world_size"] for saved in (first, final))
+    assert world_sizes == tuple(next((n for n in how if isinstance(n, int) and n), 1) for how in (start, go_on))
 
 
 def assert_average_is_the_file(out: Path, *, step: int) -> None:
