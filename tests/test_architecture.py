@@ -178,7 +178,7 @@ PRIVATE_NAMES = {
     "topology.fsdp1": {
         "_handle": OF_FSDP1,
         "_inter_node_pg": OF_FSDP1,
-        "_fsdp_extension": OF_FSDP1,
+        "_param_extensions": OF_FSDP1,
         "_training_state": OF_FSDP1,
         "_use_orig_params": OF_FSDP1,
         "_writeback_orig_params": OF_FSDP1,
