@@ -79,6 +79,7 @@ def build(
             averages=checked.averages,
             excludes=checked.excludes,
             update_buffers=checked.update_buffers,
+            experts=checked.experts,
             rank=exchange.rank,
             world_size=exchange.world_size,
         )
@@ -146,7 +147,8 @@ def _agreed(
         manifest = manifest_of(prepared.state, exchange.world_size)
         live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in prepared.state.plan.specs}
         of_model = {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes}
-        return {"model": of_model, **manifest.compared(Agreement.RUN), "into": has_teacher}
+        declared = prepared.state.options.experts_json()
+        return {"experts": declared, "model": of_model, **manifest.compared(Agreement.RUN), "into": has_teacher}
 
     def terms(prepared: _Prepared) -> list[int]:
         return [prepared.coverage.fingerprint(prepared.owned)]
