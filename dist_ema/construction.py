@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dist_ema.averaging.state import AveragedState
-from dist_ema.boxes.coverage import Coverage
+from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
-from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.record import dtype_name, manifest_of
 from dist_ema.checkpoint.save_calls import SmallFiles
 from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
 from dist_ema.disk.manifest import Agreement
-from dist_ema.errors import ConfigError, DistEMAError, RankMismatchError, agreed
+from dist_ema.errors import ConfigError
+from dist_ema.live.holders import plan_of_all
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
@@ -28,6 +28,7 @@ from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.names import class_of, unwrapped
+from dist_ema.topology.parts import whole_model
 from dist_ema.topology.planning import plan_model
 
 __all__ = ["Built", "build"]
@@ -49,7 +50,7 @@ class Built(NamedTuple):
 
 def build(
     exchange: Exchange,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     schedule: Schedule | Mapping[str, Schedule],
     into: nn.Module | None,
     **options: Any,
@@ -58,7 +59,7 @@ def build(
 
     Args:
         exchange: the control traffic of all ranks.
-        model: the prepared model.
+        model: the prepared model, or the parts of it that this rank has.
         schedule: a schedule, or one for every track.
         into: the module that is to hold the averages, or None.
         options: the options of `ShardedEMA`.
@@ -72,41 +73,41 @@ def build(
         RankMismatchError: the ranks do not agree about the model or the options.
     """
 
-    def prepare() -> tuple[AveragedState, SmallFiles]:
-        checked, schedules = _checked(**options), checked_schedules(schedule)
-        plan_one = functools.partial(
-            plan_model,
-            averages=checked.averages,
-            excludes=checked.excludes,
-            update_buffers=checked.update_buffers,
-            experts=checked.experts,
-            rank=exchange.rank,
-            world_size=exchange.world_size,
-        )
-        plan = plan_one(model)
-        checked.check_patterns(plan.names)
-        plan.check_not_empty()
-        if checked.overlap:
-            _check_overlap(plan, into)
-        model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # raises if a tensor cannot be stored
-        if into is None:
-            state = AveragedState(plan, checked, schedules)
-        else:
-            _check_teacher(into, checked, schedules)
-            state = TeacherState(Teacher(plan, plan_one(into), checked.dtype), checked, schedules)
-        manifest_of(state, exchange.world_size).check_size()
-        inner = unwrapped(model)
-        return state, functools.partial(config_files, inner, class_of(inner).__name__)
+    def prepare() -> _Prepared:
+        checked, schedules, whole = _checked(**options), checked_schedules(schedule), whole_model(model)
+        plans = [
+            plan_model(
+                module,
+                averages=checked.averages,
+                excludes=checked.excludes,
+                update_buffers=checked.update_buffers,
+                experts=checked.experts,
+                rank=exchange.rank,
+                world_size=exchange.world_size,
+            )
+            for module in ([whole] if into is None else [whole, _teacher(into, checked, schedules)])
+        ]
+        proofs = [Proof.of(plan, exchange.rank, exchange.world_size, exchange.channel.drawn) for plan in plans]
+        inner = unwrapped(whole)
+        return _Prepared(checked, schedules, plans, proofs, partial(config_files, inner, class_of(inner).__name__))
 
     with ended_for_all(exchange, "ShardedEMA"):
         exchange.arrive("ShardedEMA")
-        state, small_files = _agreed(exchange, prepare, has_teacher=into is not None)
-        exchange.agree(_ACTION, state.allocate)
+        prepared, sums = exchange.agree_and_sum(
+            _ACTION, prepare, _terms, partial(_record, has_teacher=into is not None)
+        )
+        plans = [
+            plan_of_all(exchange, _ACTION, plan, proof, sums[len(proof.terms) * number :][: len(proof.terms)])
+            for number, (plan, proof) in enumerate(zip(prepared.plans, prepared.proofs, strict=True))
+        ]
+        state = exchange.agree_alike(
+            _ACTION, partial(_allocated, prepared, plans, exchange.world_size), partial(_in_files, exchange.world_size)
+        )
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
         replicas = Replicas(exchange, state.plan)
         replicas.check(_ACTION)
-    return Built(state, replicas, small_files)
+    return Built(state, replicas, prepared.small_files)
 
 
 _ACTION = "building the average"
@@ -122,57 +123,52 @@ def _checked(*, device: object, include: Patterns, exclude: Patterns, **others: 
 
 
 class _Prepared(NamedTuple):
-    """What a rank has planned alone: the average, and what shows that the boxes of all ranks cover the model."""
+    """What a rank has planned alone: of the model, then of the teacher if there is one."""
 
-    state: AveragedState
+    options: Options
+    schedules: Mapping[str, Schedule]
+    plans: list[Plan]
+    proofs: list[Proof]
     small_files: SmallFiles
-    coverage: Coverage
-    owned: list[Box]
 
 
-def _agreed(
-    exchange: Exchange, prepare: Callable[[], tuple[AveragedState, SmallFiles]], *, has_teacher: bool
-) -> tuple[AveragedState, SmallFiles]:
-    """Collective: every rank must call it. Refuses ranks that planned another model, or have other options.
-
-    One agreement says whether any rank failed, whether all are alike, and whether their boxes cover every tensor.
-    """
-
-    def work() -> _Prepared:
-        state, small_files = prepare()
-        owned = [shard.box for averaged in (True, False) for shard in state.plan.owned(averaged=averaged)]
-        return _Prepared(state, small_files, Coverage(state.plan.specs, exchange.channel.drawn), owned)
-
-    def record(prepared: _Prepared) -> Mapping[str, Any]:
-        manifest = manifest_of(prepared.state, exchange.world_size)
-        live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in prepared.state.plan.specs}
-        of_model = {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes}
-        declared = prepared.state.options.experts_json()
-        return {"experts": declared, "model": of_model, **manifest.compared(Agreement.RUN), "into": has_teacher}
-
-    def terms(prepared: _Prepared) -> list[int]:
-        return [prepared.coverage.fingerprint(prepared.owned)]
-
-    try:
-        prepared, (fingerprint,) = exchange.agree_and_sum(_ACTION, work, terms, record)
-    except RankMismatchError as error:
-        raise _with_advice(error) from None
-    coverage = prepared.coverage
-    if not coverage.is_whole(fingerprint):
-        coverage.check(exchange.sum_integers(coverage.contribution(prepared.owned)))
-    return prepared.state, prepared.small_files
+def _terms(prepared: _Prepared) -> list[int]:
+    return [term for proof in prepared.proofs for term in proof.terms]
 
 
-def _with_advice(error: RankMismatchError) -> DistEMAError:
-    if " differ in model: " not in str(error):
-        return error
-    return agreed(
-        RankMismatchError(
-            f"{str(error).replace(' differ in model: ', ' differ in ')}. If these ranks are stages of a pipeline, or "
-            "each has experts of its own: this version does not serve such a model; a later one will. Until then shard "
-            "the whole model over all ranks, with fully_shard or tensor parallelism"
-        )
-    )
+def _record(prepared: _Prepared, *, has_teacher: bool) -> Mapping[str, Any]:
+    """What the ranks must have alike, whatever they hold."""
+    return {
+        "options": prepared.options.to_json(),
+        "experts": prepared.options.experts_json(),
+        "tracks": {name: schedule_to_json(schedule) for name, schedule in prepared.schedules.items()},
+        "into": has_teacher,
+    }
+
+
+def _in_files(world_size: int, state: AveragedState) -> Mapping[str, Any]:
+    """What the files will have, and the dtypes of the model: alike on all ranks, now that all tensors are known."""
+    manifest = manifest_of(state, world_size)
+    live_dtypes = {spec.fqn: dtype_name(spec.dtype) for spec in state.plan.specs}
+    return {**manifest.compared(Agreement.MODEL), "live_dtypes": live_dtypes, **manifest.compared(Agreement.RUN)}
+
+
+def _allocated(prepared: _Prepared, plans: Sequence[Plan], world_size: int) -> AveragedState:
+    """The averages of this rank, their memory allocated; checked is what only the tensors of all ranks show."""
+    options, plan, of_teacher = prepared.options, plans[0], plans[1:]
+    options.check_patterns(plan.names)
+    plan.check_not_empty()
+    if options.overlap:
+        _check_overlap(plan, has_teacher=bool(of_teacher))
+    model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # raises if a tensor cannot be stored
+    if of_teacher:
+        teacher = Teacher(plan, of_teacher[0], options.dtype)
+        state: AveragedState = TeacherState(teacher, options, prepared.schedules)
+    else:
+        state = AveragedState(plan, options, prepared.schedules)
+    manifest_of(state, world_size).check_size()
+    state.allocate()
+    return state
 
 
 def _warn_of_coarse_averages(exchange: Exchange, dtype: torch.dtype) -> None:
@@ -194,8 +190,8 @@ def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]
         )
 
 
-def _check_overlap(plan: Plan, into: nn.Module | None) -> None:
-    if into is not None:
+def _check_overlap(plan: Plan, *, has_teacher: bool) -> None:
+    if has_teacher:
         raise ConfigError("overlap=True and into are given, expected one: a teacher runs forward beside training too")
     buffers = [spec.fqn for spec in plan.specs if spec.averaged and spec.is_buffer]
     if buffers:
@@ -205,7 +201,8 @@ def _check_overlap(plan: Plan, into: nn.Module | None) -> None:
         )
 
 
-def _check_teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) -> None:
+def _teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) -> nn.Module:
+    """The teacher, if it can be one. Raises a ConfigError otherwise."""
     if not isinstance(into, nn.Module):
         raise ConfigError(f"into is a {type(into).__name__}, expected a torch.nn.Module to hold the average")
     if len(schedules) > 1:
@@ -220,3 +217,4 @@ def _check_teacher(into: object, options: Options, schedules: Mapping[str, Sched
             f"{len(trained)} parameters of into require a gradient ({trained[0]}, ...): only the average moves a "
             "teacher. Call teacher.requires_grad_(False) before it is wrapped"
         )
+    return into

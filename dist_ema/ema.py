@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
 
@@ -61,7 +61,8 @@ class ShardedEMA:
     `update` copies the live values; until then the average is the live model.
 
     Args:
-        model: the prepared (wrapped) model.
+        model: the prepared (wrapped) model; or a list of the parts of it that this rank has (stages of a pipeline),
+            under the names that they have in the whole model. The files hold the union over all ranks.
         schedule: a schedule, or `{track_name: schedule}` for several averages at once. One schedule makes the track
             "ema".
         interval: with n, calls number 0, n, 2n, ... of `update` average; the others only count.
@@ -106,7 +107,7 @@ class ShardedEMA:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         schedule: Schedule | Mapping[str, Schedule],
         *,
         interval: int = 1,

@@ -16,7 +16,7 @@ covered. The numbers of each tensor then show which one is not.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dist_ema.boxes.shards import Box, TensorSpec
 from dist_ema.errors import UnsupportedModelError
@@ -24,10 +24,8 @@ from dist_ema.errors import UnsupportedModelError
 __all__ = ["Coverage"]
 
 _PRIME = 2**61 - 1
-_HALF = 2**32
-# Integers that a rank contributes for a tensor: elements, and the two halves of the fingerprint, so that no sum over
-# the ranks leaves 64 bits.
-_NUM_INTEGERS = 3
+# Integers that a rank contributes for a tensor: elements, and the fingerprint.
+_NUM_INTEGERS = 2
 
 
 class Coverage:
@@ -59,11 +57,15 @@ class Coverage:
         for box in owned:
             numels[box.fqn] += box.numel
             prints[box.fqn] += self._fingerprint(box)
-        integers = []
-        for fqn, numel in numels.items():
-            high, low = divmod(prints[fqn] % _PRIME, _HALF)
-            integers += [numel, low, high]
-        return integers
+        return [integer for fqn in numels for integer in (numels[fqn], prints[fqn] % _PRIME)]
+
+    def not_covered_once(self, sums: Sequence[int]) -> list[str]:
+        """The names of the tensors of which some elements have no owner, or several.
+
+        Args:
+            sums: the sums of the contributions of all ranks.
+        """
+        return [spec.fqn for spec, numel, total in self._by_tensor(sums) if not self._is_covered(spec, numel, total)]
 
     def check(self, sums: Sequence[int]) -> None:
         """Refuse ownership that leaves elements out or has them twice; this package then misread a wrapper.
@@ -74,18 +76,23 @@ class Coverage:
         Raises:
             UnsupportedModelError: it names the first tensor that is not covered once.
         """
-        for index, spec in enumerate(self._specs):
-            numel, low, high = sums[_NUM_INTEGERS * index : _NUM_INTEGERS * (index + 1)]
-            if numel != spec.numel:
-                defect = f"has {spec.numel} elements, but the ranks own {numel} of them together"
-            elif (high * _HALF + low) % _PRIME != self._fingerprint(_whole(spec)):
-                defect = f"has {spec.numel} elements, of which the ranks own some twice and others not at all"
-            else:
+        for spec, numel, total in self._by_tensor(sums):
+            if self._is_covered(spec, numel, total):
                 continue
+            defect = "of which the ranks own some twice and others not at all"
+            if numel != spec.numel:
+                defect = f"but the ranks own {numel} of them together"
             raise UnsupportedModelError(
-                f"{spec.fqn} {defect}: its layout is not understood. Lay it out evenly, with fully_shard or "
-                "distribute_tensor on one mesh of all ranks"
+                f"{spec.fqn} has {spec.numel} elements, {defect}: its layout is not understood. Either ranks hold "
+                "overlapping parts of it, or a part lies on no rank. Lay it out with fully_shard or distribute_tensor, "
+                "on a mesh whose ranks all build the average"
             )
+
+    def _by_tensor(self, sums: Sequence[int]) -> Iterator[tuple[TensorSpec, int, int]]:
+        return zip(self._specs, sums[::_NUM_INTEGERS], sums[1::_NUM_INTEGERS], strict=True)
+
+    def _is_covered(self, spec: TensorSpec, numel: int, total: int) -> bool:
+        return numel == spec.numel and (total - self._fingerprint(_whole(spec))) % _PRIME == 0
 
     def _fingerprint(self, box: Box) -> int:
         product = 1

@@ -33,10 +33,13 @@ class Plan:
     """A model as boxes: what exists, what this rank holds of it, and what it owns.
 
     Attributes:
-        specs: all persistent tensors of the model, tied ones once; the same on every rank.
+        specs: all persistent tensors that any rank has, tied ones once; the same on every rank when the ranks have
+            compared their plans. A rank need not hold any part of a tensor.
         aliases: further names of tied tensors -> the name in `specs`.
         left_out: names in the model's state dict that the user excluded and that the files do not have.
         divisions: the divisions of what this rank holds.
+        has_replicas: whether putting averages into the model communicates. It does on all ranks if several ranks, any,
+            hold an averaged tensor alike.
         drop_gathered: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
         check_model: raises `ModelChangedError` if the model has other modules or names than planned. No communication.
         remains: what is left of the plan in the model as it is now. No communication.
@@ -46,14 +49,10 @@ class Plan:
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
     divisions: tuple[Division, ...]
+    has_replicas: bool
     drop_gathered: Callable[[], None]
     check_model: Callable[[], None]
     remains: Callable[[], Remains]
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether putting averages into the model communicates."""
-        return any(division.averaged and len(division.ranks) > 1 for division in self.divisions)
 
     def live_buffers(self, *, extra_state: bool) -> Plan:
         """The part of the plan of which all ranks show the owner's values: the buffers that are not averaged.
@@ -79,6 +78,11 @@ class Plan:
         """Every name that a pattern may mean."""
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
 
+    def gone(self, remains: Remains) -> tuple[str, ...]:
+        """The fqns of the planned tensors, among those that this rank holds a part of, which do not remain."""
+        held = {held.spec.fqn for division in self.divisions for held in division.held}
+        return tuple(spec.fqn for spec in self.specs if spec.fqn in held and spec.fqn not in remains.names)
+
     def only(self, remains: Remains) -> Plan:
         """The tensors that remain, for files, manifests and comparisons.
 
@@ -87,20 +91,25 @@ class Plan:
         Raises:
             ModelChangedError: no averaged tensor remains.
         """
-        specs = tuple(spec for spec in self.specs if spec.fqn in remains.names)
+        gone = set(self.gone(remains))
+        specs = tuple(spec for spec in self.specs if spec.fqn not in gone)
         if not any(spec.averaged for spec in specs):
             raise ModelChangedError(
                 f"none of the {sum(spec.averaged for spec in self.specs)} averaged tensors is in the model as it was "
                 "when the average was built: only_unchanged=True has nothing to write"
             )
         divisions = (
-            dataclasses.replace(division, held=tuple(held for held in division.held if held.spec.fqn in remains.names))
+            dataclasses.replace(division, held=tuple(held for held in division.held if held.spec.fqn not in gone))
             for division in self.divisions
         )
         return dataclasses.replace(
             self,
             specs=specs,
-            aliases={alias: fqn for alias, fqn in self.aliases.items() if alias in remains.names.get(fqn, ())},
+            aliases={
+                alias: fqn
+                for alias, fqn in self.aliases.items()
+                if fqn not in gone and alias in remains.names.get(fqn, (alias,))
+            },
             divisions=tuple(divisions),
         )
 

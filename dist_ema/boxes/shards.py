@@ -86,14 +86,17 @@ class Box:
 
 
 class Form(Protocol):
-    """How the model's own state dict shows a held piece: as it is, or as a DTensor."""
+    """How the model's own state dict shows what a rank holds of a tensor: as it is, or as a DTensor.
+
+    A rank holds one box, or several, which lie end to end along each dim: see `end_to_end` in boxes/local.py.
+    """
 
     def wrap(self, values: torch.Tensor) -> torch.Tensor:
-        """The entry of a state dict that shares memory with `values`, of the box's sizes. No communication."""
+        """The entry of a state dict that shares memory with `values`, the boxes end to end. No communication."""
         ...
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
-        """The values of the box, of an entry that `wrap` could have made, sharing memory. No communication.
+        """The boxes end to end, of an entry that `wrap` could have made, sharing memory. No communication.
 
         Raises:
             CheckpointMismatchError: the entry is laid out otherwise.
@@ -103,7 +106,7 @@ class Form(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoForm:
-    """Why a held piece cannot stand in a state dict: how a sentence goes on that begins with the tensor's name."""
+    """Why a tensor cannot stand in a state dict: how a sentence goes on that begins with the tensor's name."""
 
     reason: str
 
@@ -125,7 +128,7 @@ class Held:
         view: returns the live values of `box`, of shape `box.sizes`, sharing memory with the model. It is called anew
             at each use: training wrappers may replace the memory behind it. It may return the same tensor object again
             only while that has the same memory, dtype and strides.
-        form: how a state dict shows the piece, or why it cannot.
+        form: how a state dict shows what this rank holds of the tensor, or why it cannot.
         slot: where the model keeps the tensor that `view` shows whole; None where only `view` shows whether its memory
             was replaced.
     """

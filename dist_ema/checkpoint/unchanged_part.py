@@ -36,8 +36,7 @@ class Part:
         """
         if only_unchanged:
             remains = plan.remains()
-            left_out = tuple(spec.fqn for spec in plan.specs if spec.fqn not in remains.names)
-            return Part(plan.only(remains), left_out, remains.others)
+            return Part(plan.only(remains), plan.gone(remains), remains.others)
         plan.check_model()
         return Part(plan)
 

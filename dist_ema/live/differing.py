@@ -1,21 +1,14 @@
 """Which tensors the ranks of a division do not hold alike: one number first, and lists only after a difference.
 
-With HSDP there are as many divisions as ranks in a shard group, and each concerns a few ranks only: a list of them
-would grow with the run. So the ranks add up one number, to which each of them contributes, for each of its divisions,
-
-    digest * (h(position) - h(position + 1))    mod 2^61 - 1
-
-where h is a hash of the division and of a position among its ranks, which wraps around. If all digests of a division
-are equal, the h cancel. Else the sum is that of h(position) * (digest - digest of the position before), which is zero
-with a probability of about 2^-61.
+See `dist_ema.boxes.alike` for the number.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dist_ema.boxes.alike import are_alike, digest, term
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.rank_runs import RankRuns, merged_runs
 from dist_ema.disk.formats.checksums import checksum
@@ -26,8 +19,6 @@ __all__ = ["Table", "differing_tensors", "key_of"]
 # Key of a division -> its lowest rank, and index of a tensor -> the ranks that hold it otherwise than that rank.
 Table = Mapping[str, tuple[int, Mapping[int, RankRuns]]]
 
-_PRIME = 2**61 - 1
-_HALF = 2**32  # a number is added up in two halves, so that no sum over the ranks leaves 64 bits
 # What one table has at most, so that a message stays below a few hundred kilobytes.
 _MOST_TENSORS = 16_384
 _MOST_DIVISIONS = 1024
@@ -53,10 +44,10 @@ def differing_tensors(
     Yields:
         One table after the other, the same on every rank; none where all tensors are held alike.
     """
-    digests = {key: hashlib.sha256(repr(of_division).encode()).hexdigest() for key, of_division in sums.items()}
+    digests = {key: digest(of_division) for key, of_division in sums.items()}
     if _are_alike(exchange, divisions, digests):
         return
-    own = {key: [digest[:16], len(sums[key]), False] for key, digest in digests.items()}
+    own = {key: [of_set[:16], len(sums[key]), False] for key, of_set in digests.items()}
     of_all = exchange.reduce(action, own, _with_differences)
     num_tensors = {key: number for key, (_, number, differs) in sorted(of_all.items()) if differs}
     for keys in _batches(num_tensors):
@@ -64,25 +55,16 @@ def differing_tensors(
 
 
 def _are_alike(exchange: Exchange, divisions: Mapping[str, Division], digests: Mapping[str, str]) -> bool:
-    number = sum(
-        int(digest, 16) * (_hash(key, division.position) - _hash(key, (division.position + 1) % len(division.ranks)))
-        for key, digest in digests.items()
-        for division in (divisions[key],)
-    )
-    high, low = exchange.sum_integers(divmod(number % _PRIME, _HALF))
-    return (high * _HALF + low) % _PRIME == 0
-
-
-def _hash(key: str, position: int) -> int:
-    return int(hashlib.sha256(f"{key} {position}".encode()).hexdigest(), 16)
+    own = sum(term(key, divisions[key].position, len(divisions[key].ranks), of_set) for key, of_set in digests.items())
+    return are_alike(*exchange.sum_integers([own]))
 
 
 def _with_differences(lower: dict[str, Any], higher: dict[str, Any]) -> dict[str, Any]:
     """The digests of the lowest ranks, and whether a rank has another one; associative."""
     merged = dict(lower)
-    for key, (digest, number, differs) in higher.items():
-        first, _, differs_below = lower.get(key, (digest, number, False))
-        merged[key] = [first, number, differs or differs_below or digest != first]
+    for key, (of_set, number, differs) in higher.items():
+        first, _, differs_below = lower.get(key, (of_set, number, False))
+        merged[key] = [first, number, differs or differs_below or of_set != first]
     return merged
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.local import end_to_end
 from dist_ema.boxes.plan import Plan
-from dist_ema.boxes.shards import Form, Held, NoForm
+from dist_ema.boxes.shards import Box, Form, Held, NoForm
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
 from dist_ema.live.replicas import Replicas
@@ -49,8 +50,9 @@ def _check_forms(plan: Plan) -> None:
     Raises:
         UnsupportedModelError: the model is under FSDP1.
     """
-    for held in _all_held(plan):
-        _form(held)
+    for of_name in _held_by_name(plan).values():
+        for held in of_name:
+            _form(held)
 
 
 @torch.no_grad()
@@ -66,19 +68,27 @@ def _sharded_tensors(
         meeting: steps after which no rank can stay out; see `Channel.meeting`.
 
     Returns:
-        Every tensor under all of its names, in new memory: plain or a DTensor, as the model has it.
+        Every tensor that this rank's model has, under all of its names, in new memory: plain or a DTensor, as the model
+        has it.
     """
     plan.drop_gathered()
-    pieces: dict[str, torch.Tensor] = {}
-    for held in _all_held(plan):
-        live = held.values()
-        fresh = torch.empty(live.shape, dtype=dtype, device=live.device) if held.spec.averaged else live.clone()
-        pieces[held.spec.fqn] = fresh
+    held_by_name = _held_by_name(plan)
+    whole: dict[str, torch.Tensor] = {}  # what this rank holds of a tensor, its boxes end to end
+    parts: dict[Box, torch.Tensor] = {}
+    for fqn, of_name in held_by_name.items():
+        sizes, places = end_to_end([held.box for held in of_name])
+        live = {held.box: held.values() for held in of_name}
+        first, averaged = live[of_name[0].box], of_name[0].spec.averaged
+        whole[fqn] = torch.empty(sizes, dtype=dtype if averaged else first.dtype, device=first.device)
+        for box, place in places.items():
+            parts[box] = whole[fqn][place.region]
+            if not averaged:
+                parts[box].copy_(live[box])
     # All ranks get the buffers of their owner, as within a swap.
-    spread_all(plan, values, lambda shard: shard.within(pieces[shard.fqn]), meeting, extra_state=True)
-    held_by_name = {held.spec.fqn: held for held in _all_held(plan)}
-    state = {spec.fqn: _form(held_by_name[spec.fqn]).wrap(pieces[spec.fqn]) for spec in plan.specs}
-    return state | {alias: state[fqn] for alias, fqn in plan.aliases.items()}
+    spread_all(plan, values, lambda shard: shard.within(parts[shard.held.box]), meeting, extra_state=True)
+    held_names = [spec.fqn for spec in plan.specs if spec.fqn in held_by_name]
+    state = {fqn: _form(held_by_name[fqn][0]).wrap(whole[fqn]) for fqn in held_names}
+    return state | {alias: state[fqn] for alias, fqn in plan.aliases.items() if fqn in state}
 
 
 def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -87,27 +97,34 @@ def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tenso
     Raises:
         CheckpointMismatchError: names, shapes or layouts are not the model's.
     """
-    expected = {spec.fqn for spec in plan.specs if spec.averaged}
+    held_by_name = _held_by_name(plan)
+    expected = [fqn for fqn, of_name in held_by_name.items() if of_name[0].spec.averaged]
     known = {*(spec.fqn for spec in plan.specs), *plan.aliases}
-    missing, extra = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - known)
+    missing, extra = sorted(set(expected) - state_dict.keys()), sorted(state_dict.keys() - known)
     if missing or extra:
         raise CheckpointMismatchError(
             f"the state dict lacks {len(missing)} averaged tensors {missing[:3]} and has {len(extra)} unknown ones "
             f"{extra[:3]}, expected what sharded_state_dict of this model gives"
         )
-    values = []
-    for shard in plan.owned(averaged=True):
-        piece = _form(shard.held).unwrap(shard.fqn, state_dict[shard.fqn])
-        if piece.shape != shard.held.box.sizes:
+    parts: dict[Box, torch.Tensor] = {}
+    for fqn in expected:
+        sizes, places = end_to_end([held.box for held in held_by_name[fqn]])
+        whole = _form(held_by_name[fqn][0]).unwrap(fqn, state_dict[fqn])
+        if whole.shape != sizes:
             raise CheckpointMismatchError(
-                f"the entry of {shard.fqn} has {list(piece.shape)} on this rank, expected {list(shard.held.box.sizes)}"
+                f"the entry of {fqn} has {list(whole.shape)} on this rank, expected {list(sizes)}"
             )
-        values.append(shard.within(piece))
-    return values
+        parts.update((box, whole[place.region]) for box, place in places.items())
+    return [shard.within(parts[shard.held.box]) for shard in plan.owned(averaged=True)]
 
 
-def _all_held(plan: Plan) -> list[Held]:
-    return [held for division in plan.divisions for held in division.held]
+def _held_by_name(plan: Plan) -> dict[str, list[Held]]:
+    """What this rank holds of each tensor; a name of which it holds nothing is not there."""
+    by_name: dict[str, list[Held]] = {}
+    for division in plan.divisions:
+        for held in division.held:
+            by_name.setdefault(held.spec.fqn, []).append(held)
+    return by_name
 
 
 def _form(held: Held) -> Form:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -172,6 +172,10 @@ class Channel:
         call set, and that decides whether a call communicates further, counts in its own epoch only.
         """
         return 0 if self._world is None else self._world.num_links
+
+    def group_of(self, ranks: Sequence[int]) -> Any:
+        """Collective: every rank must call it, with the same ranks. See `World.group_of`."""
+        return None if self._world is None else self._world.group_of(ranks)
 
     def beside(self) -> Channel:
         """Collective: every rank must call it, within a call. A channel for a thread beside the calls.

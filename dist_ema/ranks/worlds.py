@@ -12,7 +12,7 @@ import dataclasses
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -113,6 +113,7 @@ class World:
         self.link = Link("calls/1", rank, size)
         self._links: list[weakref.ref[Link]] = [weakref.ref(self.link)]
         self._averages: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._groups: dict[tuple[int, ...], Any] = {}
         self._presence: Presence | None = None
         self._generation: Generation | None = None
         if group is not None and outlives_ranks():
@@ -250,6 +251,17 @@ class World:
         """Have the next call take a new link; all ranks leave the same links. No communication."""
         self.num_links += 1
         self.link = self._watched(Link(f"calls/{self.num_links}", self.rank, self.size, self.link))
+
+    def group_of(self, ranks: Sequence[int]) -> Any:
+        """Collective: every rank must call it, with the same ranks. A process group of them, which is made once.
+
+        It lasts as long as the default group.
+        """
+        key = tuple(ranks)
+        if key not in self._groups:
+            # Without `use_local_synchronization`, which hangs unless all ranks have made as many groups before.
+            self._groups[key] = None if self.group is None else dist.new_group(list(key))
+        return self._groups[key]
 
     def beside(self) -> tuple[Link, SharedStore]:
         """A link for a thread beside the calls, and its client; the same link on all ranks within a call."""

@@ -1,4 +1,4 @@
-"""DTensors: FSDP2, HSDP, tensor parallelism, and their combinations on one mesh."""
+"""DTensors: FSDP2, HSDP, tensor and expert parallelism, and their combinations, on one mesh or on slices of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,21 +15,22 @@ from torch.distributed.tensor import DTensor
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View
-from dist_ema.topology.runs import local_runs
+from dist_ema.topology.meshes import place
+from dist_ema.topology.runs import boxes_in_whole, sizes_of
 
 __all__ = ["DTensors"]
 
 
 class DTensors(Layout):
-    """DTensors: a rank holds its local box, and the ranks along the Replicate axes of the mesh hold it alike."""
+    """DTensors: a rank holds the boxes of its local tensor, as do the ranks along the Replicate axes of the mesh."""
 
     def claims(self, named: Named) -> bool:
         """Whether the source is a DTensor."""
         return isinstance(named.source, DTensor)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """The locator refuses a mesh that leaves ranks out, a Partial placement, and a part of several boxes."""
-        return functools.partial(_locate, world_size=world_size)
+        """The locator refuses a Partial placement, an axis of ranks that do not ascend, and another local shape."""
+        return functools.partial(_locate, model=model, rank=rank)
 
     def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Make the parameters' names resolve to the sharded DTensors again. No communication.
@@ -46,7 +46,7 @@ class DTensors(Layout):
         for module in modules:
             _finish_gathers(module)
             module.reshard()
-        sharded = [view for view in views if isinstance(view, _LocalValues)]
+        sharded = [view for view in views if isinstance(view, _LocalValues | _PartOfLocal)]
         if all(view.is_sharded() for view in sharded):
             return
         for module in modules:
@@ -91,51 +91,14 @@ def _groups(module: FSDPModule) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
-def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
+def _locate(named: Named, model: nn.Module, rank: int) -> tuple[list[HeldBox], Holders]:
     tensor: DTensor = named.source
-    fqn, mesh, placements = named.fqns[0], tensor.device_mesh, tensor.placements
-    if mesh.size() != world_size:
-        raise UnsupportedModelError(
-            f"{fqn} lives on a device mesh of {mesh.size()} of {world_size} ranks: the ranks outside hold a second "
-            "copy that the mesh does not tell of. Expected a mesh of all ranks, with a Replicate axis"
-        )
-    if any(placement.is_partial() for placement in placements):
-        raise UnsupportedModelError(f"{fqn} has placements {placements}, expected Shard or Replicate only")
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None  # the mesh spans all ranks
-    box = _box_of(fqn, tensor, coordinate)
-    for axis, placement in enumerate(placements):
-        # FSDP2 deals rows by the rank within the group, but torch computes the box from the coordinate in the mesh.
-        # `is_shard()` is False for strided shards.
-        if not placement.is_replicate() and dist.get_rank(mesh.get_group(axis)) != coordinate[axis]:
-            raise UnsupportedModelError(
-                f"{fqn} is sharded along axis {axis} of {mesh}, whose ranks are not in ascending order: parts of torch "
-                "then disagree where its rows lie. Expected a mesh of ascending ranks (init_device_mesh)"
-            )
-    axes = [axis for axis, placement in enumerate(placements) if placement.is_replicate() and mesh.size(axis) > 1]
-    alike = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
-    ranks = tuple(alike.flatten().tolist())
-    groups = tuple(mesh.get_group(axis) for axis in axes)
-    holders = Holders(ranks, ranks.index(mesh.get_rank()), groups)
-    return [HeldBox(box, _LocalValues(named), _DTensorForm(tensor))], holders
-
-
-def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
-    """The box that this rank holds. Torch's own list of chunks is of no use: of several runs it has the first only."""
+    fqn, form = named.fqns[0], _DTensorForm(tensor)
     mesh, placements = tensor.device_mesh, tensor.placements
-    axis_sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
-    runs = local_runs(tensor.shape, axis_sizes, coordinate, placements)
-    if runs is None:
-        raise UnsupportedModelError(f"{fqn} has placements {placements}, of which one is neither Shard nor Replicate")
-    if all(runs) and any(len(of_dim) > 1 for of_dim in runs):
-        raise UnsupportedModelError(
-            f"{fqn} has placements {placements}: what a rank holds of it is several pieces that lie apart (packed "
-            "columns, as transformers' packed_colwise makes them), expected one box for each rank. This version cannot "
-            "save such a tensor, averaged or not; a later one will. Until then shard it in one piece: load the model "
-            "with a tp_plan that has colwise or rowwise there, or none and fully_shard"
-        )
-    offsets = tuple(of_dim[0][0] if of_dim else size for of_dim, size in zip(runs, tensor.shape, strict=True))
-    sizes = tuple(sum(stop - start for start, stop in of_dim) for of_dim in runs)
+    placed = place(fqn, tensor.shape, mesh, placements, last_axis=_axis_of_fsdp(named, model))
+    if placed is None:
+        return _nothing_held(named, form), Holders((rank,), 0)
+    sizes = sizes_of(placed.runs)
     with torch.no_grad():
         held = tuple(tensor.to_local().shape)
     if held != sizes:
@@ -144,7 +107,41 @@ def _box_of(fqn: str, tensor: DTensor, coordinate: Sequence[int]) -> Box:
             f"{placements}: its layout is not understood. Make it with distribute_tensor, or DTensor.from_local with "
             "shape= and stride="
         )
-    return Box(fqn, offsets, sizes)
+    values = _LocalValues(named)
+    local = Box(fqn, (0,) * len(sizes), sizes)
+    boxes = [
+        HeldBox(box, values if part.sizes == sizes else _PartOfLocal(values, part), form)
+        for box, part in boxes_in_whole(local, placed.runs)
+    ]
+    return boxes, placed.holders
+
+
+def _nothing_held(named: Named, form: _DTensorForm) -> list[HeldBox]:
+    """Of a tensor on a mesh that this rank is not in: an empty box, which gives it its entry in a state dict.
+
+    A tensor of no dim has no empty box, and no entry.
+    """
+    if not named.shape:
+        return []
+    dims = len(named.shape)
+    nothing = torch.empty((0,) * dims, dtype=named.dtype, device=named.source.to_local().device)
+    return [HeldBox(Box(named.fqns[0], (0,) * dims, (0,) * dims), lambda: nothing, form)]
+
+
+def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
+    """The mesh axis along which FSDP2 dealt out the rows of a strided shard; None where the axes deal from the left.
+
+    `fully_shard` cuts the local tensor that it is given, so its axis comes last. Its strided placement says as much,
+    unless a further axis has a strided shard of the same dim as well (packed columns under FSDP2).
+    """
+    tensor: DTensor = named.source
+    placements: Sequence[Any] = tensor.placements
+    strided = [axis for axis, placement in enumerate(placements) if hasattr(placement, "split_factor")]
+    dims = [placements[axis].dim % tensor.ndim for axis in strided]
+    if not strided or dims[0] not in dims[1:]:
+        return None
+    managed = any(isinstance(module, FSDPModule) and named.owner in module.modules() for module in model.modules())
+    return strided[0] if managed else None
 
 
 class _LocalValues:
@@ -196,8 +193,32 @@ class _LocalValues:
         return self._view
 
 
+class _PartOfLocal:
+    """A part of the local tensor; the object stays the same while its memory does."""
+
+    def __init__(self, local: _LocalValues, part: Box) -> None:
+        self._local = local
+        self._part = part
+        self._seen: torch.Tensor | None = None
+        self._view = torch.empty(0, device="cpu")
+
+    def is_sharded(self) -> bool:
+        """As of the local tensor."""
+        return self._local.is_sharded()
+
+    def takes_gradient(self) -> bool:
+        """As of the local tensor."""
+        return self._local.takes_gradient()
+
+    def __call__(self) -> torch.Tensor:
+        local = self._local()
+        if local is not self._seen:
+            self._seen, self._view = local, local[self._part.region]
+        return self._view
+
+
 class _DTensorForm:
-    """Local values are shown as a DTensor that is laid out like the live one."""
+    """The local tensor is shown as a DTensor that is laid out like the live one."""
 
     def __init__(self, live: DTensor) -> None:
         self._mesh, self._placements = live.device_mesh, live.placements

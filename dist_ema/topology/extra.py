@@ -62,9 +62,9 @@ class ExtraStates(Layout):
         return named.is_extra_state
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """The locator gives a whole tensor as one box. Raises UnsupportedModelError if DDP spans some ranks only."""
-        holders = holders_of_plain(model, rank, world_size)
-        return lambda named: ([whole_state(named)], holders)
+        """The locator gives a whole tensor as one box."""
+        holders_of = holders_of_plain(model, rank, world_size)
+        return lambda named: ([whole_state(named)], holders_of(named))
 
 
 def whole_state(named: Named) -> HeldBox:

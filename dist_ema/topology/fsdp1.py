@@ -7,6 +7,9 @@ run is a few boxes: a partial row, whole rows, a partial row.
     rank 0 holds     [..............]
     rank 1 holds                     [..................]            weight: its last elements, bias, part of next
 
+Over tensor parallelism an original parameter is a DTensor, and it is its local tensor that lies in the flat parameter:
+the boxes of a run are then those of the whole tensor that this part of the local tensor has (`runs.boxes_in_whole`).
+
 Only private attributes of FSDP1's handle show this. `_flat_slices`, `FSDP1.drop_gathered` and `_local_shard` alone read
 them, and `test_fsdp1_internals_are_as_expected` fails loudly when torch changes them.
 """
@@ -15,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,8 @@ from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
+from dist_ema.topology.meshes import place
+from dist_ema.topology.runs import boxes_in_whole, sizes_of
 
 __all__ = ["FSDP1"]
 
@@ -46,7 +50,9 @@ class _FlatSlice:
         handle: FSDP1's handle of the flat parameter.
         replicate_group: the process group across which whole shards are replicated (hybrid sharding), or None.
         shape: the whole shape of the original parameter.
-        start: the index of the first element that this rank holds, in the flattened original parameter.
+        local_shape: the shape of what was flattened: the parameter itself, or its local tensor.
+        placed: the mesh and the placements of that local tensor, or None.
+        start: the index of the first element that this rank holds, in what was flattened.
         numel: the number of elements that this rank holds, maybe 0.
         offset: the index of the first of them in this rank's shard of the flat parameter.
     """
@@ -54,6 +60,8 @@ class _FlatSlice:
     handle: Any
     replicate_group: Any
     shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    placed: Any
     start: int
     numel: int
     offset: int
@@ -71,7 +79,7 @@ class FSDP1(Layout):
         """The original parameters, and None for the flat ones, which it hides. No communication.
 
         Raises:
-            UnsupportedModelError: a parameter is flattened in another than row-major order, or is a DTensor.
+            UnsupportedModelError: a parameter is flattened in another than row-major order.
         """
         slices: dict[Where, Any] = {}
         for module in model.modules():
@@ -86,8 +94,8 @@ class FSDP1(Layout):
         return isinstance(named.source, _FlatSlice)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """The locator refuses process groups that leave ranks out."""
-        return functools.partial(_locate, world_size=world_size)
+        """The locator refuses what `meshes.place` refuses, where an original parameter is a DTensor."""
+        return functools.partial(_locate, rank=rank)
 
     def drop_gathered(self, model: nn.Module, views: Sequence[View] = ()) -> None:
         """Drop gathered copies of flat parameters, so that the next forward gathers the shards anew. No communication.
@@ -129,17 +137,16 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
             f"{name} is not contiguous (channels_last, say) and FSDP1 flattens it in that order; expected row-major: "
             "call .contiguous() on it before wrapping, or use FSDP2"
         )
-    if handle._fsdp_extension is not None:
-        raise UnsupportedModelError(
-            "FSDP1 over tensor parallelism or on a slice of a larger mesh is not served: use FSDP2 there"
-        )
     replicate_group = getattr(module, "_inter_node_pg", None)
     slices: dict[tuple[int, str], _FlatSlice] = {}
-    for info, shape, local in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
+    originals = zip(flat._param_infos, flat._shapes, flat._param_extensions, flat._shard_param_infos, strict=True)
+    for info, shape, placed, local in originals:
         slices[id(info.module), info.param_name] = _FlatSlice(
             handle=handle,
             replicate_group=replicate_group,
-            shape=tuple(shape),
+            shape=tuple(shape if placed is None else placed.shape),
+            local_shape=tuple(shape),
+            placed=placed,
             start=local.intra_param_start_idx or 0,
             numel=local.numel_in_shard or 0,
             offset=local.offset_in_shard or 0,
@@ -149,25 +156,33 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
     return slices
 
 
-def _locate(named: Named, world_size: int) -> tuple[list[HeldBox], Holders]:
+def _locate(named: Named, rank: int) -> tuple[list[HeldBox], Holders]:
     flat_slice: _FlatSlice = named.source
-    whole = Box(named.fqns[0], (0,) * len(flat_slice.shape), flat_slice.shape)
-    boxes = [
-        HeldBox(box, _LocalRun(flat_slice.handle, flat_slice.offset + skipped, box.sizes), _NO_FORM)
-        for skipped, box in boxes_of_run(whole, flat_slice.start, flat_slice.numel)
-    ]
-    shard_group = flat_slice.handle.process_group
-    if not flat_slice.handle.uses_sharded_strategy:
-        group, shards = shard_group, 1
-    else:
-        group, shards = flat_slice.replicate_group, dist.get_world_size(shard_group)
-    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else (dist.get_rank(),)
-    if len(ranks) * shards != world_size:
-        raise UnsupportedModelError(
-            f"{named.fqns[0]} is sharded by FSDP1 over {shards} ranks and replicated over {len(ranks)}, which leaves "
-            f"out some of the {world_size} ranks. Expected process groups of all ranks"
-        )
-    return boxes, Holders(ranks, ranks.index(dist.get_rank()), () if group is None else (group,))
+    handle, fqn = flat_slice.handle, named.fqns[0]
+    flattened = Box(fqn, (0,) * len(flat_slice.local_shape), flat_slice.local_shape)
+    group = flat_slice.replicate_group if handle.uses_sharded_strategy else handle.process_group
+    ranks = (rank,) if group is None else tuple(dist.get_process_group_ranks(group))
+    holders = Holders(ranks, ranks.index(rank), () if group is None else (group,))
+    runs = [[(0, size)] if size else [] for size in flat_slice.shape]
+    if flat_slice.placed is not None:
+        placed = place(fqn, flat_slice.shape, flat_slice.placed.mesh, flat_slice.placed.placements)
+        if placed is None or sizes_of(placed.runs) != flat_slice.local_shape:
+            raise UnsupportedModelError(
+                f"{fqn} has {list(flat_slice.local_shape)} on this rank, which its placements "
+                f"{flat_slice.placed.placements} of {list(flat_slice.shape)} do not explain: its layout is not "
+                "understood. Make it with distribute_tensor before it is wrapped"
+            )
+        runs = placed.runs
+        if len(ranks) == 1:  # else the ranks of the group alone are named, and others that hold the same are found
+            holders = placed.holders
+    boxes = []
+    for skipped, local in boxes_of_run(flattened, flat_slice.start, flat_slice.numel):
+        run = _LocalRun(handle, flat_slice.offset + skipped, local)
+        boxes += [
+            HeldBox(box, run if part.sizes == local.sizes else _PartOfRun(run, part), _NO_FORM)
+            for box, part in boxes_in_whole(local, runs)
+        ]
+    return boxes, holders
 
 
 def _local_shard(handle: Any) -> torch.Tensor:
@@ -180,10 +195,10 @@ def _local_shard(handle: Any) -> torch.Tensor:
 class _LocalRun:
     """A run of the flat shard, in the sizes of a box; the object stays the same while its memory does."""
 
-    def __init__(self, handle: Any, offset: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, handle: Any, offset: int, box: Box) -> None:
+        self.box = box
         self._handle = handle
         self._offset = offset
-        self._sizes = sizes
         self._shard = torch.empty(0, device="cpu")
         self._view = torch.empty(0, device="cpu")
 
@@ -195,5 +210,26 @@ class _LocalRun:
         shard = _local_shard(self._handle)
         if not same_memory(shard, self._shard):
             self._shard = shard.detach()
-            self._view = self._shard[self._offset : self._offset + math.prod(self._sizes)].view(self._sizes)
+            self._view = self._shard[self._offset : self._offset + self.box.numel].view(self.box.sizes)
+        return self._view
+
+
+class _PartOfRun:
+    """A part of the box of a run, where it lies apart from the rest in the whole tensor."""
+
+    def __init__(self, run: _LocalRun, part: Box) -> None:
+        self._run = run
+        starts = (at - start for at, start in zip(part.offsets, run.box.offsets, strict=True))
+        self._region = tuple(slice(at, at + size) for at, size in zip(starts, part.sizes, strict=True))
+        self._seen: torch.Tensor | None = None
+        self._view = torch.empty(0, device="cpu")
+
+    def takes_gradient(self) -> bool:
+        """As of the run."""
+        return self._run.takes_gradient()
+
+    def __call__(self) -> torch.Tensor:
+        values = self._run()
+        if values is not self._seen:
+            self._seen, self._view = values, values[self._region]
         return self._view

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.layout import Named, Where
+from dist_ema.topology.parts import Parts
 
 __all__ = [
     "canonical_prefix",
@@ -108,7 +109,7 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
 
 def _wraps(module: nn.Module, child: str) -> bool:
     """Whether this child of a module is one that it wraps."""
-    return child in _WRAPPED_CHILD or child in _children_of(type(module))
+    return isinstance(module, Parts) or child in _WRAPPED_CHILD or child in _children_of(type(module))
 
 
 def _children_of(kind: type) -> tuple[str, ...]:
@@ -139,8 +140,9 @@ def check_against_state_dict(
     Raises:
         UnsupportedModelError: the error gives the first name that is not explained.
     """
-    inner = unwrapped(model)  # whose keys have no parts of the outermost wrappers
-    entries = {_canonical_key(inner, key): value for key, value in inner.state_dict(keep_vars=True).items()}
+    while wrapped := _children_of(type(model)):  # Fabric's wrapper gives the keys of the module in it
+        model = model.get_submodule(wrapped[0])
+    entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
         if not excludes([fqn]):
@@ -165,9 +167,15 @@ def _canonical_key(model: nn.Module, key: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside the outermost wrappers. It changes nothing (accelerate's `unwrap_model` may)."""
+    """The module inside the outermost wrappers. It changes nothing (accelerate's `unwrap_model` may).
+
+    Of a model in several parts it is the first of them that has a config, else the first one.
+    """
     while True:
         children = dict(model.named_children())
+        if isinstance(model, Parts):
+            inner = [unwrapped(part) for part in children.values()]
+            return next((part for part in inner if hasattr(part, "config")), inner[0])
         name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
         if name is None:
             return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,27 +13,32 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box, Slot, same_memory
-from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
+from dist_ema.errors import CheckpointMismatchError, ModelChangedError
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named
 
 __all__ = ["Plain", "PlainForm", "holders_of_plain", "whole_tensor"]
 
 
-def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Holders:
-    """The ranks that hold the model's plain tensors: all ranks, alike. No communication.
+def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Callable[[Named], Holders]:
+    """A plain tensor -> the ranks that hold it: those of the DDP that wraps its module, else all ranks.
 
-    Raises:
-        UnsupportedModelError: DDP spans some ranks only.
+    No communication.
     """
-    groups = [module.process_group for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    for group in groups:
-        ranks = dist.get_process_group_ranks(group)
-        if len(ranks) != world_size:
-            raise UnsupportedModelError(
-                f"DistributedDataParallel spans ranks {ranks} of {world_size}: every rank outside would own a second "
-                "average. Expected a group of all ranks"
-            )
-    return Holders(_all_ranks(world_size), rank, (groups[0] if groups else None,))
+    of_all = Holders(_all_ranks(world_size), rank, (None,))
+    by_module: dict[int, Holders] = {}
+    for ddp in (module for module in model.modules() if isinstance(module, DistributedDataParallel)):
+        holders = _holders_in(ddp.process_group, rank, world_size)
+        if len(holders.ranks) == world_size:
+            of_all = holders
+        by_module.update((id(module), holders) for module in ddp.modules())  # of nested ones the inner one comes last
+    return lambda named: by_module.get(id(named.owner), of_all)
+
+
+def _holders_in(group: dist.ProcessGroup, rank: int, world_size: int) -> Holders:
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) == world_size:
+        return Holders(_all_ranks(world_size), rank, (group,))
+    return Holders(tuple(ranks), ranks.index(rank), (group,))
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,16 +48,16 @@ def _all_ranks(world_size: int) -> tuple[int, ...]:
 
 
 class Plain(Layout):
-    """Whole tensors, in one process, in DDP, ignored by FSDP, or buffers: all ranks hold them alike."""
+    """Whole tensors, in one process, in DDP, ignored by FSDP, or buffers: all ranks hold them, or those of the DDP."""
 
     def claims(self, named: Named) -> bool:
         """Whether the source is a tensor; a layout before this one claims the tensors of its own kind."""
         return isinstance(named.source, torch.Tensor)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """The locator gives a whole tensor as one box. Raises UnsupportedModelError if DDP spans some ranks only."""
-        holders = holders_of_plain(model, rank, world_size)
-        return lambda named: ([whole_tensor(named)], holders)
+        """The locator gives a whole tensor as one box."""
+        holders_of = holders_of_plain(model, rank, world_size)
+        return lambda named: ([whole_tensor(named)], holders_of(named))
 
 
 def whole_tensor(named: Named) -> HeldBox:

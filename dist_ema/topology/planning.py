@@ -56,9 +56,6 @@ def plan_model(
         ConfigError: `experts` does not fit the model.
     """
     declare = functools.partial(with_parts, experts=experts, rank=rank, world_size=world_size)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model is {type(model).__name__}, expected a torch.nn.Module")
-
     _drop_gathered(model)
     elsewhere = _elsewhere(model)
     tensors = declare(named_tensors(model, elsewhere))
@@ -120,6 +117,7 @@ def plan_model(
         aliases=aliases,
         left_out=tuple(left_out),
         divisions=divisions,
+        has_replicas=any(division.averaged and len(division.ranks) > 1 for division in divisions),
         drop_gathered=drop_gathered,
         check_model=check_model,
         remains=remains,

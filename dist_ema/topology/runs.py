@@ -5,26 +5,34 @@ Placements are applied along the mesh axes from the left. A placement deals out 
     Shard(0) over 2 ranks               0 1 2 3 4 5 6 7    one part for each rank: rank 0 holds [0, 4)
     _StridedShard(0, split_factor=2)    0 1 2 3|4 5 6 7    a part of each of two halves: rank 0 holds [0, 2) and [4, 6)
 
-Torch shows the first run only, though a rank may hold several, which are no box: a strided shard on one axis alone (the
-"packed_colwise" of transformers) makes them. Under FSDP2 over tensor parallelism a later axis takes one of the halves,
-so one run is left.
+Torch shows the first run only, though a rank may hold several: a strided shard on one axis alone (the "packed_colwise"
+of transformers) makes them. Under FSDP2 over tensor parallelism a later axis takes one of the halves, so one run is
+left. The part of a rank is the product of its runs over the dims: one box for each choice of a run in every dim.
+
+                 [0, 2)   [4, 6)         the local tensor of the rank has the boxes laid end to end along each dim
+        [0, 1)  | box 0 | box 1 |
+        [2, 3)  | box 2 | box 3 |
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["local_runs"]
+from dist_ema.boxes.shards import Box
+
+__all__ = ["Runs", "boxes_in_whole", "local_runs", "sizes_of"]
 
 # Half-open [start, stop) along one dim.
 Run = tuple[int, int]
+# For each dim the runs that a rank holds, in order; an empty list where it holds nothing.
+Runs = list[list[Run]]
 
 
 def local_runs(
     shape: Sequence[int], axis_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
-) -> list[list[Run]] | None:
+) -> Runs | None:
     """The runs along each dim that a rank holds; its part of the tensor is their product. No communication.
 
     Args:
@@ -37,7 +45,7 @@ def local_runs(
         For each dim its runs in order, not adjacent; an empty list where this rank holds nothing. None if the kind of a
         placement is unknown.
     """
-    runs: list[list[Run]] = [[(0, size)] if size else [] for size in shape]
+    runs: Runs = [[(0, size)] if size else [] for size in shape]
     for size, position, placement in zip(axis_sizes, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
@@ -48,6 +56,38 @@ def local_runs(
         parts = (_part(runs[dim], num_parts, index) for index in range(num_parts))
         runs[dim] = [run for part in parts for run in _part(part, size, position)]
     return [_joined(of_dim) for of_dim in runs]
+
+
+def sizes_of(runs: Runs) -> tuple[int, ...]:
+    """The sizes of the local tensor that has the runs."""
+    return tuple(sum(stop - start for start, stop in of_dim) for of_dim in runs)
+
+
+def boxes_in_whole(local: Box, runs: Runs) -> Iterator[tuple[Box, Box]]:
+    """The boxes of the whole tensor that a box of the local tensor has; of an empty one, one empty box.
+
+    Args:
+        local: a box of the local tensor.
+        runs: the runs of the local tensor.
+
+    Yields:
+        A box of the whole tensor, and the box of the local tensor that has its elements.
+    """
+    if not local.numel:
+        yield Box(local.fqn, tuple(of_dim[0][0] if of_dim else 0 for of_dim in runs), local.sizes), local
+        return
+    for chosen in itertools.product(*map(_pieces, runs, local.offsets, local.sizes)):
+        whole_at, local_at, sizes = zip(*chosen, strict=True) if chosen else ((), (), ())
+        yield Box(local.fqn, whole_at, sizes), Box(local.fqn, local_at, sizes)
+
+
+def _pieces(runs: Sequence[Run], first: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Of the elements [first, first + size) of the runs laid end to end: where each run begins in the whole, where it
+    begins in the runs, and its length.
+    """
+    for start, stop in _between(runs, first, first + size):
+        yield start, first, stop - start
+        first += stop - start
 
 
 def _part(runs: Sequence[Run], num_parts: int, index: int) -> list[Run]:

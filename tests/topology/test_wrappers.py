@@ -107,7 +107,7 @@ def averaged_under_its_own_names(kind: str, folder: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_wrappers_do_not_come_into_the_files(world, tmp_path, kind) -> None:
-    """Fabric's wrapper gave every tensor two names, `_forward_module.` and `_original_module.` before the model's own."""
+    """Fabric's wrapper gave every tensor two names, with `_forward_module.` and with `_original_module.`."""
     world(2).run(averaged_under_its_own_names, kind, str(tmp_path / "ema"))
 
 
