@@ -140,8 +140,8 @@ def check_against_state_dict(
     Raises:
         UnsupportedModelError: the error gives the first name that is not explained.
     """
-    while wrapped := _children_of(type(model)):  # Fabric's wrapper gives the keys of the module in it
-        model = model.get_submodule(wrapped[0])
+    while (inner := _wrapped_in(model)) is not None:  # Fabric's wrapper gives the keys of the module in it
+        model = inner
     entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
@@ -171,15 +171,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Of a model in several parts it is the first of them that has a config, else the first one.
     """
-    while True:
-        children = dict(model.named_children())
-        if isinstance(model, Parts):
-            inner = [unwrapped(part) for part in children.values()]
-            return next((part for part in inner if hasattr(part, "config")), inner[0])
-        name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
-        if name is None:
-            return model
-        model = children[name]
+    if isinstance(model, Parts):
+        parts = [unwrapped(part) for part in model.children()]
+        return next((part for part in parts if hasattr(part, "config")), parts[0])
+    inner = _wrapped_in(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def _wrapped_in(model: nn.Module) -> nn.Module | None:
+    """The one module that this module wraps; None if it is no wrapper."""
+    children = {} if isinstance(model, Parts) else dict(model.named_children())
+    name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
+    return None if name is None else children[name]
 
 
 def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from oracle import NaiveAverage
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ConfigError, ConstantSchedule, CosineSchedule, DistEMAError, Experts, ShardedEMA
+from dist_ema import CosineSchedule, Experts, ShardedEMA
 
 SCHEDULE = CosineSchedule(0.3, 0.01, total_steps=8)
 NUM_EXPERTS = 12
