@@ -168,7 +168,7 @@ def names_alike(name: str) -> str:
     return name.replace("net.1.bias", "net.0.bias")
 
 
-GROUPS = [(1, 1), (2, 2), (3, 3)]
+GROUPS = [(1, 1), (2, 2), (3, 3), (4, 2)]
 
 
 @pytest.mark.parametrize(("size", "num_in_group"), GROUPS)
