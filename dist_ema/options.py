@@ -184,10 +184,11 @@ class Options:
             ConfigError: a pattern of `include`, `exclude` or `experts` matches nothing.
         """
         names = list(fqns)
-        declared = [pattern.replace(NUMBER, "*") for experts in self.experts for pattern in experts.patterns]
+        declared = [pattern for experts in self.experts for pattern in experts.patterns]
         for option, patterns in (("include", self.include), ("exclude", self.exclude), ("experts", declared)):
             for pattern in patterns:
-                if not matches_any(names, [pattern]):
+                glob = pattern.replace(NUMBER, "*") if option == "experts" else pattern
+                if not matches_any(names, [glob]):
                     raise ConfigError(
                         f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
                         f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
