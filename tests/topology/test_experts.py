@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import warnings
@@ -378,7 +379,7 @@ def wrapped(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """Stacked experts of a whole model, as a mesh (dp, ep) of four ranks or another wrapper holds them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = nn.ModuleDict({"router": nn.Linear(4, 8), "experts": nn.Module()})
+    model = nn.Sequential(collections.OrderedDict(router=nn.Linear(4, 8), experts=nn.Module()))
     whole = {"up": torch.randn(8, 4, 6), "down": torch.randn(8, 6, 4)}
     if kind == "ddp":
         for name, value in whole.items():
