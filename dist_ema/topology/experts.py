@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box
 from dist_ema.errors import CheckpointMismatchError, ConfigError
@@ -45,15 +46,43 @@ class DeclaredExperts(Layout):
         return named.part is not None and _is_plain(named)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
-        """The locator names this rank alone: what the groups have in common does not show which ranks hold copies."""
-        return lambda named: ([_box_of(named)], Holders((rank,), 0))
+        """The locator names this rank alone: which ranks hold copies does not follow from a group of experts.
+
+        It refuses tensors that DDP keeps alike over ranks of the group.
+        """
+        synchronised: dict[int, dist.ProcessGroup] = {}
+        for ddp in (module for module in model.modules() if isinstance(module, DistributedDataParallel)):
+            for name, parameter in ddp.module.named_parameters():
+                if name not in ddp.parameters_to_ignore:
+                    synchronised[id(parameter)] = ddp.process_group
+
+        def locate(named: Named) -> tuple[list[HeldBox], Holders]:
+            assert named.part is not None  # it was claimed
+            _check_not_alike(named, named.part, synchronised.get(id(named.source)), world_size)
+            return [_box_of(named, named.part)], Holders((rank,), 0)
+
+        return locate
 
 
-def _box_of(named: Named) -> HeldBox:
-    assert named.part is not None  # it was claimed
+def _check_not_alike(named: Named, part: Part, group: dist.ProcessGroup | None, world_size: int) -> None:
+    """Refuse a tensor that DDP keeps alike on ranks that hold different experts, as the user says."""
+    if group is None:
+        return
+    of_experts = range(world_size) if part.group is None else dist.get_process_group_ranks(part.group)
+    alike = sorted(set(of_experts).intersection(dist.get_process_group_ranks(group)))
+    if len(alike) > 1:
+        raise ConfigError(
+            f"{named.fqns[0]} is declared by experts= to be another tensor on each of the ranks {alike}, but "
+            "DistributedDataParallel keeps it alike there. Keep it out of DDP, by "
+            "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model before wrapping, or leave out the "
+            "declaration"
+        )
+
+
+def _box_of(named: Named, part: Part) -> HeldBox:
     held = whole_state(named) if named.is_extra_state else whole_tensor(named)
-    box = Box(named.fqns[0], named.part.offsets, tuple(named.source.shape))
-    return dataclasses.replace(held, box=box, form=named.part.form)
+    box = Box(named.fqns[0], part.offsets, tuple(named.source.shape))
+    return dataclasses.replace(held, box=box, form=part.form)
 
 
 def with_parts(tensors: Sequence[Named], *, experts: Sequence[Experts], rank: int, world_size: int) -> list[Named]:
@@ -68,6 +97,8 @@ def with_parts(tensors: Sequence[Named], *, experts: Sequence[Experts], rank: in
     Raises:
         ConfigError: a declaration does not fit the model or this rank; the error names the tensor.
     """
+    if not experts:
+        return list(tensors)
     declared = [(named, _declaration(named, experts)) for named in tensors]
     numbers: dict[str, set[int]] = {}
     for named, declaration in declared:
@@ -157,7 +188,8 @@ def _renumbered(named: Named, declaration: Experts, numbers: dict[str, set[int]]
         ".".join(filter(None, (f"{prefix}{number + position * len(numbers[prefix])}", rest)))
         for prefix, number, rest in _numbered(named, declaration)
     ]
-    return dataclasses.replace(named, fqns=names, part=Part(named.fqns, (0,) * len(named.shape), PlainForm()))
+    part = Part(named.fqns, (0,) * len(named.shape), PlainForm(), declaration.group)
+    return dataclasses.replace(named, fqns=names, part=part)
 
 
 def _part_along(named: Named, dim: int, group: Any, position: int, size: int) -> Named:
@@ -178,7 +210,7 @@ def _part_along(named: Named, dim: int, group: Any, position: int, size: int) ->
     offsets = [0] * len(shape)
     offsets[dim], shape[dim] = position * shape[dim], size * shape[dim]
     form = PlainForm() if size == 1 else _StackedForm(group, dim, tuple(shape))
-    return dataclasses.replace(named, shape=tuple(shape), part=Part(named.fqns, tuple(offsets), form))
+    return dataclasses.replace(named, shape=tuple(shape), part=Part(named.fqns, tuple(offsets), form, group))
 
 
 def _place(named: Named, group: Any, rank: int, world_size: int) -> tuple[int, int]:

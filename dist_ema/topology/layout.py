@@ -62,11 +62,13 @@ class Part:
         keys: its names in the state dict of this rank's model.
         offsets: where it begins in the whole tensor, per dim.
         form: how a state dict shows it.
+        group: the process group whose ranks hold the other parts; None for all ranks.
     """
 
     keys: list[str]
     offsets: tuple[int, ...]
     form: Form
+    group: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 _FOREIGN_WRAPPERS = (
     ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
 )
 
 

@@ -65,7 +65,8 @@ def plan_model(
     left_out += extra_left_out
     if not elsewhere:  # otherwise state_dict() communicates, and the tests alone compare its names
         names = [fqn for named in (*stored, *extra) for fqn in named.keys]
-        left_out += check_against_state_dict(model, names, left_out, excludes)
+        known = [*left_out, *(key for named in tensors for key in named.keys)]
+        left_out += check_against_state_dict(model, names, known, excludes)
     locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}

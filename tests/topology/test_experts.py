@@ -303,6 +303,9 @@ def misfit(kind: str) -> str:
     elif kind == "numbers on two sides":
         model.list = nn.ModuleList([nn.ModuleList([nn.Linear(3, 3, bias=False)])])
         experts[1] = Experts("list*.{}.*weight", dim=None)
+    elif kind == "in DDP":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["list.0.weight", "w"])
+        model = DistributedDataParallel(model)
     with pytest.raises(DistEMAError) as caught:
         ShardedEMA(model, SCHEDULE, experts=experts)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -321,6 +324,10 @@ def misfit(kind: str) -> str:
         ("no group", r"w is declared by experts= on rank 0 with the group \(0, 1\)"),
         ("a DTensor", r"w is a DTensor, and experts= declares it: .* Leave it out"),
         ("in FSDP", r"w is sharded by FSDP, and experts= declares it: .*ignored_states"),
+        (
+            "in DDP",
+            r"list\.1\.weight is declared .* on each of the ranks \[0, 1\], but DistributedDataParallel keeps it",
+        ),
         ("twice", r"w is declared twice by experts=, by \('w',\) and by \('router\.\*', '\?'\)"),
         ("patterns differ", r"differ in experts.*'\[w\]'.* against .*'w'"),
         ("dims differ", r"differ in experts"),
@@ -544,3 +551,61 @@ def numbers_of_all_ranks(folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_experts_under_numbers_of_all_ranks_need_no_declaration(world, tmp_path, size) -> None:
     world(size).run(numbers_of_all_ranks, str(tmp_path / "ema"))
+
+
+class Scaled(nn.Linear):
+    """An expert with a scale that its state dict has as extra state, and whose position makes its values."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.weight.detach().abs().amax()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        pass
+
+
+class Packed(torch.Tensor):
+    """A tensor subclass with a dispatch of its own, whose bytes are not its values."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def what_else_an_expert_has(folder: str) -> None:
+    model = Stacked()
+    model.list = nn.ModuleList(Scaled(3, 3, bias=False) for _ in range(2))
+    for expert in model.list:
+        expert.packed = nn.Parameter(Packed(torch.zeros(2)), requires_grad=False)
+    # The names of the files again: those of rank 1 are list.2 and list.3.
+    excluded = [f"list.{number}.packed" for number in range(4)]
+    ema = ShardedEMA(model, SCHEDULE, experts=[Experts("w", 0), LISTED], exclude=excluded)
+    ema.update()
+    ema.save(folder)
+    model.router = nn.Linear(3, 4)
+    ema.save(folder + "-rest", only_unchanged=True)
+    dist.barrier()
+    saved = load_file(os.path.join(folder, "model.safetensors"))
+    rest = load_file(os.path.join(folder + "-rest", "model.safetensors"))
+    assert saved.keys() - rest.keys() == {"router.weight", "router.bias"}
+    names = {f"list.{number}.{what}" for number in range(4) for what in ("weight", "_extra_state")}
+    assert rest.keys() == names | {"w"}
+    for number, expert in enumerate(model.list, start=2 * dist.get_rank()):
+        for files in (saved, rest):
+            assert torch.equal(files[f"list.{number}._extra_state"], expert.get_extra_state())
+            assert torch.equal(files[f"list.{number}.weight"], expert.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_extra_state_and_excluded_tensors_of_experts_are_numbered_too_also_when_the_model_has_changed(
+    world, tmp_path
+) -> None:
+    world(2).run(what_else_an_expert_has, str(tmp_path / "ema"))
