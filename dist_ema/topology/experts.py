@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box
 from dist_ema.errors import CheckpointMismatchError, ConfigError
+from dist_ema.messages import MOST_NAMED, first_of
 from dist_ema.options import NUMBER, Experts, matches_any
 from dist_ema.topology.extra import whole_state
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, Part
@@ -71,8 +72,9 @@ def _check_not_alike(named: Named, part: Part, group: dist.ProcessGroup | None, 
     of_experts = range(world_size) if part.group is None else dist.get_process_group_ranks(part.group)
     alike = sorted(set(of_experts).intersection(dist.get_process_group_ranks(group)))
     if len(alike) > 1:
+        ranks = first_of([str(rank) for rank in alike[:MOST_NAMED]], len(alike))
         raise ConfigError(
-            f"{named.fqns[0]} is declared by experts= to be another tensor on each of the ranks {alike}, but "
+            f"{named.fqns[0]} is declared by experts= to be another tensor on each of the ranks {ranks}, but "
             "DistributedDataParallel keeps it alike there. Keep it out of DDP, by "
             "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model before wrapping, or leave out the "
             "declaration"

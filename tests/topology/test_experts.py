@@ -326,7 +326,7 @@ def misfit(kind: str) -> str:
         ("in FSDP", r"w is sharded by FSDP, and experts= declares it: .*ignored_states"),
         (
             "in DDP",
-            r"list\.1\.weight is declared .* on each of the ranks \[0, 1\], but DistributedDataParallel keeps it",
+            r"list\.1\.weight is declared .* on each of the ranks 0, 1, but DistributedDataParallel keeps it",
         ),
         ("twice", r"w is declared twice by experts=, by \('w',\) and by \('router\.\*', '\?'\)"),
         ("patterns differ", r"differ in experts.*'\[w\]'.* against .*'w'"),
