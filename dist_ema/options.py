@@ -105,6 +105,35 @@ class Experts:
         assert isinstance(self.names, tuple)  # since __post_init__
         return self.names
 
+    def number_at(self, fqn: str) -> int | None:
+        """The index, among the parts of a name, of the number of an expert; None if no pattern with a number matches.
+
+        Raises:
+            ConfigError: several parts may be the number.
+        """
+        parts = fqn.split(".")
+        places = [
+            at
+            for at, part in enumerate(parts)
+            if part.isdecimal() and matches_any([".".join([*parts[:at], NUMBER, *parts[at + 1 :]])], self.patterns)
+        ]
+        if len(places) > 1:
+            raise ConfigError(
+                f"{fqn} matches {list(self.patterns)} of experts= in several ways: {NUMBER} may stand for any of "
+                f"{[parts[at] for at in places]}. Write out more of the name around {NUMBER}"
+            )
+        return places[0] if places else None
+
+    def numbers(self, fqns: Iterable[str]) -> dict[str, set[int]]:
+        """What stands before the number of an expert in the names -> the numbers."""
+        numbers: dict[str, set[int]] = {}
+        for fqn in fqns:
+            at = None if self.dim is not None else self.number_at(fqn)
+            if at is not None:
+                parts = fqn.split(".")
+                numbers.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+        return numbers
+
 
 # The part of a pattern of `Experts` that stands for the number of an expert.
 NUMBER = "{}"

@@ -1,8 +1,8 @@
 """Plain tensors that each rank has of its own, as `experts=` declares them: parts of what a group holds together.
 
 A rank cannot see what the others hold under a name, and planning does not communicate. So the tensors of the ranks of a
-group are equal in size, and the place in the group tells where one lies. Ranks that prove this wrong are refused by the
-comparison of all plans.
+group are equal in size and number, and the place in the group tells where one lies. Ranks that prove this wrong are
+refused when all plans are compared: by the shapes of whole tensors, and by `check_numbers`.
 
     Experts("w", dim=0), 2 ranks             Experts("experts.{}.w", dim=None), 2 ranks
 
@@ -16,7 +16,6 @@ Numbers are renamed in every layout: listed experts may be DTensors, over ranks 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,15 +27,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box
 from dist_ema.errors import CheckpointMismatchError, ConfigError
 from dist_ema.messages import MOST_NAMED, first_of
-from dist_ema.options import NUMBER, Experts, matches_any
+from dist_ema.options import Experts, matches_any
 from dist_ema.topology.extra import whole_state
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, Part
 from dist_ema.topology.plain import PlainForm, whole_tensor
 
-__all__ = ["DeclaredExperts", "with_parts"]
+__all__ = ["DeclaredExperts", "check_numbers", "with_parts"]
 
 
 class DeclaredExperts(Layout):
@@ -127,13 +127,41 @@ def with_parts(tensors: Sequence[Named], *, experts: Sequence[Experts], rank: in
     return parts
 
 
+def check_numbers(plan: Plan, experts: Sequence[Experts], world_size: int) -> None:
+    """Refuse lists of experts of which ranks hold unequal parts: their numbers over all ranks are wrong.
+
+    No communication.
+
+    Args:
+        plan: the plan, with the tensors of all ranks.
+        experts: the declarations.
+        world_size: the number of ranks in the default process group.
+
+    Raises:
+        ConfigError: the error names the list.
+    """
+    own = [held.spec.fqn for division in plan.divisions for held in division.held]
+    for declaration in experts:
+        of_all = declaration.numbers(plan.names)
+        size = world_size if declaration.group is None else dist.get_world_size(declaration.group)
+        for prefix, numbers in declaration.numbers(own).items():
+            if of_all[prefix] != set(range(size * len(numbers))):
+                present = first_of([str(number) for number in sorted(of_all[prefix])[:MOST_NAMED]], len(of_all[prefix]))
+                raise ConfigError(
+                    f"{prefix} has {len(numbers)} experts on this rank, and experts= has a group of {size} ranks for "
+                    f"them, but the ranks have the numbers {present} together: expected 0 to "
+                    f"{size * len(numbers) - 1}. Give all ranks of a group equally many experts, and each the group of "
+                    "all ranks whose experts differ from its own"
+                )
+
+
 def _declaration(named: Named, experts: Sequence[Experts]) -> Experts | None:
     """The declaration that a tensor falls under."""
     matching = [
         declaration
         for declaration in experts
         if (
-            any(_number_at(fqn, declaration) is not None for fqn in named.fqns)
+            any(declaration.number_at(fqn) is not None for fqn in named.fqns)
             if declaration.dim is None
             else matches_any(named.fqns, declaration.patterns)
         )
@@ -146,33 +174,13 @@ def _declaration(named: Named, experts: Sequence[Experts]) -> Experts | None:
     return matching[0] if matching else None
 
 
-def _number_at(fqn: str, declaration: Experts) -> int | None:
-    """The index of the part of a name that is the number of an expert."""
-    parts = fqn.split(".")
-    places = [
-        at
-        for at, part in enumerate(parts)
-        if part.isdecimal()
-        and any(
-            fnmatch.fnmatchcase(".".join([*parts[:at], NUMBER, *parts[at + 1 :]]), pattern)
-            for pattern in declaration.patterns
-        )
-    ]
-    if len(places) > 1:
-        raise ConfigError(
-            f"{fqn} matches {list(declaration.patterns)} of experts= in several ways: {NUMBER} may stand for any of "
-            f"{[parts[at] for at in places]}. Write out more of the name around {NUMBER}"
-        )
-    return places[0] if places else None
-
-
 def _numbered(named: Named, declaration: Experts | None) -> list[tuple[str, int, str]]:
     """The names of a listed expert's tensor as (what is before the number, the number, what is behind it)."""
     if declaration is None or declaration.dim is not None:
         return []
     numbered = []
     for fqn in named.fqns:
-        at = _number_at(fqn, declaration)
+        at = declaration.number_at(fqn)
         if at is None:
             raise ConfigError(
                 f"{fqn} is tied to the expert's tensor {next(name for name in named.fqns if name != fqn)}, which "

@@ -303,6 +303,10 @@ def misfit(kind: str) -> str:
     elif kind == "numbers on two sides":
         model.list = nn.ModuleList([nn.ModuleList([nn.Linear(3, 3, bias=False)])])
         experts[1] = Experts("list*.{}.*weight", dim=None)
+    elif kind in ("fewer on rank 0", "fewer on rank 1"):
+        torch.manual_seed(0)  # equal in content, too
+        fewer = rank == int(kind[-1])
+        model.list = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(1 if fewer else 2))
     elif kind == "in DDP":
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["list.0.weight", "w"])
         model = DistributedDataParallel(model)
@@ -328,6 +332,8 @@ def misfit(kind: str) -> str:
             "in DDP",
             r"list\.1\.weight is declared .* on each of the ranks 0, 1, but DistributedDataParallel keeps it",
         ),
+        ("fewer on rank 0", r"list has 1 experts on this rank, .* the numbers 0, 2, 3 together: expected 0 to 1\."),
+        ("fewer on rank 1", r"list has 2 experts on this rank, .* the numbers 0, 1 together: expected 0 to 3\."),
         ("twice", r"w is declared twice by experts=, by \('w',\) and by \('router\.\*', '\?'\)"),
         ("patterns differ", r"differ in experts.*'\[w\]'.* against .*'w'"),
         ("dims differ", r"differ in experts"),
