@@ -75,7 +75,7 @@ class Experts:
         >>> listed = Experts("layers.*.experts.{}.*", dim=None)
     """
 
-    names: Patterns
+    names: str | Iterable[str]
     dim: int | None
     group: Any = None
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
 from dist_ema.topology.names import class_of, unwrapped
 
 HALF = ConstantSchedule(momentum=0.5)
@@ -109,6 +109,19 @@ def averaged_under_its_own_names(kind: str, folder: str) -> None:
 def test_names_of_wrappers_do_not_come_into_the_files(world, tmp_path, kind) -> None:
     """Fabric's wrapper gave every tensor two names, with `_forward_module.` and with `_original_module.`."""
     world(2).run(averaged_under_its_own_names, kind, str(tmp_path / "ema"))
+
+
+def of_each_rank(kind: str) -> None:
+    net = Net()
+    with torch.no_grad():
+        net.module.weight.add_(dist.get_rank())
+    with pytest.raises(UnsupportedModelError, match=r"module\.weight is not the same on rank 0 and rank 1"):
+        ShardedEMA(wrapped(kind, net), HALF)
+
+
+@pytest.mark.parametrize("kind", ["fabric", "fabric over compile", "data parallel"])
+def test_wrappers_that_keep_nothing_alike_do_not_hide_that_ranks_differ(world, kind) -> None:
+    world(2).run(of_each_rank, kind)
 
 
 def test_a_model_that_fabric_has_set_up_is_averaged_under_its_own_names(tmp_path) -> None:
