@@ -163,6 +163,7 @@ def test_only_exchange_and_topology_touch_process_groups() -> None:
 OF_FSDP2 = "test_the_private_names_of_fsdp2_are_what_a_reshard_takes_them_for"
 OF_FSDP1 = "test_the_private_names_of_fsdp1_are_what_a_flat_slice_takes_them_for"
 OF_WRAPPERS = "test_the_child_names_that_wrappers_reserve_are_these"
+OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
 OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
 PRIVATE_NAMES = {
@@ -197,6 +198,9 @@ PRIVATE_NAMES = {
         "_checkpoint_wrapped_module": OF_WRAPPERS,
         "_fsdp_wrapped_module": OF_WRAPPERS,
         "_non_persistent_buffers_set": OF_MODULES,
+        "_FabricModule": OF_FABRIC,
+        "_forward_module": OF_FABRIC,
+        "_original_module": OF_FABRIC,
     },
     "topology.plain": {"_parameters": OF_MODULES, "_buffers": OF_MODULES},
     "topology.values": {
@@ -425,6 +429,7 @@ def test_public_names() -> None:
         "CosineSchedule",
         "DistEMAError",
         "EqualSchedule",
+        "Experts",
         "HalfLifeSchedule",
         "InverseGammaSchedule",
         "ModelChangedError",

@@ -29,6 +29,14 @@ __all__ = [
 _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # The wrappers that only the type tells: their child is called `module`, as a user's own module may be.
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
+# Wrappers of other libraries, which are not imported: the module of the class, its name, and a child that it wraps; of
+# several such children the outermost comes first.
+_FOREIGN_WRAPPERS = (
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
+)
 
 
 def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
@@ -95,13 +103,23 @@ def canonical_prefix(model: nn.Module, raw_name: str) -> str:
     owner: Any = model
     kept = []
     for part in raw_name.split(".") if raw_name else ():
-        wraps = (
-            part in _WRAPPED_CHILD or (part == "module" and isinstance(owner, _WRAPPERS)) or isinstance(owner, Parts)
-        )
-        if not wraps:
+        if not _wraps(owner, part):
             kept.append(part + ".")
         owner = owner.get_submodule(part)
     return "".join(kept)
+
+
+def _wraps(module: nn.Module, child: str) -> bool:
+    """Whether this child of a module is one that it wraps."""
+    return isinstance(module, Parts) or child in _WRAPPED_CHILD or child in _children_of(type(module))
+
+
+def _children_of(kind: type) -> tuple[str, ...]:
+    """The names of the children that a module of this type wraps, the outermost first."""
+    if issubclass(kind, _WRAPPERS):
+        return ("module",)
+    classes = {(base.__module__, base.__name__) for base in kind.__mro__}
+    return tuple(child for module, name, child in _FOREIGN_WRAPPERS if (module, name) in classes)
 
 
 def check_against_state_dict(
@@ -124,6 +142,8 @@ def check_against_state_dict(
     Raises:
         UnsupportedModelError: the error gives the first name that is not explained.
     """
+    while (inner := _wrapped_in(model)) is not None:  # Fabric's wrapper gives the keys of the module in it
+        model = inner
     entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
@@ -153,17 +173,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Of a model in several parts it is the first of them that has a config, else the first one.
     """
-    while True:
-        children = dict(model.named_children())
-        if isinstance(model, Parts):
-            inner = [unwrapped(part) for part in children.values()]
-            return next((part for part in inner if hasattr(part, "config")), inner[0])
-        name = next((name for name in children if name in _WRAPPED_CHILD), None)
-        if name is None and isinstance(model, _WRAPPERS):
-            name = "module"
-        if name is None:
-            return model
-        model = children[name]
+    if isinstance(model, Parts):
+        parts = [unwrapped(part) for part in model.children()]
+        return next((part for part in parts if hasattr(part, "config")), parts[0])
+    inner = _wrapped_in(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def _wrapped_in(model: nn.Module) -> nn.Module | None:
+    """The one module that this module wraps; None if it is no wrapper."""
+    children = {} if isinstance(model, Parts) else dict(model.named_children())
+    name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
+    return None if name is None else children[name]
 
 
 def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the working tree is slower than a former commit: updates, saves and loads, paired within rounds.
+"""Whether the working tree is slower than a former commit: updates, saves, loads and exports, paired within rounds.
 
     python launch/bench/against.py --base v0.1.0
 
@@ -47,7 +47,7 @@ class Work(NamedTuple):
     """What both sides do in a round.
 
     Attributes:
-        call: "update", "save" or "load".
+        call: "update", or one of `FILE_CALLS`.
         layout: of the model on `ranks` ranks.
     """
 
@@ -61,8 +61,10 @@ class Work(NamedTuple):
         return f"{self.call}, {told}"
 
 
+# A load is of an average in use; a resume is of a new one, which is filled in place.
+FILE_CALLS = ("save", "load", "resume", "export")
 UPDATES = (Work("update"), Work("update", dtype="bfloat16"))
-FILES = tuple(Work(call, layout, ranks=2) for layout in ("ddp", "fsdp2") for call in ("save", "load"))
+FILES = tuple(Work(call, layout, ranks=2) for layout in ("ddp", "fsdp2") for call in FILE_CALLS)
 
 
 def serve(work: Work, model_name: str, folder: Path, rank: int) -> None:
@@ -79,12 +81,19 @@ def serve(work: Work, model_name: str, folder: Path, rank: int) -> None:
         model = laid_out(model, work.layout)
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.001))
     ema.update()
+
+    def resume() -> None:
+        ema.restart()
+        ema.load(folder / "ema")
+
     calls: dict[str, Callable[[], object]] = {
         "update": ema.update,
         "save": functools.partial(ema.save, folder / "ema"),
         "load": functools.partial(ema.load, folder / "ema"),
+        "resume": resume,
+        "export": functools.partial(ema.consolidate, folder / "export"),
     }
-    if work.call == "load":
+    if work.call in ("load", "resume"):
         ema.save(folder / "ema")
     clock = time.thread_time if work.ranks == 1 else time.perf_counter
 
@@ -219,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="a commit, branch or tag")
     parser.add_argument("--launches", type=int, default=4, help="of both sides, each for so many rounds")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["gpt2", "resnet50", "tiny"])
-    parser.add_argument("--calls", nargs="+", choices=("update", "save", "load"), default=["update", "save", "load"])
+    parser.add_argument("--calls", nargs="+", choices=("update", *FILE_CALLS), default=["update", *FILE_CALLS])
     parser.add_argument("--file-model", choices=tuple(MODELS), default="gpt2", help="that is saved and loaded")
     options = parser.parse_args(arguments)
     report = Report("against", options)

@@ -242,7 +242,7 @@ def one_rank_gives_a_bad_option() -> str:
 @pytest.mark.parametrize(
     ("case", "told"),
     [
-        (rank_dependent_model, "rank 0 and rank 1 differ in tensors"),
+        (rank_dependent_model, "weight is a parameter of [4, 3] in float32, averaged on rank 0 and"),
         (rank_dependent_schedule, "rank 0 and rank 1 differ in tracks"),
         (one_rank_gives_a_bad_option, "rank 0: interval is 0"),
     ],
