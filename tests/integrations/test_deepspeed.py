@@ -43,9 +43,22 @@ SCHEDULE = CosineSchedule(0.3, 0.01, total_steps=12)
 @pytest.fixture(scope="module")
 def own_world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
-    yield lambda size: worlds.setdefault(size, World(size))
+
+    def started(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+            worlds[size].run(import_deepspeed)  # it takes longer than most cases
+        return worlds[size]
+
+    yield started
     for each in worlds.values():
         each.stop()
+
+
+def import_deepspeed() -> None:
+    from deepspeeded import imported
+
+    imported()
 
 
 def followed(engine: Any, emas: list[ShardedEMA], naive: NaiveAverage, steps: range) -> None:
