@@ -226,6 +226,9 @@ class ShardedEMA:
         Where ranks hold the same tensors, every rank then has the persistent buffers of rank 0 as well, and memory is
         needed for one copy: after an interrupt the live weights are put back.
 
+        DeepSpeed's next step writes its masters of the former weights over the average, unless
+        `engine.optimizer.refresh_fp32_params()` was called after this.
+
         Args:
             track: the name of the average; may be left out if there is one.
 
