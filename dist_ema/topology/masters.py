@@ -15,7 +15,7 @@ DeepSpeed is never imported. Its attributes, of which some are private, are read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +158,7 @@ def _of_flat_buffer(named: Named, parameter: Any) -> _Master:
 def _of_engine(model: nn.Module) -> Mapping[int, Callable[[], torch.Tensor | None]]:
     """Identity of a parameter -> its flattened master, of DeepSpeed's fp16 optimizers, which do not partition."""
     made: dict[int, Callable[[], torch.Tensor | None]] = {}
-    optimizers = (vars(module).get("optimizer") for module in model.modules())
+    optimizers: Iterator[Any] = (vars(module).get("optimizer") for module in model.modules())
     grouped = (
         (optimizer, number, group)
         for optimizer in optimizers

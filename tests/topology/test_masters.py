@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
 from dist_ema.boxes.coverage import Coverage
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.shards import Box, Held, NoForm, TensorSpec
-from dist_ema.topology.layout import FlatPlace
+from dist_ema.topology.layout import FlatPlace, HeldBox, Holders, Named
+from dist_ema.topology.masters import Masters
 from dist_ema.topology.planning import _cuts
 
 HALF = ConstantSchedule(momentum=0.5)
@@ -35,6 +37,16 @@ def test_flat_masters_of_a_fused_optimizer_are_averaged_and_followed_when_they_a
     model.optimizer.fp32_groups_flat[0] = torch.full((8,), 3.0)  # as a load may do
     ema.update()
     assert torch.equal(ema.full_state_dict()["bias"], torch.tensor([5.0, 5.5]) + 2**-13)
+
+
+def test_masters_of_a_part_of_a_tensor_are_refused() -> None:
+    """Where an element of the part lies in the masters does not follow from its place in the whole tensor."""
+    model = nn.Linear(3, 2)
+    model.optimizer = SimpleNamespace(fp16_groups=[[model.weight]], fp32_groups_flat=[torch.zeros(6)])
+    named = Named(["weight"], (4, 3), torch.float32, model.weight, False, model, "weight")
+    part = HeldBox(Box("weight", (2, 0), (2, 3)), model.weight.detach, NoForm(""))
+    with pytest.raises(UnsupportedModelError, match="weight is a part of what several ranks hold"):
+        Masters(model).averaged(named, [part], Holders((0,), 0))
 
 
 def test_runs_of_a_flat_buffer_with_padding_and_holes_have_one_owner_for_every_element() -> None:
