@@ -27,6 +27,7 @@ from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
+from dist_ema.topology.experts import check_numbers
 from dist_ema.topology.names import class_of, unwrapped
 from dist_ema.topology.parts import whole_model
 from dist_ema.topology.planning import plan_model
@@ -82,6 +83,7 @@ def build(
                 excludes=checked.excludes,
                 update_buffers=checked.update_buffers,
                 masters=checked.masters,
+                experts=checked.experts,
                 rank=exchange.rank,
                 world_size=exchange.world_size,
             )
@@ -140,6 +142,7 @@ def _record(prepared: _Prepared, *, has_teacher: bool) -> Mapping[str, Any]:
     """What the ranks must have alike, whatever they hold."""
     return {
         "options": prepared.options.to_json(),
+        "experts": prepared.options.experts_json(),
         "tracks": {name: schedule_to_json(schedule) for name, schedule in prepared.schedules.items()},
         "into": has_teacher,
     }
@@ -156,6 +159,7 @@ def _allocated(prepared: _Prepared, plans: Sequence[Plan], world_size: int) -> A
     """The averages of this rank, their memory allocated; checked is what only the tensors of all ranks show."""
     options, plan, of_teacher = prepared.options, plans[0], plans[1:]
     options.check_patterns(plan.names)
+    check_numbers(plan, options.experts, world_size)
     plan.check_not_empty()
     if options.overlap:
         _check_overlap(plan, has_teacher=bool(of_teacher))

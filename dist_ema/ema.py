@@ -23,7 +23,7 @@ from dist_ema.errors import ConfigError
 from dist_ema.live import distance, gather, sharded
 from dist_ema.live.distance import Groups
 from dist_ema.live.swap import Swap, put_for_good
-from dist_ema.options import Patterns
+from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
@@ -87,6 +87,8 @@ class ShardedEMA:
             torch optimizer, and every call here that uses the averages, wait anyway. On a CPU it changes nothing.
         masters: under DeepSpeed average the fp32 masters of its optimizer in place of the live bfloat16 or float16
             weights; of frozen parameters the live values. A swap puts the average into the live weights all the same.
+        experts: plain tensors that each rank has of its own (local experts without DTensors), as a list of `Experts`.
+            The average and its files have the whole tensors. `sharded_state_dict` shows DTensors over the group.
         into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
             the model's names (excluded ones it may lack), shapes and layout, and the averaged dtype, and must take no
             gradient. It begins as a copy of the model; every rank averages all that it holds of the teacher.
@@ -121,6 +123,7 @@ class ShardedEMA:
         compensated: bool = False,
         overlap: bool = False,
         masters: bool = False,
+        experts: Iterable[Experts] = (),
         into: nn.Module | None = None,
     ) -> None:
         self._exchange = exchange = Exchange()
@@ -140,6 +143,7 @@ class ShardedEMA:
             compensated=compensated,
             overlap=overlap,
             masters=masters,
+            experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
         self._saves = SaveCalls(built.state, built.replicas, built.small_files)
@@ -225,6 +229,9 @@ class ShardedEMA:
 
         Where ranks hold the same tensors, every rank then has the persistent buffers of rank 0 as well, and memory is
         needed for one copy: after an interrupt the live weights are put back.
+
+        DeepSpeed's next step writes its masters of the former weights over the average, unless
+        `engine.optimizer.refresh_fp32_params()` was called after this.
 
         Args:
             track: the name of the average; may be left out if there is one.

@@ -15,6 +15,7 @@ from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
 
 __all__ = [
+    "Experts",
     "OptionArguments",
     "Options",
     "Patterns",
@@ -45,7 +46,98 @@ class OptionArguments(TypedDict, total=False):
     compensated: bool
     overlap: bool
     masters: bool
+    experts: Iterable[Experts]
     into: nn.Module | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Plain tensors that each rank has of its own, as parts of what the ranks of a group hold together: local experts.
+
+    All ranks give the same `names` and `dim`. The tensors of the ranks are equal in size. Which ranks hold copies of
+    the same experts need not be said: that is found by content. The average and its files have whole tensors, or one
+    tensor for an expert; `include` and `exclude` mean the names there.
+
+    Args:
+        names: glob pattern or patterns of names. With `dim=None`, the part `{}` of a pattern is the number of an
+            expert: "layers.*.experts.{}.*".
+        dim: the dimension along which the tensors of the ranks lie end to end in the whole tensor. None for a list of
+            experts, which every rank numbers from 0: number i on a rank becomes number i + (its place in the group) *
+            (experts on a rank).
+        group: the process group whose ranks hold different experts, in the order of their ranks in it; None for all
+            ranks.
+
+    Raises:
+        ConfigError: a value is of the wrong type, or a pattern has a `{}` where it must not, or lacks it.
+
+    Example:
+        >>> from dist_ema import Experts
+        >>> stacked = Experts("layers.*.experts.w?", dim=0)
+        >>> listed = Experts("layers.*.experts.{}.*", dim=None)
+    """
+
+    names: str | Iterable[str]
+    dim: int | None
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", name_patterns("the names of Experts", self.names))
+        if not self.names:
+            raise ConfigError("the names of Experts are empty, expected a glob pattern such as 'experts.*'")
+        if self.dim is not None and (isinstance(self.dim, bool) or not isinstance(self.dim, int)):
+            raise ConfigError(f"the dim of Experts is {self.dim!r}, expected an integer, or None for a list of experts")
+        for pattern in self.patterns:
+            numbers = pattern.split(".").count(NUMBER)
+            if self.dim is None and numbers != 1:
+                raise ConfigError(
+                    f"Experts has the pattern {pattern!r} and dim=None, expected one part {NUMBER} of the pattern, "
+                    f"which stands for the number of an expert: 'experts.{NUMBER}.*'. If one tensor has all experts of "
+                    "a rank, give the dim along which they lie"
+                )
+            if self.dim is not None and numbers:
+                raise ConfigError(
+                    f"Experts has the pattern {pattern!r} and dim={self.dim}, expected no {NUMBER}, or dim=None for a "
+                    "list of experts with a number each"
+                )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of `names`."""
+        assert isinstance(self.names, tuple)  # since __post_init__
+        return self.names
+
+    def number_at(self, fqn: str) -> int | None:
+        """The index, among the parts of a name, of the number of an expert; None if no pattern with a number matches.
+
+        Raises:
+            ConfigError: several parts may be the number.
+        """
+        parts = fqn.split(".")
+        places = [
+            at
+            for at, part in enumerate(parts)
+            if part.isdecimal() and matches_any([".".join([*parts[:at], NUMBER, *parts[at + 1 :]])], self.patterns)
+        ]
+        if len(places) > 1:
+            raise ConfigError(
+                f"{fqn} matches {list(self.patterns)} of experts= in several ways: {NUMBER} may stand for any of "
+                f"{[parts[at] for at in places]}. Write out more of the name around {NUMBER}"
+            )
+        return places[0] if places else None
+
+    def numbers(self, fqns: Iterable[str]) -> dict[str, set[int]]:
+        """What stands before the number of an expert in the names -> the numbers."""
+        numbers: dict[str, set[int]] = {}
+        for fqn in fqns:
+            at = None if self.dim is not None else self.number_at(fqn)
+            if at is not None:
+                parts = fqn.split(".")
+                numbers.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+        return numbers
+
+
+# The part of a pattern of `Experts` that stands for the number of an expert.
+NUMBER = "{}"
 
 
 # An option that changes the averaged values is recorded: the ranks compare it, the manifest has it, and a load warns of
@@ -73,6 +165,8 @@ class Options:
         compensated: keep what rounding takes from an update, and add it to the next.
         overlap: run updates beside training.
         masters: average the fp32 masters of DeepSpeed's optimizer, not the live weights.
+        experts: the plain tensors that each rank has of its own. The ranks compare names and dims. The manifest has
+            whole tensors, and does not tell how they lay.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -89,6 +183,7 @@ class Options:
     compensated: bool = dataclasses.field(default=False, metadata=_RECORDED)
     overlap: bool = dataclasses.field(default=False, metadata=_NOT_RECORDED)
     masters: bool = dataclasses.field(default=False, metadata=_RECORDED)
+    experts: tuple[Experts, ...] = dataclasses.field(default=(), metadata=_NOT_RECORDED)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
@@ -99,6 +194,11 @@ class Options:
             raise ConfigError(f"dtype is {self.dtype!r}, expected one of {list(_AVERAGED_DTYPES)}")
         if self.compensated and self.dtype != torch.float32:
             raise ConfigError(f"compensated=True with dtype={self.dtype}, expected torch.float32")
+        experts = tuple(self.experts) if isinstance(self.experts, Iterable) else (self.experts,)
+        for declared in experts:
+            if not isinstance(declared, Experts):
+                raise ConfigError(f"experts has {declared!r}, expected a list of dist_ema.Experts(names, dim, group)")
+        object.__setattr__(self, "experts", experts)
 
     def averages(self, fqns: Sequence[str]) -> bool:
         """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
@@ -113,12 +213,14 @@ class Options:
         """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
 
         Raises:
-            ConfigError: a pattern of `include` or `exclude` matches nothing.
+            ConfigError: a pattern of `include`, `exclude` or `experts` matches nothing.
         """
         names = list(fqns)
-        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+        declared = [pattern for experts in self.experts for pattern in experts.patterns]
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("experts", declared)):
             for pattern in patterns:
-                if not matches_any(names, [pattern]):
+                glob = pattern.replace(NUMBER, "*") if option == "experts" else pattern
+                if not matches_any(names, [glob]):
                     raise ConfigError(
                         f"{option} has the pattern {pattern!r}, which matches none of the model's {len(names)} names "
                         f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -128,6 +230,10 @@ class Options:
         """The options that are not the default, as arguments: "interval=2, overlap=True, "."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)
+
+    def experts_json(self) -> list[dict[str, Any]]:
+        """What the ranks compare of `experts`: all but the groups, of which each rank may have one of its own."""
+        return [{"names": list(declared.patterns), "dim": declared.dim} for declared in self.experts]
 
     def to_json(self) -> dict[str, Any]:
         """The recorded options, for the manifest and the comparison of the ranks."""

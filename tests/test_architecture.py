@@ -165,6 +165,7 @@ OF_FSDP1 = "test_the_private_names_of_fsdp1_are_what_a_flat_slice_takes_them_for
 OF_ZERO3 = "test_the_attributes_of_zero_3_are_what_a_run_takes_them_for"
 OF_MASTERS = "test_the_masters_lie_where_these_attributes_say"
 OF_WRAPPERS = "test_the_child_names_that_wrappers_reserve_are_these"
+OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
 OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
 PRIVATE_NAMES = {
@@ -180,7 +181,7 @@ PRIVATE_NAMES = {
     "topology.fsdp1": {
         "_handle": OF_FSDP1,
         "_inter_node_pg": OF_FSDP1,
-        "_fsdp_extension": OF_FSDP1,
+        "_param_extensions": OF_FSDP1,
         "_training_state": OF_FSDP1,
         "_use_orig_params": OF_FSDP1,
         "_writeback_orig_params": OF_FSDP1,
@@ -199,6 +200,9 @@ PRIVATE_NAMES = {
         "_checkpoint_wrapped_module": OF_WRAPPERS,
         "_fsdp_wrapped_module": OF_WRAPPERS,
         "_non_persistent_buffers_set": OF_MODULES,
+        "_FabricModule": OF_FABRIC,
+        "_forward_module": OF_FABRIC,
+        "_original_module": OF_FABRIC,
     },
     "topology.zero3": {
         "_ds_z3_gathered_param_context_depth": OF_ZERO3,
@@ -433,6 +437,7 @@ def test_public_names() -> None:
         "CosineSchedule",
         "DistEMAError",
         "EqualSchedule",
+        "Experts",
         "HalfLifeSchedule",
         "InverseGammaSchedule",
         "ModelChangedError",

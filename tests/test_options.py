@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import dist_ema
-from dist_ema import ConfigError, ShardedEMA
+from dist_ema import ConfigError, Experts, ShardedEMA
 from dist_ema.options import OptionArguments, Options
 
 ROOT = Path(dist_ema.__file__).parent.parent
@@ -26,6 +26,7 @@ WIDENED = {
     "device": (torch.device | None, torch.device | str | None),
     "include": (tuple[str, ...], str | Iterable[str] | None),
     "exclude": (tuple[str, ...], str | Iterable[str] | None),
+    "experts": (tuple[Experts, ...], Iterable[Experts]),
 }
 # Option -> (a value that is not the default, what is kept of it).
 OTHERS = {
@@ -40,6 +41,7 @@ OTHERS = {
     "compensated": (True, True),
     "overlap": (True, True),
     "masters": (True, True),
+    "experts": ([Experts("weight", dim=0)], (Experts("weight", dim=0),)),
 }
 
 

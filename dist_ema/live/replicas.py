@@ -126,10 +126,10 @@ def _refusal(call: str, difference: _Difference) -> str:
     return (
         f"{call}: {difference.fqn} is not the same on rank {difference.lowest} and rank {others}, which should hold it "
         f"alike: relative L2 difference {difference.refused[0][1]:.3g}, allowed {DRIFT_ALLOWED:g}. An average over "
-        "these ranks would be a mosaic of different models. Either each rank has experts of its own, or a stage of a "
-        "pipeline, under equal names: this version does not serve that, a later one will. Or nothing keeps the ranks "
-        "alike: wrap the model in DistributedDataParallel, or broadcast the initial weights and reduce the gradients "
-        "yourself"
+        "these ranks would be a mosaic of different models. Either each rank has experts of its own under equal names: "
+        "declare them by experts=[Experts(names, dim, group)], the group being all ranks of different experts. Or each "
+        "has a stage of a pipeline: give its tensors their names in the whole model. Or nothing keeps the ranks alike: "
+        "wrap the model in DistributedDataParallel, or broadcast the initial weights and reduce the gradients yourself"
     )
 
 

@@ -19,7 +19,7 @@ from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.plain import PlainForm, holders_of_plain
 from dist_ema.topology.values import foreign_kind
 
-__all__ = ["ExtraStates", "extra_states"]
+__all__ = ["ExtraStates", "extra_states", "whole_state"]
 
 
 def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
@@ -64,10 +64,11 @@ class ExtraStates(Layout):
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         """The locator gives a whole tensor as one box."""
         holders_of = holders_of_plain(model, rank, world_size)
-        return lambda named: ([_whole(named)], holders_of(named))
+        return lambda named: ([whole_state(named)], holders_of(named))
 
 
-def _whole(named: Named) -> HeldBox:
+def whole_state(named: Named) -> HeldBox:
+    """What the module returns, as one box."""
     return HeldBox(Box(named.fqns[0], (0,) * len(named.shape), named.shape), _ExtraValues(named), PlainForm())
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_ema.boxes.shards import Box, Form, NoForm, Slot
 
-__all__ = ["FlatPlace", "HeldBox", "Holders", "Layout", "Locator", "Named", "View", "Where"]
+__all__ = ["FlatPlace", "HeldBox", "Holders", "Layout", "Locator", "Named", "Part", "View", "Where"]
 
 # The identity of a module, and the attribute of a tensor in it.
 Where = tuple[int, str]
@@ -35,6 +35,7 @@ class Named:
         owner: the first module that has the tensor.
         attribute: the name of the tensor in that module.
         is_extra_state: whether `get_extra_state()` of that module returned it.
+        part: what `experts=` declares of it; None for all other tensors.
     """
 
     fqns: list[str]
@@ -45,6 +46,29 @@ class Named:
     owner: nn.Module
     attribute: str
     is_extra_state: bool = False
+    part: Part | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """Its names in the state dict of this rank's model."""
+        return self.fqns if self.part is None else self.part.keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor of this rank that the user declares to be a part of what several ranks hold together.
+
+    Attributes:
+        keys: its names in the state dict of this rank's model.
+        offsets: where it begins in the whole tensor, per dim.
+        form: how a state dict shows it.
+        group: the process group whose ranks hold the other parts; None for all ranks.
+    """
+
+    keys: list[str]
+    offsets: tuple[int, ...]
+    form: Form
+    group: Any
 
 
 @dataclasses.dataclass(frozen=True)

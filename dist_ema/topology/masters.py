@@ -15,7 +15,7 @@ DeepSpeed is never imported. Its attributes, of which some are private, are read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,11 @@ class Masters:
         if master is None:
             self._without.append(named.fqns[0])
             return boxes, holders
+        if any(box.box.sizes != named.shape for box in boxes) and optimizer_of_zero3(parameter) is None:
+            raise UnsupportedModelError(
+                f"masters=True, but {named.fqns[0]} is a part of what several ranks hold (a DTensor, or declared by "
+                "experts=), and DeepSpeed cuts that part again: leave masters out to average the live weights"
+            )
         self._num_with += 1
         source = _Source(named, master)
         return [dataclasses.replace(box, source=source) for box in boxes], master.holders or holders
@@ -152,9 +157,14 @@ def _of_flat_buffer(named: Named, parameter: Any) -> _Master:
 
 def _of_engine(model: nn.Module) -> Mapping[int, Callable[[], torch.Tensor | None]]:
     """Identity of a parameter -> its flattened master, of DeepSpeed's fp16 optimizers, which do not partition."""
-    optimizer: Any = vars(model).get("optimizer")
     made: dict[int, Callable[[], torch.Tensor | None]] = {}
-    for number, group in enumerate(getattr(optimizer, "fp16_groups", ())):
+    optimizers: Iterator[Any] = (vars(module).get("optimizer") for module in model.modules())
+    grouped = (
+        (optimizer, number, group)
+        for optimizer in optimizers
+        for number, group in enumerate(getattr(optimizer, "fp16_groups", ()))
+    )
+    for optimizer, number, group in grouped:
         end = 0
         for index, parameter in enumerate(group):
             start, end = end, end + parameter.numel()

@@ -31,7 +31,13 @@ _WRAPPED_CHILD = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wr
 _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 # Wrappers of other libraries, which are not imported: the module of the class, its name, and a child that it wraps; of
 # several such children the outermost comes first.
-_FOREIGN_WRAPPERS = (("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),)
+_FOREIGN_WRAPPERS = (
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
+)
 
 
 def named_tensors(model: nn.Module, elsewhere: Mapping[Where, Any]) -> list[Named]:
@@ -146,8 +152,8 @@ def check_against_state_dict(
     Raises:
         UnsupportedModelError: the error gives the first name that is not explained.
     """
-    while wrapped := _children_of(type(model)):  # a wrapper may give the keys of the module in it
-        model = model.get_submodule(wrapped[0])
+    while (inner := _wrapped_in(model)) is not None:  # Fabric's wrapper gives the keys of the module in it
+        model = inner
     entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
@@ -177,15 +183,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Of a model in several parts it is the first of them that has a config, else the first one.
     """
-    while True:
-        children = dict(model.named_children())
-        if isinstance(model, Parts):
-            inner = [unwrapped(part) for part in children.values()]
-            return next((part for part in inner if hasattr(part, "config")), inner[0])
-        name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
-        if name is None:
-            return model
-        model = children[name]
+    if isinstance(model, Parts):
+        parts = [unwrapped(part) for part in model.children()]
+        return next((part for part in parts if hasattr(part, "config")), parts[0])
+    inner = _wrapped_in(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def _wrapped_in(model: nn.Module) -> nn.Module | None:
+    """The one module that this module wraps; None if it is no wrapper."""
+    children = {} if isinstance(model, Parts) else dict(model.named_children())
+    name = next((name for name in (*_children_of(type(model)), *children) if _wraps(model, name)), None)
+    return None if name is None else children[name]
 
 
 def check_unchanged(planned: Sequence[Named], now: Sequence[Named]) -> None:

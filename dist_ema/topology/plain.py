@@ -16,7 +16,7 @@ from dist_ema.boxes.shards import Box, Slot, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError
 from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named
 
-__all__ = ["Plain", "PlainForm", "holders_of_plain"]
+__all__ = ["Plain", "PlainForm", "holders_of_plain", "whole_tensor"]
 
 
 def holders_of_plain(model: nn.Module, rank: int, world_size: int) -> Callable[[Named], Holders]:
@@ -57,10 +57,10 @@ class Plain(Layout):
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         """The locator gives a whole tensor as one box."""
         holders_of = holders_of_plain(model, rank, world_size)
-        return lambda named: ([_whole(named)], holders_of(named))
+        return lambda named: ([whole_tensor(named)], holders_of(named))
 
 
-def _whole(named: Named) -> HeldBox:
+def whole_tensor(named: Named) -> HeldBox:
     """The whole tensor, looked up by name at every use.
 
     A kept tensor would be stale: a forward often assigns buffers anew, and `load_state_dict(assign=True)` and `.to()`

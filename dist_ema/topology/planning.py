@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Held, TensorSpec
 from dist_ema.errors import UnsupportedModelError
+from dist_ema.options import Experts
 from dist_ema.topology.dtensor import DTensors
+from dist_ema.topology.experts import DeclaredExperts, with_parts
 from dist_ema.topology.extra import ExtraStates, extra_states
 from dist_ema.topology.fsdp1 import FSDP1
 from dist_ema.topology.layout import FlatPlace, Holders, Layout, Named, View, Where
@@ -26,7 +29,7 @@ from dist_ema.topology.zero3 import ZeRO3
 __all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
 
 # Every layout. The first one that claims a tensor has it, so the last one gets the tensors of no special kind.
-LAYOUTS: tuple[Layout, ...] = (FSDP1(), ZeRO3(), DTensors(), ExtraStates(), Plain())
+LAYOUTS: tuple[Layout, ...] = (DeclaredExperts(), FSDP1(), ZeRO3(), DTensors(), ExtraStates(), Plain())
 
 
 def plan_model(
@@ -35,7 +38,8 @@ def plan_model(
     averages: Callable[[Sequence[str]], bool],
     excludes: Callable[[Sequence[str]], bool],
     update_buffers: bool,
-    masters: bool,
+    masters: bool = False,
+    experts: Sequence[Experts] = (),
     rank: int,
     world_size: int,
 ) -> Plan:
@@ -48,22 +52,26 @@ def plan_model(
             cannot be stored is left out of the files.
         update_buffers: whether floating-point buffers are averaged like parameters.
         masters: whether the fp32 masters of DeepSpeed's optimizer are averaged, not the live parameters.
+        experts: the plain tensors that the user declares to be parts of what several ranks hold.
         rank: this rank in the default process group.
         world_size: the number of ranks in the default process group.
 
     Raises:
         UnsupportedModelError: a tensor or a layout cannot be served exactly.
-        ConfigError: there are no masters.
+        ConfigError: `experts` does not fit the model, or there are no masters.
     """
+    declare = functools.partial(with_parts, experts=experts, rank=rank, world_size=world_size)
     _drop_gathered(model)
     elsewhere = _elsewhere(model)
-    tensors = named_tensors(model, elsewhere)
+    tensors = declare(named_tensors(model, elsewhere))
     stored, left_out = _storable(tensors, excludes)
     extra, extra_left_out = extra_states(model, excludes)
+    extra = declare(extra)
     left_out += extra_left_out
     if not elsewhere:  # otherwise state_dict() communicates, and the tests alone compare its names
-        names = [fqn for named in (*stored, *extra) for fqn in named.fqns]
-        left_out += check_against_state_dict(model, names, left_out, excludes)
+        names = [fqn for named in (*stored, *extra) for fqn in named.keys]
+        known = [*left_out, *(key for named in tensors for key in named.keys)]
+        left_out += check_against_state_dict(model, names, known, excludes)
     locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
@@ -100,12 +108,12 @@ def plan_model(
 
     def check_model() -> None:
         drop_gathered()
-        check_unchanged(planned, named_tensors(model, _elsewhere(model)))
+        check_unchanged(planned, declare(named_tensors(model, _elsewhere(model))))
 
     def remains() -> Remains:
         drop_gathered()
         now = named_tensors(model, _elsewhere(model)) + extra_states(model, excludes)[0]
-        return unchanged_names([*planned, *planned_extra], now)
+        return unchanged_names([*planned, *planned_extra], declare(now))
 
     divisions = tuple(_division(members[key], held_by, places, *key[1:4]) for key, held_by in holders.items())
     return Plan(

@@ -81,11 +81,16 @@ def serve(work: Work, model_name: str, folder: Path, rank: int) -> None:
         model = laid_out(model, work.layout)
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.001))
     ema.update()
+
+    def resume() -> None:
+        ema.restart()
+        ema.load(folder / "ema")
+
     calls: dict[str, Callable[[], object]] = {
         "update": ema.update,
         "save": functools.partial(ema.save, folder / "ema"),
         "load": functools.partial(ema.load, folder / "ema"),
-        "resume": lambda: (ema.restart(), ema.load(folder / "ema")),
+        "resume": resume,
         "export": functools.partial(ema.consolidate, folder / "export"),
     }
     if work.call in ("load", "resume"):

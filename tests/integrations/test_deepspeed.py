@@ -43,9 +43,22 @@ SCHEDULE = CosineSchedule(0.3, 0.01, total_steps=12)
 @pytest.fixture(scope="module")
 def own_world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
-    yield lambda size: worlds.setdefault(size, World(size))
+
+    def started(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+            worlds[size].run(import_deepspeed)  # it takes longer than most cases
+        return worlds[size]
+
+    yield started
     for each in worlds.values():
         each.stop()
+
+
+def import_deepspeed() -> None:
+    from deepspeeded import imported
+
+    imported()
 
 
 def followed(engine: Any, emas: list[ShardedEMA], naive: NaiveAverage, steps: range) -> None:
@@ -401,11 +414,12 @@ def micro_batch(accelerator: Any, engine: Any, optimizer: Any, step: int, factor
         optimizer.zero_grad()
 
 
-def attached_run(kind: str, whole_engine: bool) -> None:
-    from deepspeeded import read_whole
+def attached_run(kind: str, whole_engine: bool, of_masters: bool) -> None:
+    from deepspeeded import masters, read_whole
 
     with accelerated(kind, accumulate=2) as (accelerator, engine, optimizer):
-        ema = attach(accelerator, engine if whole_engine else engine.module, optimizer, SCHEDULE)
+        model = engine if whole_engine else engine.module
+        ema = attach(accelerator, model, optimizer, SCHEDULE, masters=of_masters)
         naive = NaiveAverage(SCHEDULE.momentum)
         poisoned = 5 if kind.endswith("fp16") else None
         before = read_whole(engine.module)
@@ -415,7 +429,7 @@ def attached_run(kind: str, whole_engine: bool) -> None:
             is_real = step % 2 == 1 and step != poisoned
             assert is_real == any(not torch.equal(after[name], before[name]) for name in after), "of the harness"
             if is_real:
-                naive.update(after)
+                naive.update(masters(engine) if of_masters else after)
             before = after
             assert ema.num_updates == naive.num_updates
         on_rank_0(ema.full_state_dict(), naive.values)
@@ -429,7 +443,12 @@ def attached_run(kind: str, whole_engine: bool) -> None:
 @pytest.mark.parametrize("kind", ["zero1", "zero2_fp16", "zero3", "zero3_persistent", "zero3_fp16", "none_bf16"])
 def test_an_update_follows_each_step_of_the_engine_and_no_micro_batch_or_overflow(own_world, kind) -> None:
     """The hook of the inner optimizer fires before the live weights are written, and per sub-group under ZeRO-3."""
-    own_world(2).run(attached_run, kind, kind != "zero3")
+    own_world(2).run(attached_run, kind, kind != "zero3", False)
+
+
+@pytest.mark.parametrize("kind", ["zero2_fp16", "zero3_bf16"])
+def test_masters_are_averaged_after_each_step_of_the_engine_too(own_world, kind) -> None:
+    own_world(2).run(attached_run, kind, False, True)
 
 
 def interrupted_run(kind: str, folder: str) -> None:

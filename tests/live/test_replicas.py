@@ -17,11 +17,11 @@ import torch.distributed as dist
 from layouts_zoo import build_layout
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
+from dist_ema import ConstantSchedule, RankMismatchError, ShardedEMA, UnsupportedModelError
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, device_checksum, tensor_checksums
 from dist_ema.live import replicas as replicas_module
 
@@ -77,6 +77,50 @@ def test_plain_tensors_that_each_rank_has_of_its_own_are_refused_by_name_at_cons
     assert len(set(messages)) == 1
     assert f"{fqn} is not the same on rank 0 and rank 1, 2" in messages[0]
     assert all(cause in messages[0] for cause in CAUSES)
+
+
+def whatever_wraps_it(wrapper: str) -> str:
+    """The expert of each rank is kept out of what the wrapper synchronises."""
+    model: nn.Module = Experts(own=True)
+    ignored = {"ignored_states": [model.expert.weight]}
+    if wrapper == "ddp that ignores it":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["expert.weight"])
+        model = DistributedDataParallel(model)
+    elif wrapper.startswith("fsdp1"):
+        if wrapper == "fsdp1 that ignores the module":
+            ignored = {"ignored_modules": [model.expert]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch")
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **ignored)
+    elif wrapper == "fsdp2 that ignores it":
+        fully_shard(model, ignored_params={model.expert.weight})
+    elif wrapper == "compile":
+        model = torch.compile(model)
+    elif wrapper == "data parallel":
+        model = nn.DataParallel(model)
+    elif wrapper == "a wrapper of one's own":
+        model = nn.ModuleDict({"inner": model})
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "ddp that ignores it",
+        "fsdp1 that ignores the tensor",
+        "fsdp1 that ignores the module",
+        "fsdp2 that ignores it",
+        "compile",
+        "data parallel",
+        "a wrapper of one's own",
+    ],
+)
+def test_an_expert_of_each_rank_is_refused_at_construction_whatever_wraps_the_model(world, wrapper) -> None:
+    first, second = world(2).run(whatever_wraps_it, wrapper)
+    assert first == second and "expert.weight is not the same on rank 0 and rank 1" in first
+    assert "experts=[Experts(names, dim, group)]" in first
 
 
 def other_layouts(layout: str) -> str:
@@ -323,6 +367,44 @@ def a_failure_between(kind: str) -> str:
 def test_a_rank_that_runs_out_of_memory_while_comparing_ends_the_call_on_all(world, kind) -> None:
     first, second = world(2).run(a_failure_between, kind)
     assert first == second and first.startswith("DistEMAError") and "not enough memory" in first
+
+
+def stages_of_equal_names() -> str:
+    """A pipeline whose stages count their layers from 0."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(3, 3) for _ in range(2))})
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+def experts_of_other_numbers() -> str:
+    """Rank 1 has one more; the tensors of the others have equal names."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(3, 3) for _ in range(2 + dist.get_rank()))})
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", [stages_of_equal_names, experts_of_other_numbers])
+def test_stages_and_experts_of_equal_names_are_named_as_the_cause(world, case) -> None:
+    first, second = world(2).run(case)
+    assert first == second and "layers.0.weight is not the same on rank 0 and rank 1" in first
+    assert "stage of a pipeline" in first and "experts" in first
+
+
+def experts_of_other_sizes() -> str:
+    model = nn.ModuleDict({"experts": nn.Linear(3, 3 + dist.get_rank())})
+    with pytest.raises(RankMismatchError) as caught:
+        ShardedEMA(model, HALF)
+    return str(caught.value)
+
+
+def test_tensors_of_one_name_and_other_sizes_are_refused_with_the_way_to_go(world) -> None:
+    first, second = world(2).run(experts_of_other_sizes)
+    assert first == second and "experts.weight is a parameter of [3, 3]" in first and "[4, 3]" in first
+    assert "stages of a pipeline" in first and "experts=[Experts(names, dim, group)]" in first
 
 
 def test_a_checksum_of_a_device_sees_what_replicas_may_differ_in() -> None:
