@@ -10,13 +10,14 @@ whole, and those of other boxes do so with a probability of at most sum(sizes) /
 agree at few points (Schwartz 1980, Zippel 1979).
 
 The fingerprints of all tensors, each times a random weight, add up to one number: it shows whether all tensors are
-covered. The numbers of each tensor then show which one is not.
+covered. So do those of a class of tensors, which are alike but for their names, for the tensors of that class: a large
+model has thousands of tensors, and a dozen classes. The numbers of each tensor then show which one is not covered.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from dist_ema.boxes.shards import Box, TensorSpec
 from dist_ema.errors import UnsupportedModelError
@@ -26,6 +27,8 @@ __all__ = ["Coverage"]
 _PRIME = 2**61 - 1
 # Integers that a rank contributes for a tensor: elements, and the fingerprint.
 _NUM_INTEGERS = 2
+# Where tensors are of more classes, several classes are one.
+_MOST_CLASSES = 64
 
 
 class Coverage:
@@ -41,6 +44,9 @@ class Coverage:
         self._specs = specs
         self._points = {spec.fqn: [draw.randrange(2, _PRIME) for _ in spec.shape] for spec in specs}
         self._weights = {spec.fqn: draw.randrange(1, _PRIME) for spec in specs}
+        classes: dict[tuple[object, ...], int] = {}
+        alike = ((spec.fqn, (spec.shape, spec.dtype, spec.averaged, spec.is_buffer)) for spec in specs)
+        self._class_of = {fqn: classes.setdefault(key, len(classes)) % _MOST_CLASSES for fqn, key in alike}
 
     def fingerprint(self, owned: Iterable[Box]) -> int:
         """The integer that a rank that owns these boxes contributes to the sum over all ranks."""
@@ -50,34 +56,47 @@ class Coverage:
         """Whether this sum over all ranks is that of ranks that cover every tensor once."""
         return (fingerprint - self.fingerprint(map(_whole, self._specs))) % _PRIME == 0
 
-    def contribution(self, owned: Iterable[Box]) -> list[int]:
-        """The integers that a rank that owns these boxes contributes to the sum over all ranks."""
-        numels = {spec.fqn: 0 for spec in self._specs}
-        prints = dict(numels)
+    def by_class(self, owned: Iterable[Box]) -> list[int]:
+        """The integers, one for each class, that a rank that owns these boxes contributes to the sums."""
+        prints = [0] * (1 + max(self._class_of.values(), default=0))
         for box in owned:
-            numels[box.fqn] += box.numel
-            prints[box.fqn] += self._fingerprint(box)
-        return [integer for fqn in numels for integer in (numels[fqn], prints[fqn] % _PRIME)]
+            prints[self._class_of[box.fqn]] += self._weights[box.fqn] * self._fingerprint(box)
+        return [total % _PRIME for total in prints]
 
-    def not_covered_once(self, sums: Sequence[int]) -> list[str]:
-        """The names of the tensors of which some elements have no owner, or several.
+    def not_covered(self, sums: Sequence[int]) -> list[str]:
+        """The tensors of the classes in which some element has no owner, or several.
 
         Args:
-            sums: the sums of the contributions of all ranks.
+            sums: the sums of all ranks' integers by class.
         """
-        return [spec.fqn for spec, numel, total in self._by_tensor(sums) if not self._is_covered(spec, numel, total)]
+        whole = self.by_class(map(_whole, self._specs))
+        wrong = {number for number, total in enumerate(sums) if (total - whole[number]) % _PRIME}
+        return [fqn for fqn, number in self._class_of.items() if number in wrong]
 
-    def check(self, sums: Sequence[int]) -> None:
+    def contribution(self, owned: Iterable[Box], names: Collection[str]) -> list[int]:
+        """The integers, for each of these tensors, that a rank that owns these boxes contributes to the sums."""
+        numels = dict.fromkeys(names, 0)
+        prints = dict(numels)
+        for box in owned:
+            if box.fqn in numels:
+                numels[box.fqn] += box.numel
+                prints[box.fqn] += self._fingerprint(box)
+        return [integer for fqn in numels for integer in (numels[fqn], prints[fqn] % _PRIME)]
+
+    def check(self, sums: Sequence[int], names: Sequence[str]) -> None:
         """Refuse ownership that leaves elements out or has them twice; this package then misread a wrapper.
 
         Args:
             sums: the sums of the contributions of all ranks.
+            names: the tensors of which they are.
 
         Raises:
             UnsupportedModelError: it names the first tensor that is not covered once.
         """
-        for spec, numel, total in self._by_tensor(sums):
-            if self._is_covered(spec, numel, total):
+        specs = {spec.fqn: spec for spec in self._specs}
+        for fqn, numel, total in zip(names, sums[::_NUM_INTEGERS], sums[1::_NUM_INTEGERS], strict=True):
+            spec = specs[fqn]
+            if numel == spec.numel and (total - self._fingerprint(_whole(spec))) % _PRIME == 0:
                 continue
             defect = "of which the ranks own some twice and others not at all"
             if numel != spec.numel:
@@ -87,12 +106,6 @@ class Coverage:
                 "overlapping parts of it, or a part lies on no rank. Lay it out with fully_shard or distribute_tensor, "
                 "on a mesh whose ranks all build the average"
             )
-
-    def _by_tensor(self, sums: Sequence[int]) -> Iterator[tuple[TensorSpec, int, int]]:
-        return zip(self._specs, sums[::_NUM_INTEGERS], sums[1::_NUM_INTEGERS], strict=True)
-
-    def _is_covered(self, spec: TensorSpec, numel: int, total: int) -> bool:
-        return numel == spec.numel and (total - self._fingerprint(_whole(spec))) % _PRIME == 0
 
     def _fingerprint(self, box: Box) -> int:
         product = 1

@@ -8,8 +8,9 @@ that this is true:
     tensors     all ranks have the same tensors
 
 If a sum says no, the ranks exchange digests of what they hold, and those with equal digests are the holders. A digest
-stands for one division first. Where a tensor belongs to more ranks than its neighbours do (an embedding on the first
-and the last stage of a pipeline), its elements come out owned twice; then a digest stands for one tensor.
+stands for one division first. Where some tensors belong to more ranks than their neighbours do (norms that tensor
+parallelism leaves whole), their elements come out owned twice; then a digest stands for these tensors of a division. If
+that does not do either (an embedding on the first and the last stage of a pipeline), it stands for one tensor.
 """
 
 from __future__ import annotations
@@ -87,19 +88,25 @@ class Tensors:
         return alike.digest((flags, sorted(boxes)))[:32] if boxes else ""
 
 
-def tensors_of(plan: Plan, alone: Collection[str] | None = None) -> list[Tensors]:
-    """What this rank holds, by division; tensors of the names `alone` by tensor."""
+def tensors_of(plan: Plan, apart: Collection[str], *, one_by_one: bool) -> list[Tensors]:
+    """What this rank holds, by division.
+
+    Args:
+        plan: the plan.
+        apart: the names of tensors that do not go with the others of their division.
+        one_by_one: whether each of these goes alone; else those of a division go together.
+    """
     parts = []
+    apart = frozenset(apart)
     for division in plan.divisions:
         if division.cuts is not None:
             parts.append(Tensors(division.held, division))
             continue
-        together = tuple(held for held in division.held if alone is None or held.spec.fqn not in alone)
-        by_tensor: dict[str, list[Held]] = {}
-        for held in division.held if alone else ():
-            if held.spec.fqn in alone:  # type: ignore[operator]
-                by_tensor.setdefault(held.spec.fqn, []).append(held)
-        parts += [Tensors(tuple(pieces), division) for pieces in (together, *by_tensor.values()) if pieces]
+        groups: dict[str, list[Held]] = {}
+        for held in division.held:
+            fqn = held.spec.fqn
+            groups.setdefault("" if fqn not in apart else fqn if one_by_one else "apart", []).append(held)
+        parts += [Tensors(tuple(pieces), division) for pieces in groups.values()]
     return parts
 
 

@@ -6,8 +6,9 @@ In the usual run one agreement proves it (see `dist_ema.boxes.holding`) and noth
     then, only if the sums say no:
     2 all    the tensors of all ranks, if these are not alike
     3 all    the ranks that hold the same division, by digests; then every tensor is covered once, or
-    4 all    the ranks that hold the same tensor, for tensors that are not covered once; then all are, or it is an error
-    5 all    a process group for holders that the layout did not name
+    4 all    the ranks that hold the same tensors of a division, for tensors that are not; then all are, or
+    5 all    the ranks that hold the same tensor, for those that are not; then all are, or it is an error
+    6 all    a process group for holders that the layout did not name
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ def plan_of_all(exchange: Exchange, action: str, plan: Plan, proof: Proof, sums:
         plan = _of_all_tensors(exchange, action, plan)
     coverage = Coverage(plan.specs, exchange.channel.drawn)
     plan = _divided(exchange, action, plan, ())
-    owned_by_all = exchange.sum_integers(coverage.contribution(owned_boxes(plan)))
-    alone = coverage.not_covered_once(owned_by_all)
-    if alone:
-        plan = _divided(exchange, action, plan, alone)
-        coverage.check(exchange.sum_integers(coverage.contribution(owned_boxes(plan))))
+    wrong = _not_covered(exchange, coverage, plan)
+    for one_by_one in (False, True):
+        if wrong:
+            plan = _divided(exchange, action, plan, wrong, one_by_one=one_by_one)
+            wrong = _not_covered(exchange, coverage, plan)
+    if wrong:
+        coverage.check(exchange.sum_integers(coverage.contribution(owned_boxes(plan), wrong)), wrong)
     return _with_groups(exchange, action, plan)
 
 
@@ -63,9 +66,14 @@ def _of_all_tensors(exchange: Exchange, action: str, plan: Plan) -> Plan:
     return exchange.agree(action, lambda: united(plan, exchange.rank, of_all))
 
 
-def _divided(exchange: Exchange, action: str, plan: Plan, alone: Collection[str]) -> Plan:
-    """Collective. Divide what is held alike among its holders; tensors of the names `alone` one by one."""
-    parts = tensors_of(plan, alone)
+def _not_covered(exchange: Exchange, coverage: Coverage, plan: Plan) -> list[str]:
+    """Collective. The tensors among which some have elements with no owner, or several."""
+    return coverage.not_covered(exchange.sum_integers(coverage.by_class(owned_boxes(plan))))
+
+
+def _divided(exchange: Exchange, action: str, plan: Plan, apart: Collection[str], *, one_by_one: bool = False) -> Plan:
+    """Collective. Divide what is held alike among its holders; see `tensors_of`."""
+    parts = tensors_of(plan, apart, one_by_one=one_by_one)
     digests = list(dict.fromkeys(part.digest for part in parts if part.digest))
     holders = dict(zip(digests, ranks_by_digest(exchange, action, digests), strict=True))
     return divided_among(plan, [(part, holders.get(part.digest, (exchange.rank,))) for part in parts], exchange.rank)

@@ -33,7 +33,23 @@ def groups_of(exchange: Exchange, action: str, sets: Sequence[tuple[int, ...]]) 
         The group of each set; None, which is the default group, for all ranks.
     """
     everyone = tuple(range(exchange.world_size))
-    own = {",".join(map(str, ranks)): 0 for ranks in sets if ranks != everyone}
+    own = {_text(ranks): 0 for ranks in sets if ranks != everyone}
     of_all = exchange.reduce(action, own, lambda lower, higher: {**lower, **higher})
-    made = {key: exchange.channel.group_of([int(rank) for rank in key.split(",")]) for key in sorted(of_all)}
-    return {ranks: None if ranks == everyone else made[",".join(map(str, ranks))] for ranks in sets}
+    made = {text: exchange.channel.group_of(_ranks(text)) for text in sorted(of_all)}
+    return {ranks: None if ranks == everyone else made[_text(ranks)] for ranks in sets}
+
+
+def _text(ranks: Sequence[int]) -> str:
+    """Ascending ranks as runs of equal steps, "first:last:step": short for the slices of a mesh."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and (len(runs[-1]) == 1 or rank - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}:{run[-1]}:{run[1] - run[0] if len(run) > 1 else 1}" for run in runs)
+
+
+def _ranks(text: str) -> list[int]:
+    runs = (map(int, run.split(":")) for run in text.split(","))
+    return [rank for first, last, step in runs for rank in range(first, last + 1, step)]

@@ -18,8 +18,16 @@ def spec(*shape: int, fqn: str = "w") -> TensorSpec:
 
 def check(specs: list[TensorSpec], by_rank: list[list[Box]], seed: int = 7) -> None:
     coverage = Coverage(specs, seed)
-    told = [coverage.contribution(boxes) for boxes in by_rank]
-    coverage.check([sum(each) for each in zip(*told, strict=True)])
+    names = [spec.fqn for spec in specs]
+    told = [coverage.contribution(boxes, names) for boxes in by_rank]
+    by_class = [coverage.by_class(boxes) for boxes in by_rank]
+    seen = coverage.not_covered([sum(each) for each in zip(*by_class, strict=True)])
+    try:
+        coverage.check([sum(each) for each in zip(*told, strict=True)], names)
+    except UnsupportedModelError as error:
+        assert str(error).split()[0] in seen  # its class shows it too
+        raise
+    assert seen == []
 
 
 def cut(box: Box, draw: random.Random, depth: int) -> list[Box]:
@@ -90,3 +98,14 @@ def test_scalars_and_empty_tensors_are_covered_once() -> None:
     check(specs, [[scalar], []])
     with pytest.raises(UnsupportedModelError, match="scalar has 1 elements, but the ranks own 2"):
         check(specs, [[scalar], [scalar]])
+
+
+def test_a_tensor_that_is_covered_twice_is_seen_among_those_of_its_class_and_however_many_classes_there_are() -> None:
+    specs = [spec(4, fqn=f"norm{number}") for number in range(3)]
+    specs += [spec(2, number, fqn=f"wide{number}") for number in range(1, 200)]
+    coverage = Coverage(specs, 1)
+    boxes = [Box(each.fqn, (0,) * len(each.shape), each.shape) for each in specs]
+    assert coverage.not_covered(coverage.by_class(boxes)) == []
+    assert coverage.not_covered(coverage.by_class([*boxes, boxes[1]]))[:3] == ["norm0", "norm1", "norm2"]
+    assert len(coverage.by_class(boxes)) == 64
+    assert "wide199" in coverage.not_covered(coverage.by_class(boxes[:-1]))
