@@ -35,6 +35,7 @@ ROOMS = [
     "ranks.wires",
     "ranks.store",
     "topology",
+    "topology.seam",
     "disk",
     "disk.folders",
     "disk.formats",
@@ -283,7 +284,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
 def strange_names(module: str, tree: ast.Module) -> set[str]:
     """The private names of other libraries that a module uses."""
     # Within topology nothing private is ours but `self`: torch's `_handle` must not hide behind a `_handle` of our own.
-    own = OURS.get(module, set()) | (set() if room_of(module) == "topology" else own_names(tree))
+    own = OURS.get(module, set()) | (set() if room_of(module).startswith("topology") else own_names(tree))
     return {
         name for name in private_names(tree) if name.startswith("_") and name.strip("_") and name not in OF_PYTHON | own
     }

@@ -6,7 +6,8 @@
     masters    DeepSpeed's fp32 masters, averaged in place of live weights
     names      every tensor of the model, once, with all its canonical names
     values     the tensors whose values a file can have
-    layout     the interface of a layout: a Protocol of four methods, and the records that the files exchange
+    seam       the interface of a layout, a Protocol of four methods, and the records that the files exchange; the
+               arithmetic of runs and meshes
 
 | live tensor | box | ranks that hold it alike |
 |---|---|---|

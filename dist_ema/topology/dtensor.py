@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View
-from dist_ema.topology.meshes import place
-from dist_ema.topology.runs import boxes_in_whole, sizes_of
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View
+from dist_ema.topology.seam.meshes import place
+from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
 
 __all__ = ["DTensors"]
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import ConfigError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import FlatPlace, HeldBox, Holders, Named
+from dist_ema.topology.seam.layout import FlatPlace, HeldBox, Holders, Named
 from dist_ema.topology.zero3 import optimizer_of_zero3, run_of
 
 __all__ = ["Masters"]

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Named, Where
 from dist_ema.topology.parts import Parts
+from dist_ema.topology.seam.layout import Named, Where
 
 __all__ = [
     "canonical_prefix",

@@ -19,10 +19,10 @@ from dist_ema.topology.dtensor import DTensors
 from dist_ema.topology.experts import DeclaredExperts, with_parts
 from dist_ema.topology.extra import ExtraStates, extra_states
 from dist_ema.topology.fsdp1 import FSDP1
-from dist_ema.topology.layout import FlatPlace, Holders, Layout, Named, View, Where
 from dist_ema.topology.masters import Masters
 from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
 from dist_ema.topology.plain import Plain
+from dist_ema.topology.seam.layout import FlatPlace, Holders, Layout, Named, View, Where
 from dist_ema.topology.values import check_tensor, foreign_kind
 from dist_ema.topology.zero3 import ZeRO3
 

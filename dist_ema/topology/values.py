@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.topology.layout import Named
+from dist_ema.topology.seam.layout import Named
 
 __all__ = ["check_tensor", "foreign_kind"]
 

@@ -29,7 +29,7 @@ from torch import nn
 from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
 
 __all__ = ["ZeRO3", "optimizer_of_zero3", "run_of"]
 

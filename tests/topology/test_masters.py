@@ -12,9 +12,9 @@ from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
 from dist_ema.boxes.coverage import Coverage
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.shards import Box, Held, NoForm, TensorSpec
-from dist_ema.topology.layout import FlatPlace, HeldBox, Holders, Named
 from dist_ema.topology.masters import Masters
 from dist_ema.topology.planning import _cuts
+from dist_ema.topology.seam.layout import FlatPlace, HeldBox, Holders, Named
 
 HALF = ConstantSchedule(momentum=0.5)
 

@@ -20,7 +20,7 @@ from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
 from dist_ema.boxes.local import end_to_end
 from dist_ema.boxes.shards import Box
 from dist_ema.topology import dtensor
-from dist_ema.topology.runs import boxes_in_whole, local_runs, sizes_of
+from dist_ema.topology.seam.runs import boxes_in_whole, local_runs, sizes_of
 
 HALF = ConstantSchedule(momentum=0.5)
 

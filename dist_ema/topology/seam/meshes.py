@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.topology.layout import Holders
-from dist_ema.topology.runs import Runs, local_runs
+from dist_ema.topology.seam.layout import Holders
+from dist_ema.topology.seam.runs import Runs, local_runs
 
 __all__ = ["Placed", "place"]
 

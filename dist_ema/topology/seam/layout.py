@@ -1,6 +1,6 @@
-"""The interface of a layout, and the records that the files of this room exchange. No communication.
+"""The interface of a layout, and the records that the files of `topology` exchange. No communication.
 
-A layout is one way in which ranks hold the tensors of a live model. It is one file in this room, with one class that
+A layout is one way in which ranks hold the tensors of a live model. It is one file in `topology`, with one class that
 implements `Layout`, and one line in `planning.LAYOUTS`. The rooms above this one know boxes only.
 """
 
