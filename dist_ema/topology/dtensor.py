@@ -136,12 +136,16 @@ def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
     """
     tensor: DTensor = named.source
     placements: Sequence[Any] = tensor.placements
-    strided = [axis for axis, placement in enumerate(placements) if hasattr(placement, "split_factor")]
-    dims = [placements[axis].dim % tensor.ndim for axis in strided]
-    if not strided or dims[0] not in dims[1:]:
+    first, *others = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()] or [0]
+    strided = [placements[axis].dim % tensor.ndim for axis in (first, *others) if _is_strided(placements[axis])]
+    if not _is_strided(placements[first]) or strided[0] not in strided[1:]:
         return None
     managed = any(isinstance(module, FSDPModule) and named.owner in module.modules() for module in model.modules())
-    return strided[0] if managed else None
+    return first if managed else None
+
+
+def _is_strided(placement: Any) -> bool:
+    return hasattr(placement, "split_factor")
 
 
 class _LocalValues:

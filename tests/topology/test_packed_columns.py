@@ -116,6 +116,22 @@ def test_packed_rows_under_fsdp2_are_the_rows_that_fsdp2_holds(world, tmp_path, 
     world(4).run(under_fsdp2, shape, split_factor, str(tmp_path / "ema"))
 
 
+def beside_fsdp2(folder: str) -> None:
+    """Two axes of tensor parallelism pack one dim, and FSDP2 cuts the other one."""
+    mesh, whole = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "a", "b")), weight_of((3, 16))
+    placements = [_StridedShard(1, split_factor=2), _StridedShard(1, split_factor=2)]
+    model = linear(distribute_tensor(whole, mesh["a", "b"], placements, src_data_rank=None))
+    fully_shard(model, mesh=mesh["dp"])
+    ema = ShardedEMA(model, HALF)
+    ema.update()
+    ema.save(folder)
+    assert torch.equal(load_file(f"{folder}/model.safetensors")["weight"], whole)
+
+
+def test_axes_of_tensor_parallelism_deal_from_the_left_where_fsdp2_cuts_another_dim(world, tmp_path) -> None:
+    world(4).run(beside_fsdp2, str(tmp_path / "ema"))
+
+
 def not_contiguous() -> None:
     """The local tensor is the transpose of what was allocated, as loaders of other formats leave it."""
     mesh = init_device_mesh("cpu", (2,))
