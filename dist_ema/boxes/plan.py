@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.shards import Shard, TensorSpec
@@ -38,6 +39,7 @@ class Plan:
         aliases: further names of tied tensors -> the name in `specs`.
         left_out: names in the model's state dict that the user excluded and that the files do not have.
         divisions: the divisions of what this rank holds.
+        nearby: process groups of this rank that training has made, for divisions whose ranks no layout names.
         has_replicas: whether putting averages into the model communicates. It does on all ranks if several ranks, any,
             hold an averaged tensor alike.
         drop_gathered: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
@@ -49,6 +51,7 @@ class Plan:
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
     divisions: tuple[Division, ...]
+    nearby: tuple[Any, ...]
     has_replicas: bool
     drop_gathered: Callable[[], None]
     check_model: Callable[[], None]

@@ -9,13 +9,19 @@ import torch.distributed as dist
 
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["groups_of", "name_of"]
+__all__ = ["groups_of", "name_of", "of_ranks"]
 
 
 def name_of(group: Any) -> str:
     """The name of a process group; None is the default group. Equal on all ranks of a group. No communication."""
     target = dist.group.WORLD if group is None else group
     return "" if target is None else str(target.group_name)
+
+
+def of_ranks(groups: Sequence[Any], ranks: Sequence[int]) -> tuple[Any, ...]:
+    """The first group, by name, that has these ranks and no other; none if there is none. No communication."""
+    same = (group for group in groups if sorted(dist.get_process_group_ranks(group)) == sorted(ranks))
+    return tuple(sorted(same, key=name_of)[:1])
 
 
 def groups_of(exchange: Exchange, action: str, sets: Sequence[tuple[int, ...]]) -> Mapping[tuple[int, ...], Any]:

@@ -135,6 +135,7 @@ def plan(layout: str, rank: int, size: int, layers: int) -> Plan:
         aliases={},
         left_out=(),
         divisions=tuple(parts),
+        nearby=(),
         has_replicas=any(len(division.ranks) > 1 for division in parts),
         drop_gathered=lambda: None,
         check_model=lambda: None,
