@@ -47,11 +47,12 @@ def resumes_from(trainer: Any) -> str | None:
     Raises:
         AttachError: the run resumes, and the checkpoint is not known.
     """
+    output_dir = trainer.args.output_dir
     for frame in _callers():
-        known: dict[str, Any] = frame.f_locals
+        known = frame.f_locals
         if frame.f_code.co_name == "train" and known.get("self") is trainer and "resume_from_checkpoint" in known:
             path = known["resume_from_checkpoint"]
-            path = get_last_checkpoint(trainer.args.output_dir) if path is True else path
+            path = get_last_checkpoint(output_dir) if path is True else path
             return os.fspath(path) if path else None
     if trainer.state.global_step > 0:
         raise AttachError(

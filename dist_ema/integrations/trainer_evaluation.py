@@ -87,8 +87,8 @@ def _both(trainer: Any, ema: ShardedEMA, track: str, loop: Callable[..., Any], b
 
 def averaged_prefix(prefix: str) -> str:
     """The prefix of the metrics of averaged weights: "eval" is "eval_ema", "eval_books" is "eval_ema_books"."""
-    first, _, rest = prefix.partition("_")
-    return f"{first}_ema_{rest}" if rest else f"{first}_ema"
+    first, *rest = prefix.split("_")
+    return "_".join([first, "ema", *rest])
 
 
 def is_averaged_metric(evaluated: Evaluated, metric: str | None) -> bool:
