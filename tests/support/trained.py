@@ -54,9 +54,18 @@ def trainer_of(
 ) -> Trainer:
     """A Trainer of 8 steps of two accumulated batches, that saves and evaluates every second step."""
     defaults: dict[str, Any] = {
-        **{"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01},
-        **{"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1},
-        **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False},
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
     }
     args = TrainingArguments(os.fspath(folder), **{**defaults, **arguments})
     datasets = {"train_dataset": DATA, "eval_dataset": DATA[:6], **(beside or {})}
