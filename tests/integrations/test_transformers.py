@@ -350,4 +350,9 @@ def test_full_evaluation_in_bfloat16_is_one_of_the_average(tmp_path) -> None:
     callback = EMACallback(SCHEDULE)
     trainer = trainer_of(tmp_path, callback, bf16_full_eval=True, save_strategy="no")
     trainer.train()
-    trainer.evaluate()
+    live, average = whole(trainer.model), tiny_gpt2()
+    average.load_state_dict(averaged(callback), strict=False)
+    expected = trainer_of(tmp_path, model=average, bf16_full_eval=True).evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == expected
+    assert_alike(whole(trainer.model), {name: value.bfloat16() for name, value in live.items()})  # as without
+    assert trainer.evaluate()["eval_loss"] == expected

@@ -12,6 +12,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from cpu_fsdp import force_fsdp
 from oracle import NaiveAverage
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -74,6 +75,9 @@ def trainer_of(
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a model, whole, as copies. Under FSDP collective."""
+    for module in model.modules():  # an evaluation leaves the root whole
+        if isinstance(module, FSDPModule):
+            module.reshard()
     with torch.no_grad():
         return {
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
