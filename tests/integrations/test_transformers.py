@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ from dist_ema import (
 from dist_ema.integrations.transformers import EMACallback
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 SCHEDULE = ConstantSchedule(momentum=MOMENTUM)
 
 
@@ -356,3 +360,46 @@ def test_full_evaluation_in_bfloat16_is_one_of_the_average(tmp_path) -> None:
     assert trainer.evaluate()["eval_loss"] == expected
     assert_alike(whole(trainer.model), {name: value.bfloat16() for name, value in live.items()})  # as without
     assert trainer.evaluate()["eval_loss"] == expected
+
+
+def launched(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that finds the package and the support of the tests."""
+    paths = [str(ROOT), str(SUPPORT), str(ROOT / "launch" / "pretrain")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def assert_healthy(ran: subprocess.CompletedProcess[str], name: str) -> None:
+    """No rank has heard a warning of ours."""
+    assert f"nothing is lost: {name}" in ran.stdout
+    assert "average" not in ran.stderr and "dist_ema" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_on_two_ranks_nothing_is_lost_either(tmp_path, layout) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "launch" / "configs" / "cpu_gloo.yaml")]
+    assert_healthy(launched(*command, str(SUPPORT / "launched_trainer.py"), layout, str(tmp_path)), layout)
+
+
+def test_trl_trains_as_without_and_measures_both_kinds_apart(tmp_path) -> None:
+    assert_healthy(launched(sys.executable, str(SUPPORT / "launched_trl.py"), str(tmp_path)), "trl")
+
+
+UNUSED = """
+import sys
+from trained import trainer_of
+from dist_ema import ConstantSchedule
+from dist_ema.integrations.transformers import EMACallback
+
+callback = EMACallback(ConstantSchedule(decay=0.9), evaluate="live")
+trainer_of(sys.argv[1], callback, save_strategy="no", max_steps=2).train()
+"""
+
+
+def test_an_average_that_no_checkpoint_has_is_told_at_the_end_in_the_words_of_the_trainer(tmp_path) -> None:
+    told = launched(sys.executable, "-c", UNUSED, str(tmp_path)).stderr
+    assert "'ema' (2)" in told and "EMACallback(consolidate=True)" in told
