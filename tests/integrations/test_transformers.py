@@ -28,6 +28,7 @@ from dist_ema import (
     CosineSchedule,
     ShardedEMA,
 )
+from dist_ema.integrations import watch
 from dist_ema.integrations.transformers import EMACallback
 
 ROOT = Path(__file__).parents[2]
@@ -362,11 +363,11 @@ def test_full_evaluation_in_bfloat16_is_one_of_the_average(tmp_path) -> None:
     assert trainer.evaluate()["eval_loss"] == expected
 
 
-def launched(*command: str) -> subprocess.CompletedProcess[str]:
+def launched(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a command that finds the package and the support of the tests."""
     paths = [str(ROOT), str(SUPPORT), str(ROOT / "launch" / "pretrain")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([*command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    ran = subprocess.run([*command], cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     return ran
 
@@ -389,17 +390,22 @@ def test_trl_trains_as_without_and_measures_both_kinds_apart(tmp_path) -> None:
     assert_healthy(launched(sys.executable, str(SUPPORT / "launched_trl.py"), str(tmp_path)), "trl")
 
 
-UNUSED = """
-import sys
-from trained import trainer_of
-from dist_ema import ConstantSchedule
-from dist_ema.integrations.transformers import EMACallback
-
-callback = EMACallback(ConstantSchedule(decay=0.9), evaluate="live")
-trainer_of(sys.argv[1], callback, save_strategy="no", max_steps=2).train()
-"""
+@pytest.mark.ranks
+def test_the_script_of_the_page_runs_on_two_ranks(tmp_path, monkeypatch) -> None:
+    page = (ROOT / "docs" / "integrations" / "transformers.md").read_text()
+    script = page.partition("```python\n")[2].partition("```")[0]
+    assert len(script.splitlines()) <= 40
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    run = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "script.py")
+    launched(sys.executable, *run, folder=tmp_path)
+    assert folders(tmp_path / "run") == {"checkpoint-4": True, "checkpoint-8": True, "ema": False}
 
 
 def test_an_average_that_no_checkpoint_has_is_told_at_the_end_in_the_words_of_the_trainer(tmp_path) -> None:
-    told = launched(sys.executable, "-c", UNUSED, str(tmp_path)).stderr
-    assert "'ema' (2)" in told and "EMACallback(consolidate=True)" in told
+    callback = EMACallback(SCHEDULE, evaluate="live")
+    trainer_of(tmp_path, callback, save_strategy="no", max_steps=2).train()
+    records = [record for record in watch._records if callback.ema is not None and record.use is callback.ema.use]
+    with pytest.warns(UserWarning, match=r"'ema' \(2\).*EMACallback\(consolidate=True\)"):
+        watch._tell_unused(records)
