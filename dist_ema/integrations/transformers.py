@@ -148,7 +148,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         with ended_for_all(exchange, "train"):
             exchange.arrive("train", hurried=False)
             trainer, schedule, checkpoint = exchange.agree_alike("train", check, lambda made: made[2])
-        ema = ShardedEMA(kwargs["model"], schedule, **self._options)
+        ema = ShardedEMA(trainer.model, schedule, **self._options)
         if checkpoint is not None:
             folder = os.path.join(checkpoint, self._name)
             load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE)

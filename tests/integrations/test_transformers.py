@@ -398,7 +398,7 @@ def test_the_script_of_the_page_runs_on_two_ranks(tmp_path, monkeypatch) -> None
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
-    run = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "script.py")
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py")
     launched(sys.executable, *run, folder=tmp_path)
     assert folders(tmp_path / "run") == {"checkpoint-4": True, "checkpoint-8": True, "ema": False}
 
