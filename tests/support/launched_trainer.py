@@ -71,6 +71,11 @@ def main(layout: str, folder: str) -> None:
     put_back.train()
     assert put_back.state.best_global_step == 2
     assert_alike(whole(put_back.model), kept_naive.at[2])
+    further_naive = Naive()
+    put_back.remove_callback(kept_naive)
+    put_back.add_callback(further_naive)
+    put_back.train()
+    assert_alike(whole(put_back.model), further_naive.at[put_back.state.best_global_step])
 
     tracks = EMACallback({"fast": SCHEDULE, "slow": ConstantSchedule(momentum=0.1)})
     for stopped, error in ((tracks, CheckpointMismatchError), (EMACallback(SCHEDULE), CheckpointNotFoundError)):
