@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from dist_ema.options import OptionArguments
 
-__all__ = ["attach"]
+__all__ = ["attach", "is_state_initialisation"]
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def attach(
     ema.on_detach(lambda: names.discard(name))
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not _is_state_initialisation():
+        if not is_state_initialisation():
             watch.before_update()
             # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
             ema.update(found_inf=getattr(stepped, "found_inf", None))
@@ -278,7 +278,7 @@ def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
     return any(unwrapped(prepared) is unwrapped(model) for prepared in accelerator._models)
 
 
-def _is_state_initialisation() -> bool:
+def is_state_initialisation() -> bool:
     """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
 
     `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
