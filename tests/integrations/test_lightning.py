@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -41,7 +42,9 @@ def lightning() -> Any:
     import lightning.pytorch as pl
 
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", category=UserWarning, message=".*(num_workers|logging interval|exists and is not).*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, message=".*(num_workers|logging interval|exists and is not).*"
+    )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return pl
@@ -66,6 +69,7 @@ def module_of(layout: str = "plain") -> Any:
             self.last = nn.Linear(5, 1)
             self.register_buffer("constant", torch.arange(3.0))
             self.seen: list[dict[str, torch.Tensor]] = []
+            self.seeds_batches = False
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -74,6 +78,10 @@ def module_of(layout: str = "plain") -> Any:
                 mesh = self.device_mesh["data_parallel"]
                 fully_shard(self.first, mesh=mesh)
                 fully_shard(self.last, mesh=mesh)
+
+        def on_train_batch_start(self, batch: Any, index: int) -> None:
+            if self.seeds_batches:  # a resume then draws what the run would have drawn
+                torch.manual_seed(100 * self.current_epoch + index)
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return self.last(self.drop(torch.tanh(self.first(rows))))
@@ -99,6 +107,11 @@ def module_of(layout: str = "plain") -> Any:
 
 def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's live values."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     return {
         name: (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
         for name, value in module.named_parameters()
@@ -178,7 +191,7 @@ def averaged_values(ema: ShardedEMA, module: nn.Module) -> dict[str, torch.Tenso
 
 def case_run(root: Path, layout: str) -> None:
     """Accumulation, exactness, evaluation, files, rotation, and what training notices."""
-    bare, untouched = fit(root / "bare", layout, enable_checkpointing=False)
+    _, untouched = fit(root / "bare", layout, enable_checkpointing=False)
     naive = NaiveAverage(schedule_of(STEPS).momentum)
     callback, rotated = average(consolidate=True), checkpoint(root, save_top_k=1, save_last=True)
     trainer, module = fit(root, layout, callback, follower_of(naive), rotated)
@@ -209,24 +222,381 @@ def case_run(root: Path, layout: str) -> None:
     assert_same_bits(values_of(fresh), values_of(untouched))
 
 
+def ordered() -> tuple[Any, Any]:
+    batch = 4 // dist.get_world_size()
+    return DataLoader(data(), batch_size=batch), DataLoader(data(4), batch_size=batch)
+
+
+def seeded(root: Path, layout: str, *callbacks: Any, path: Any = None, **options: Any) -> tuple[Any, Any]:
+    module, trainer = module_of(layout), trainer_of(root, layout, *callbacks, **options)
+    module.seeds_batches = True
+    trainer.fit(module, *ordered(), ckpt_path=path)
+    return trainer, module
+
+
 def case_resume(root: Path, layout: str) -> None:
     """Stopped after a checkpoint, and resumed: as if never stopped."""
-    whole, module = average(), None
-    _, module = fit(root / "whole", layout, whole, enable_checkpointing=False)
-    first = average(schedule=schedule_of(STEPS))
-    kept = checkpoint(root, save_top_k=-1, filename="{epoch}")
-    fit(root, layout, first, kept, limit_train_batches=4, max_epochs=2)
-    assert first.ema.num_updates == 4
-    # Another process, which draws the random numbers of the third epoch.
-    second = average()
-    resumed, trainer = module_of(layout), trainer_of(root, layout, second, enable_checkpointing=False)
-    torch.manual_seed(7)
-    replay = module_of(layout)
-    del replay
-    trainer.fit(resumed, *loaders(), ckpt_path=root / "saved" / "epoch=1.ckpt")
-    assert second.ema.num_updates == STEPS
+    whole = average()
+    _, module = seeded(root / "whole", layout, whole, enable_checkpointing=False)
+    kept = checkpoint(root, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+    stopped = average(schedule=schedule_of(STEPS))
+    seeded(root, layout, stopped, kept, max_epochs=2)
+    assert stopped.ema.num_updates == 4
+    for path in ["last", root / "saved" / "epoch=1.ckpt"]:
+        second = average()
+        kept = checkpoint(root, save_top_k=0, save_last=True)
+        if path == "last" and dist.get_rank() == 0:
+            for name in ("epoch=1.ckpt", "epoch=1.ema"):
+                source, target = root / "saved" / name, root / "saved" / name.replace("epoch=1", "last")
+                if source.is_dir():
+                    shutil.copytree(source, target)
+                elif source.exists():
+                    shutil.copy(source, target)
+        dist.barrier()
+        _, resumed = seeded(root, layout, second, kept, path=path)
+        assert second.ema.num_updates == STEPS
+        assert_same_bits(values_of(resumed), values_of(module))
+        assert_same_bits(averaged_values(second.ema, resumed), averaged_values(whole.ema, module))
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
+def case_lost(root: Path) -> None:
+    """What a checkpoint lacks, or has of another time, is not taken for its average."""
+    kept = checkpoint(root, save_top_k=-1, every_n_train_steps=2, filename="{step}")
+    trainer, module = seeded(root, "plain", average(), kept)
+    saved = root / "saved"
+    # By hand after fit; a moved checkpoint; one whose average is of another time.
+    trainer.save_checkpoint(root / "by hand.pt")
+    assert (root / "by hand.pt.ema").is_dir()
+    for name in ("step=4.ckpt", "step=4.ema"):
+        (shutil.copytree if name.endswith("ema") else shutil.copy)(saved / name, saved / name.replace("4", "5"))
+    (saved / "step=4.ckpt").rename(root / "moved.ckpt")
+    with pytest.raises(CheckpointNotFoundError, match=r"has no average: there is no .*moved\.ema.*on_missing='live'"):
+        seeded(root, "plain", average(), path=root / "moved.ckpt", enable_checkpointing=False)
+    anew = average(on_missing="live")
+    seeded(root, "plain", anew, path=root / "moved.ckpt", enable_checkpointing=False)
+    assert anew.ema.num_updates == STEPS - 4
+    shutil.rmtree(saved / "step=5.ema")
+    shutil.copytree(saved / "step=2.ema", saved / "step=5.ema")
+    with pytest.raises(CheckpointMismatchError, match=r"has 2 updates, the checkpoint .* was saved with 4"):
+        seeded(root, "plain", average(), path=saved / "step=5.ckpt", enable_checkpointing=False)
+    # Another name, and a run that evaluates live weights only: nothing of it is loaded.
+    with pytest.raises(CheckpointNotFoundError, match="other"):
+        trainer_of(root, "plain", average(name="other")).test(
+            module, loaders()[1], saved / "step=2.ckpt", verbose=False
+        )
+    trainer_of(root, "plain", average(name="other", evaluate="live")).test(
+        module, loaders()[1], saved / "step=2.ckpt", verbose=False
+    )
+
+
+def case_both(root: Path, layout: str) -> None:
+    """Both weights: two names for the metrics, one validation for everybody else, and the same training."""
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    bare, untouched = fit(root / "bare", layout, enable_checkpointing=False)
+    live = bare.callback_metrics["val_loss"]
+    callback, kept = average(evaluate="both"), checkpoint(root, monitor="val_ema_loss", save_last="link")
+    stopping = EarlyStopping("val_loss", patience=2, min_delta=1e9)  # nothing is an improvement but the first
+    trainer, module = fit(root, layout, callback, kept, stopping)
+    assert_same_bits(values_of(module), values_of(untouched))
+    assert len(module.seen) == 1 + 2 * EPOCHS
+    assert trainer.callback_metrics["val_loss"] == live
+    (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
+    assert metrics["val_loss"] == live and metrics["val_ema_loss"] == kept.best_model_score != live
+    assert_same_bits(module.seen[-2], averaged_values(callback.ema, module))
+    assert_same_bits(module.seen[-1], values_of(untouched))
+    assert "log" not in vars(module) and len(trainer.callbacks) >= 3
+    # The link of the last checkpoint, and that of its average.
+    best = Path(kept.best_model_path)
+    assert os.path.realpath(root / "saved" / "last.ema") == str(best.with_suffix(".ema"))
+    assert entries(root) == sorted([best.name, best.stem + ".ema", "last.ckpt", "last.ema"])
+
+
+def case_hooks_of_others(root: Path) -> None:
+    """Saves of other callbacks, whenever they come, have the live weights and the average of now."""
+    pl = lightning()
+    saves = {}
+
+    class Saver(pl.Callback):
+        """It comes before ours, saves while the averages are in the model, and fails in the end."""
+
+        def save(self, trainer: Any, name: str) -> None:
+            trainer.save_checkpoint(root / f"{name}.ckpt")
+            saves[name] = callback.ema.num_updates
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                self.save(trainer, "batch")
+
+        def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                weights = values_of(module)
+                self.save(trainer, "swapped")
+                assert_same_bits(values_of(module), weights)
+                raise ArithmeticError
+
+    callback = average(schedule={"fast": schedule_of(STEPS), "slow": ConstantSchedule(momentum=0.01)})
+    module, trainer = module_of(), trainer_of(root, "plain", Saver(), callback, enable_checkpointing=False)
+    with pytest.raises(ArithmeticError):
+        trainer.fit(module, *loaders())
+    assert saves == {"batch": 3, "swapped": 4}
+    assert (root / "batch.ema" / "slow").is_dir()
+    live = torch.load(root / "swapped.ckpt")["state_dict"]
+    assert_same_bits(values_of(module), {name: live[name] for name in values_of(module)})
+    assert not torch.equal(live["first.weight"], load_file(root / "swapped.ema/fast/model.safetensors")["first.weight"])
+
+
+def case_second_fit(root: Path) -> None:
+    """A second fit of a trainer goes on, with the schedule of its number of steps; another trainer begins anew."""
+    callback = average()
+    module, trainer = module_of(), trainer_of(root, "plain", callback, enable_checkpointing=False)
+    naive = NaiveAverage(schedule_of(STEPS).momentum)
+    follower = follower_of(naive)
+    trainer.callbacks.append(follower)
+    trainer.fit(module, *loaders())
+    naive.momentum = schedule_of(2 * STEPS).momentum
+    trainer.fit_loop.max_epochs = 2 * EPOCHS
+    trainer.fit(module, *loaders())
+    assert callback.ema.num_updates == 2 * STEPS == naive.num_updates
+    assert_same_bits(averaged_values(callback.ema, module), naive.values)
+    trainer_of(root, "plain", callback, enable_checkpointing=False).fit(module, *loaders())
+    assert callback.ema.num_updates == STEPS
+
+
+def case_two_optimizers(root: Path) -> None:
+    """A GAN: one update at the end of each batch in which any of the two has stepped, in whatever order."""
+    pl = lightning()
+
+    class Gan(pl.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.critic = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, index: int) -> None:
+            of_generator, of_critic = self.optimizers()
+            order = [[of_critic, of_critic, of_generator], [of_generator, of_critic], [], [of_critic]][index % 4]
+            for optimizer in order:
+                optimizer.zero_grad()
+                self.manual_backward(self.critic(self.generator(batch[0])).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.critic)]
+
+    class Ends(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index % 4 != 2:
+                naive.update(values_of(module))
+
+    naive, callback = NaiveAverage(lambda step: 0.3), average(schedule=ConstantSchedule(momentum=0.3))
+    trainer = trainer_of(root, "plain", callback, Ends(), accumulate_grad_batches=1, enable_checkpointing=False)
+    module = Gan()
+    trainer.fit(module, loaders()[0])
+    assert callback.ema.num_updates == naive.num_updates == 3 * EPOCHS
+    assert_same_bits(averaged_values(callback.ema, module), naive.values)
+
+
+def case_many_steps_of_one(root: Path, fused: bool) -> None:
+    """One optimizer that steps several times a batch, clips after it, and whose scaler skips a step."""
+    pl = lightning()
+
+    class Inner(pl.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+        def training_step(self, batch: Any, index: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            for inner in range(3):
+                optimizer.zero_grad()
+                loss = self.layer(batch[0]).square().mean()
+                self.scaler.scale(loss * (float("inf") if inner == 1 else 1.0)).backward()
+                self.scaler.step(optimizer)
+                self.scaler.update()
+                with torch.no_grad():
+                    self.layer.weight.clamp_(-0.2, 0.2)
+                if inner != 1:
+                    naive.update(values_of(self))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=0.1, fused=fused)
+
+    naive, callback = NaiveAverage(lambda step: 0.3), average(schedule=ConstantSchedule(momentum=0.3))
+    trainer = trainer_of(root, "plain", callback, accumulate_grad_batches=1, enable_checkpointing=False, max_epochs=1)
+    module = Inner()
+    trainer.fit(module, loaders()[0])
+    assert callback.ema.num_updates == naive.num_updates == 8
+    assert_same_bits(averaged_values(callback.ema, module), naive.values)
+
+
+def case_fabric(root: Path, layout: str) -> None:
+    lightning()
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(module: nn.Module, mesh: Any) -> nn.Module:
+        return fully_shard(module, mesh=mesh["data_parallel"])
+
+    of_ranks = ModelParallelStrategy(shard, data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
+    strategy = of_ranks if layout == "fsdp2" else "ddp"
+    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy)
+    fabric.launch()
+
+    def made() -> tuple[Any, Any, ShardedEMA]:
+        torch.manual_seed(5)
+        module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        if layout == "fsdp2":
+            model = fabric.setup_module(module)
+            optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=0.1))
+        else:
+            model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=0.1))
+        return model, optimizer, ShardedEMA(model, schedule_of(STEPS))
+
+    def train(model: Any, optimizer: Any, ema: ShardedEMA, steps: range, naive: NaiveAverage | None = None) -> None:
+        for step in range(2 * steps.start, 2 * steps.stop):
+            rows = torch.randn(4, 4, generator=torch.Generator().manual_seed(step + 100 * fabric.global_rank))
+            with fabric.no_backward_sync(model, enabled=step % 2 == 0):
+                fabric.backward(model(rows).square().mean())
+            if step % 2 == 1:
+                optimizer.step()
+                optimizer.zero_grad()
+                ema.update()
+                if naive is not None:
+                    naive.update(values_of(model.module))
+
+    naive = NaiveAverage(schedule_of(STEPS).momentum)
+    model, optimizer, ema = made()
+    train(model, optimizer, ema, range(STEPS), naive)
+    assert_same_bits(averaged_values(ema, model.module), naive.values)
+    stopped, of_stopped, first = made()
+    train(stopped, of_stopped, first, range(3))
+    first.save(root / "state" / "ema")
+    state = {"model": stopped, "optimizer": of_stopped}
+    fabric.save(root / "state" / "model.ckpt", state)
+    resumed, of_resumed, second = made()
+    fabric.load(root / "state" / "model.ckpt", {"model": resumed, "optimizer": of_resumed})
+    second.load(root / "state" / "ema")
+    train(resumed, of_resumed, second, range(3, STEPS))
+    assert_same_bits(averaged_values(second, resumed.module), naive.values)
+    ema.consolidate(root / "export")
+    assert set(load_file(root / "export" / "model.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def case_bad_input(root: Path) -> None:
+    """Refused before anything is trained, on all ranks alike, in the words of Lightning."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    layout = "ddp" if dist.get_world_size() > 1 else "plain"
+    for callbacks, message in [
+        ([average(), average()], "EMACallbacks with the names"),
+        ([average(), average(name="other")], "give evaluate='live'"),
+    ]:
+        with pytest.raises(AttachError, match=message):
+            fit(root, layout, *callbacks, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match="which is a URL"):
+        fit(root, layout, average(), ModelCheckpoint("memory://x/saved"))
+    with pytest.raises(ConfigError, match="has no such number"):
+        fit(root, layout, average(), enable_checkpointing=False, max_epochs=-1)
+    pl = lightning()
+    with pytest.raises(AttachError, match="Trainer runs with Other"):
+        from lightning.pytorch.strategies import Strategy
+
+        class Other(Strategy):
+            """A strategy of another library."""
+
+        Other.__abstractmethods__ = frozenset()
+        average()._check(type("T", (), {"strategy": Other(), "callbacks": []})(), "fit")
+    if dist.get_world_size() > 1:
+        with pytest.raises(AttachError, match="counts 1 process"):
+            pl.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[average()]).fit(module_of(), loaders()[0])
+        # One rank alone fails: all have its error.
+        wrong = average(schedule=lambda steps: CosineSchedule(total_steps=steps if dist.get_rank() == 0 else "x"))
+        with pytest.raises(ConfigError, match="rank 1"):
+            fit(root, layout, wrong, enable_checkpointing=False)
+
+
+def case_page(root: Path) -> None:
+    """The scripts of the page, as they stand."""
+    lightning()
+    page = (Path(__file__).parents[2] / "docs" / "integrations" / "lightning.md").read_text()
+    root.mkdir(exist_ok=True)
+    os.chdir(root)
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        assert len(code.splitlines()) <= 40
+        exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+    assert len(list(root.glob("checkpoints/epoch*"))) == 2
+
+
+LAYOUTS = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
+
+
+@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
 def test_a_run_averages_exactly_evaluates_saves_and_rotates(world, tmp_path, layout, ranks) -> None:
     world(ranks).run(case_run, tmp_path, layout)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
+def test_a_run_that_was_stopped_and_resumed_is_as_if_never_stopped(world, tmp_path, layout, ranks) -> None:
+    world(ranks).run(case_resume, tmp_path, layout)
+
+
+def test_a_checkpoint_without_its_average_or_with_another_is_refused(world, tmp_path) -> None:
+    world(1).run(case_lost, tmp_path)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS[:2])
+def test_both_weights_are_validated_and_nobody_else_counts_it(world, tmp_path, layout, ranks) -> None:
+    world(ranks).run(case_both, tmp_path, layout)
+
+
+def test_a_save_during_an_evaluation_has_the_live_weights_and_so_has_the_model_after_an_error(world, tmp_path) -> None:
+    world(1).run(case_hooks_of_others, tmp_path)
+
+
+def test_a_second_fit_goes_on_and_another_trainer_begins_anew(world, tmp_path) -> None:
+    world(1).run(case_second_fit, tmp_path)
+
+
+def test_two_optimizers_make_one_update_a_batch(world, tmp_path) -> None:
+    world(1).run(case_two_optimizers, tmp_path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_step_of_one_optimizer_is_an_update_and_a_skipped_one_is_none(world, tmp_path, fused) -> None:
+    world(1).run(case_many_steps_of_one, tmp_path, fused)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_model_set_up_by_fabric_is_averaged_under_its_own_names(world, tmp_path, layout) -> None:
+    world(2).run(case_fabric, tmp_path, layout)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_cannot_be_served_is_refused_by_name_before_training(world, tmp_path, ranks) -> None:
+    world(ranks).run(case_bad_input, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluate": "best"}, "expected 'averaged', 'live' or 'both'"),
+        ({"on_missing": "skip"}, "expected 'error' or 'live'"),
+        ({"name": "a/b"}, "folder name"),
+        ({"consolidate": 1}, "expected True or False"),
+        ({"intervall": 2}, r"\['intervall'\], expected options of ShardedEMA"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_at_once(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        average(**options)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_scripts_of_the_page_run_on_any_number_of_ranks(world, tmp_path, ranks) -> None:
+    world(ranks).run(case_page, tmp_path)
