@@ -521,6 +521,21 @@ def case_bad_input(root: Path) -> None:
             fit(root, layout, wrong, enable_checkpointing=False)
 
 
+def case_folders() -> None:
+    lightning()
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+    from dist_ema.integrations.lightning_saves import writes_folders
+
+    assert writes_folders(ModelParallelStrategy()) and writes_folders(FSDPStrategy(state_dict_type="sharded"))
+    whole = [
+        DDPStrategy(),
+        FSDPStrategy(state_dict_type="full"),
+        ModelParallelStrategy(save_distributed_checkpoint=False),
+    ]
+    assert not any(map(writes_folders, whole))
+
+
 def case_page(root: Path) -> None:
     """The scripts of the page, as they stand."""
     lightning()
@@ -580,6 +595,10 @@ def test_a_model_set_up_by_fabric_is_averaged_under_its_own_names(world, tmp_pat
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_cannot_be_served_is_refused_by_name_before_training(world, tmp_path, ranks) -> None:
     world(ranks).run(case_bad_input, tmp_path)
+
+
+def test_the_names_by_which_lightning_writes_folders_are_these(world) -> None:
+    world(1).run(case_folders)
 
 
 @pytest.mark.parametrize(
