@@ -82,6 +82,7 @@ def build(
                 averages=checked.averages,
                 excludes=checked.excludes,
                 update_buffers=checked.update_buffers,
+                masters=checked.masters,
                 experts=checked.experts,
                 rank=exchange.rank,
                 world_size=exchange.world_size,
@@ -211,6 +212,8 @@ def _teacher(into: object, options: Options, schedules: Mapping[str, Schedule]) 
         raise ConfigError(f"into holds one average, but there are {len(schedules)} tracks: {list(schedules)}")
     if options.compensated:
         raise ConfigError("compensated=True with into, expected one: a teacher has no room for what rounding takes")
+    if options.masters:
+        raise ConfigError("masters=True with into, expected one: a rank has no masters of all that its teacher holds")
     if options.device is not None:
         raise ConfigError(f"device is {options.device} and into is given, expected one: a teacher lies where it lies")
     trained = [name for name, parameter in into.named_parameters() if parameter.requires_grad]

@@ -85,6 +85,8 @@ class ShardedEMA:
         overlap: on a GPU, run updates beside the next forward and backward, on a stream of their own, or on a host
             thread for device="cpu". Code that writes to the weights must call `wait` first; the next step of every
             torch optimizer, and every call here that uses the averages, wait anyway. On a CPU it changes nothing.
+        masters: under DeepSpeed average the fp32 masters of its optimizer in place of the live bfloat16 or float16
+            weights; of frozen parameters the live values. A swap puts the average into the live weights all the same.
         experts: plain tensors that each rank has of its own (local experts without DTensors), as a list of `Experts`.
             The average and its files have the whole tensors. `sharded_state_dict` shows DTensors over the group.
         into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
@@ -120,6 +122,7 @@ class ShardedEMA:
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
+        masters: bool = False,
         experts: Iterable[Experts] = (),
         into: nn.Module | None = None,
     ) -> None:
@@ -139,6 +142,7 @@ class ShardedEMA:
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
+            masters=masters,
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
@@ -225,6 +229,9 @@ class ShardedEMA:
 
         Where ranks hold the same tensors, every rank then has the persistent buffers of rank 0 as well, and memory is
         needed for one copy: after an interrupt the live weights are put back.
+
+        DeepSpeed's next step writes its masters of the former weights over the average, unless
+        `engine.optimizer.refresh_fp32_params()` was called after this.
 
         Args:
             track: the name of the average; may be left out if there is one.

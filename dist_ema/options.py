@@ -45,6 +45,7 @@ class OptionArguments(TypedDict, total=False):
     skip_nonfinite: bool
     compensated: bool
     overlap: bool
+    masters: bool
     experts: Iterable[Experts]
     into: nn.Module | None
 
@@ -163,6 +164,7 @@ class Options:
         skip_nonfinite: leave out live values that are infinite or not a number.
         compensated: keep what rounding takes from an update, and add it to the next.
         overlap: run updates beside training.
+        masters: average the fp32 masters of DeepSpeed's optimizer, not the live weights.
         experts: the plain tensors that each rank has of its own. The ranks compare names and dims. The manifest has
             whole tensors, and does not tell how they lay.
 
@@ -180,6 +182,7 @@ class Options:
     skip_nonfinite: bool = dataclasses.field(default=False, metadata=_RECORDED)
     compensated: bool = dataclasses.field(default=False, metadata=_RECORDED)
     overlap: bool = dataclasses.field(default=False, metadata=_NOT_RECORDED)
+    masters: bool = dataclasses.field(default=False, metadata=_RECORDED)
     experts: tuple[Experts, ...] = dataclasses.field(default=(), metadata=_NOT_RECORDED)
 
     def __post_init__(self) -> None:

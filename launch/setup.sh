@@ -18,4 +18,10 @@ echo "setting up .venv (once; PyTorch is large)"
 # torch first and alone: later requirements are then met by the pinned build.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[dev]'
+# DeepSpeed cannot be an extra: its setup imports the torch that is installed, and must build no extension. ROCm, CUDA and
+# NPU packages that its setup would look for are of no use to the tests.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt \
+    einops hjson msgpack ninja py-cpuinfo pydantic wheel
+DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -c launch/constraints.txt --no-build-isolation --no-deps deepspeed
 echo "$wanted" > "$stamp"

@@ -35,6 +35,7 @@ ROOMS = [
     "ranks.wires",
     "ranks.store",
     "topology",
+    "topology.seam",
     "disk",
     "disk.folders",
     "disk.formats",
@@ -162,6 +163,8 @@ def test_only_exchange_and_topology_touch_process_groups() -> None:
 # Python's own nor defined by a class of the same module. Nothing else private may stand anywhere in the package.
 OF_FSDP2 = "test_the_private_names_of_fsdp2_are_what_a_reshard_takes_them_for"
 OF_FSDP1 = "test_the_private_names_of_fsdp1_are_what_a_flat_slice_takes_them_for"
+OF_ZERO3 = "test_the_attributes_of_zero_3_are_what_a_run_takes_them_for"
+OF_MASTERS = "test_the_masters_lie_where_these_attributes_say"
 OF_WRAPPERS = "test_the_child_names_that_wrappers_reserve_are_these"
 OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
@@ -179,7 +182,7 @@ PRIVATE_NAMES = {
     "topology.fsdp1": {
         "_handle": OF_FSDP1,
         "_inter_node_pg": OF_FSDP1,
-        "_fsdp_extension": OF_FSDP1,
+        "_param_extensions": OF_FSDP1,
         "_training_state": OF_FSDP1,
         "_use_orig_params": OF_FSDP1,
         "_writeback_orig_params": OF_FSDP1,
@@ -202,6 +205,12 @@ PRIVATE_NAMES = {
         "_forward_module": OF_FABRIC,
         "_original_module": OF_FABRIC,
     },
+    "topology.zero3": {
+        "_ds_z3_gathered_param_context_depth": OF_ZERO3,
+        "_z3_optimizer": OF_ZERO3,
+        "_parameters": OF_MODULES,
+    },
+    "topology.masters": {"_hp_mapping": OF_MASTERS, "_dp_group": OF_MASTERS, "_parameters": OF_MODULES},
     "topology.plain": {"_parameters": OF_MODULES, "_buffers": OF_MODULES},
     "topology.values": {
         "__torch_dispatch__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",
@@ -279,7 +288,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
 def strange_names(module: str, tree: ast.Module) -> set[str]:
     """The private names of other libraries that a module uses."""
     # Within topology nothing private is ours but `self`: torch's `_handle` must not hide behind a `_handle` of our own.
-    own = OURS.get(module, set()) | (set() if room_of(module) == "topology" else own_names(tree))
+    own = OURS.get(module, set()) | (set() if room_of(module).startswith("topology") else own_names(tree))
     return {
         name for name in private_names(tree) if name.startswith("_") and name.strip("_") and name not in OF_PYTHON | own
     }

@@ -80,7 +80,7 @@ def test_the_page_answers_where_the_stages_of_a_save_are_and_who_owns_a_box() ->
 
 
 def test_the_page_names_the_methods_of_a_layout() -> None:
-    from dist_ema.topology.layout import Layout
+    from dist_ema.topology.seam.layout import Layout
 
     methods = {name for name, each in vars(Layout).items() if inspect.isfunction(each) and not name.startswith("_")}
     text = section("A layout")

@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ OTHERS = {
     "skip_nonfinite": (True, True),
     "compensated": (True, True),
     "overlap": (True, True),
+    "masters": (True, True),
     "experts": ([Experts("weight", dim=0)], (Experts("weight", dim=0),)),
 }
 
@@ -65,7 +67,10 @@ def test_an_option_has_one_name_one_type_and_one_default_wherever_it_is_written(
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_option_that_is_given_arrives(name) -> None:
     value, kept = OTHERS[name]
-    ema = ShardedEMA(nn.Linear(2, 1), dist_ema.ConstantSchedule(decay=0.9), **{name: value})
+    model = nn.Linear(2, 1)
+    # As in DeepSpeed's engine, for `masters`.
+    model.optimizer = SimpleNamespace(fp16_groups=[[*model.parameters()]], fp32_groups=[[*model.parameters()]])
+    ema = ShardedEMA(model, dist_ema.ConstantSchedule(decay=0.9), **{name: value})
     assert getattr(ema._state.options, name) == kept != FIELDS[name].default
     assert f"{name}=" in repr(ema)
 

@@ -272,7 +272,7 @@ def fsdp1_internals() -> None:
     flat = handle.flat_param
     for name in ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos", "_contiguities", "_fqns"):
         assert hasattr(flat, name), name
-    for name in ("uses_sharded_strategy", "process_group", "_fsdp_extension", "_prefetched"):
+    for name in ("uses_sharded_strategy", "process_group", "_prefetched"):
         assert hasattr(handle, name), name
     assert not hasattr(flat, "_local_shard"), "made by the first forward"
     model(TOKENS)

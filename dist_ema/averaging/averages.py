@@ -32,7 +32,7 @@ class Averages:
         residual_dtype: torch.dtype | None = None,
     ) -> None:
         self._shards: tuple[Shard, ...] = tuple(shards)
-        devices = [shard.live().device if device is None else device for shard in self._shards]
+        devices = [shard.observed().device if device is None else device for shard in self._shards]
         self._values = self._zeros(devices, dtype)
         self._residuals = () if residual_dtype is None else self._zeros(devices, residual_dtype)
 
@@ -75,7 +75,7 @@ class Averages:
         """Set the averaged values of all tensors, or of those of these names, to the live ones. No communication."""
         indices = [index for index, shard in enumerate(self._shards) if fqns is None or shard.fqn in fqns]
         values, residuals = self.values, self.residuals
-        copy_pairwise([values[index] for index in indices], [self._shards[index].live() for index in indices])
+        copy_pairwise([values[index] for index in indices], [self._shards[index].observed() for index in indices])
         for index in indices if residuals else ():
             residuals[index].zero_()
 

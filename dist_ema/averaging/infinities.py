@@ -113,7 +113,7 @@ class Watch:
 
         The host does not wait.
         """
-        look = _Look(due, [(index, self._shards[index].live()) for index in due])
+        look = _Look(due, [(index, self._shards[index].observed()) for index in due])
         now = self._untrained
         self._look = look
         looked = [due.get(index, former) for index, former in zip(now.indices, now.looked, strict=True)]
@@ -165,7 +165,7 @@ class Watch:
             for index in self._untrained.indices:
                 spoilt = values[index].isnan()
                 if spoilt.any():
-                    live = self._shards[index].live().to(values[index].device, values[index].dtype)
+                    live = self._shards[index].observed().to(values[index].device, values[index].dtype)
                     values[index].copy_(torch.where(spoilt, live, values[index]))
 
 

@@ -8,7 +8,7 @@ that keeps a tensor is known, a few calls look all these tensors up together.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,11 +21,16 @@ _COMPARED_BY_TORCH = ("cpu", "cuda", "mps")
 
 
 class Guard:
-    """The memory of some tensors, as it was when the guard was made."""
+    """The memory of some tensors, as it was when the guard was made.
 
-    def __init__(self, held: Sequence[Held]) -> None:
-        self._others = [piece for piece in held if piece.slot is None]
-        self._views = [piece.view() for piece in self._others]
+    Args:
+        held: pieces of live tensors.
+        others: further views, which return the same object while its memory is the same.
+    """
+
+    def __init__(self, held: Sequence[Held], others: Sequence[Callable[[], torch.Tensor]] = ()) -> None:
+        self._others = [*(piece.view for piece in held if piece.slot is None), *others]
+        self._views = [view() for view in self._others]
         slots = [piece.slot for piece in held if piece.slot is not None]
         self._tables = [slot.table for slot in slots]
         self._keys = [slot.key for slot in slots]
@@ -45,4 +50,4 @@ class Guard:
         return alike and all(map(self._compare, self._tensors, self._kept)) and self._are_views_kept()
 
     def _are_views_kept(self) -> bool:
-        return all(held.view() is view for held, view in zip(self._others, self._views, strict=True))
+        return all(view() is kept for view, kept in zip(self._others, self._views, strict=True))

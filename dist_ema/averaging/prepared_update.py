@@ -54,14 +54,16 @@ class Prepared:
         watched: frozenset[int] = frozenset(),
     ) -> None:
         self.watched = watched
-        live = [shard.live() for shard in shards]
+        live = [shard.observed() for shard in shards]
         filled = [index for index, value in enumerate(live) if value.numel()]
         compensated = any(track.residuals for track in tracks)
         rows = [track.values for track in tracks] + [track.residuals for track in tracks if compensated]
         self._live = [live[index] for index in filled]
         self._averaged = [[row[index] for index in filled] for row in rows]
         others = [held for track in tracks for held in track.held_by_teacher()]
-        self._guard = Guard(list(dict.fromkeys([*(shard.held for shard in shards), *others])))
+        of_live = [shard.held for shard in shards if shard.held.source is None]
+        of_sources = [shard.observed for shard in shards if shard.held.source is not None]
+        self._guard = Guard(list(dict.fromkeys([*of_live, *others])), of_sources)
         on_cpu = all(value.device.type == "cpu" for values in (self._live, *self._averaged) for value in values)
         numel = sum(value.numel() for values in self._averaged for value in values)
         self._workers = num_workers() if on_cpu and numel >= _FEWEST_SHARED_NUMEL and not skip_nonfinite else 1

@@ -85,7 +85,7 @@ class AveragedState:
         if not self.options.overlap:
             return Stream()
         averaged = {value.device for track in tracks for value in track.values}
-        return stream_beside({shard.live().device for shard in self.shards}, averaged)
+        return stream_beside({shard.observed().device for shard in self.shards}, averaged)
 
     def join(self) -> None:
         """Have the current stream do its further work after an update that runs beside training."""

@@ -91,6 +91,9 @@ def tensors_of(plan: Plan, alone: Collection[str] | None = None) -> list[Tensors
     """What this rank holds, by division; tensors of the names `alone` by tensor."""
     parts = []
     for division in plan.divisions:
+        if division.cuts is not None:
+            parts.append(Tensors(division.held, division))
+            continue
         together = tuple(held for held in division.held if alone is None or held.spec.fqn not in alone)
         by_tensor: dict[str, list[Held]] = {}
         for held in division.held if alone else ():
@@ -113,12 +116,15 @@ def divided_among(plan: Plan, holders: Sequence[tuple[Tensors, Sequence[int]]], 
     place = {spec.fqn: index for index, spec in enumerate(plan.specs)}
     pieces: dict[tuple[Any, ...], list[Held]] = {}
     named: dict[tuple[Any, ...], list[Division]] = {}
+    divisions = []
     for tensors, ranks in holders:
         division = tensors.of
+        if division.cuts is not None:  # whoever else holds the same: no other rank could be an owner
+            divisions.append(division)
+            continue
         key = (tuple(ranks), division.averaged, division.single_owner, division.extra_state)
         pieces.setdefault(key, []).extend(tensors.held)
         named.setdefault(key, []).append(division)
-    divisions = []
     for key in sorted(pieces):
         ranks, averaged, single_owner, extra_state = key
         same = [division for division in named[key] if sorted(division.ranks) == list(ranks)]

@@ -1,6 +1,6 @@
 """The boxes that a rank holds of a tensor, end to end: what its local tensor has. No communication.
 
-They are the product of runs along each dim (`dist_ema.topology.runs`), so a box begins where those before it end:
+They are the product of runs along each dim (`dist_ema.topology.seam.runs`), so a box begins where those before it end:
 
     runs [2, 4) and [6, 8) of dim 0, all of dim 1        box at (2, 0)  ->  rows [0, 2) of the local tensor
                                                          box at (6, 0)  ->  rows [2, 4)

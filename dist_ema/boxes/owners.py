@@ -39,6 +39,8 @@ class Division:
         single_owner: whether the first rank owns everything (buffers, as in DDP). Every rank may then have values of
             its own.
         extra_state: whether these are no tensors of the model, but made anew at each use by `get_extra_state`.
+        cuts: where each run begins, and the last one ends, if the rank of a run alone has the values that are averaged;
+            else None. A point is the index of a piece and an element within it.
     """
 
     held: tuple[Held, ...]
@@ -48,6 +50,7 @@ class Division:
     averaged: bool = True
     single_owner: bool = False
     extra_state: bool = False
+    cuts: tuple[tuple[int, int], ...] | None = None
 
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
@@ -64,6 +67,8 @@ class Division:
 
     def _point(self, part: int) -> tuple[int, int]:
         """Where run number `part` begins. Those of ten thousand ranks are not kept: this rank needs a few."""
+        if self.cuts is not None:
+            return self.cuts[part]
         if self.single_owner:
             return (len(self.held), 0) if part else (0, 0)
         return _cut_point(self._boxes, self._ends, part, len(self.ranks))

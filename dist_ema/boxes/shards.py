@@ -131,6 +131,8 @@ class Held:
         form: how a state dict shows what this rank holds of the tensor, or why it cannot.
         slot: where the model keeps the tensor that `view` shows whole; None where only `view` shows whether its memory
             was replaced.
+        source: returns the values that are averaged, of a box within `box` that this rank owns, if these are not the
+            live ones (fp32 masters). What holds for the tensors of `view` holds for these.
     """
 
     spec: TensorSpec
@@ -138,6 +140,7 @@ class Held:
     view: Callable[[], torch.Tensor]
     form: Form | NoForm
     slot: Slot | None = dataclasses.field(default=None, compare=False)
+    source: Callable[[Box], torch.Tensor] | None = None
 
     @property
     def takes_gradient(self) -> bool:
@@ -214,6 +217,14 @@ class Shard:
             ModelChangedError: the live tensor has another shape than it was planned with.
         """
         return self.within(self.held.values())
+
+    def observed(self) -> torch.Tensor:
+        """The values of the box that are averaged: the live ones, unless the tensor has a source. No communication.
+
+        Raises:
+            ModelChangedError: the live tensor, or the source, is not as planned.
+        """
+        return self.live() if self.held.source is None else self.held.source(self.box)
 
     def within(self, values: torch.Tensor) -> torch.Tensor:
         """The part of `values`, the values of the held piece, that is in the box. Shares memory."""

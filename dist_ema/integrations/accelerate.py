@@ -1,21 +1,20 @@
 """Wiring into accelerate: the average follows the optimizer's steps, and its checkpoints have the average.
 
 - step: `register_step_post_hook` of the inner torch optimizer fires once per real step, not per micro-batch.
-  Accelerate's wrapper refuses hooks.
+  Accelerate's wrapper refuses hooks. Under DeepSpeed the engine's own step is followed (`integrations/engine.py`).
 - save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook` run on every rank.
   `register_for_checkpointing` would write rank 0's part only.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
 import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +27,7 @@ from dist_ema.checks import folder_name
 from dist_ema.disk.folders.contents import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
+from dist_ema.integrations.engine import around, check_engine, follow_steps
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
 from dist_ema.ranks.calls import ended_for_all
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from dist_ema.options import OptionArguments
 
-__all__ = ["attach", "is_state_initialisation"]
+__all__ = ["attach"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ _SERVED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
 )
 
 _NOT_IN_A_TRAINER = (
@@ -130,8 +131,8 @@ def attach(
     names.add(name)
     ema.on_detach(lambda: names.discard(name))
 
-    def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_state_initialisation():
+    def after_step(stepped: torch.optim.Optimizer | None = None, *_: Any) -> None:
+        if not _is_state_initialisation():
             watch.before_update()
             # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
             ema.update(found_inf=getattr(stepped, "found_inf", None))
@@ -179,43 +180,16 @@ def attach(
     # end_training destroys the process group; load_state under FSDP loads the model before it calls the hook.
     wait_at_end = ema.wait if background else None
     wait_for_load = ema.wait if options.get("overlap") else None
-    _around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
-    _around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
+    around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
+    around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
     untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
-    ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        follow_steps(_prepared(accelerator, model), ema, untraced)
+    else:
+        ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
-
-
-def _around(
-    accelerator: Accelerator,
-    method: str,
-    ema: ShardedEMA,
-    *,
-    before: Callable[[], None] | None,
-    after: Callable[[], None],
-) -> None:
-    """Extend a method of the accelerator for as long as `ema` is attached; accelerate has no hooks there."""
-    former = getattr(accelerator, method)
-    attached = [ema]
-
-    @functools.wraps(former)
-    def with_more(*args: Any, **kwargs: Any) -> Any:
-        if attached and before is not None:
-            before()
-        result = former(*args, **kwargs)
-        if attached:
-            after()
-        return result
-
-    def undo() -> None:
-        attached.clear()
-        if getattr(accelerator, method) is with_more:  # otherwise a later average has wrapped it in turn
-            setattr(accelerator, method, former)
-
-    setattr(accelerator, method, with_more)
-    ema.on_detach(undo)
 
 
 def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
@@ -223,11 +197,11 @@ def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
-    """Collective: every rank must call it. Wait under FSDP, where rank 0 may write the model alone for a long time.
+    """Collective: every rank must call it. Wait under FSDP and DeepSpeed, where rank 0 may write alone for long.
 
     Under DDP the average's save is the first collective of `save_state`, and waits as every call does.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         exchange.arrive("save_state or load_state", hurried=False)
 
 
@@ -248,8 +222,8 @@ def _check(
         )
     if accelerator.distributed_type not in _SERVED:
         raise AttachError(
-            f"the accelerator runs as {accelerator.distributed_type}, expected one process, DDP or FSDP: other engines "
-            "keep their own copies of the weights"
+            f"the accelerator runs as {accelerator.distributed_type}, expected one process, DDP, FSDP or DeepSpeed: "
+            "other engines keep their own copies of the weights"
         )
     if accelerator.num_processes != world_size:
         raise AttachError(
@@ -264,6 +238,9 @@ def _check(
         )
     if name in _attached_names.get(accelerator, ()):
         raise AttachError(f"an average named {name!r} is attached already: give another name=, or detach() the first")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        check_engine(_prepared(accelerator, model), optimizer.optimizer)
+        return  # it steps flat masters
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = trained_parameters(model)
     if not stepped.intersection(trained):
@@ -274,11 +251,16 @@ def _check(
 
 
 def _is_prepared(accelerator: Accelerator, model: nn.Module) -> bool:
+    return _prepared(accelerator, model) is not None
+
+
+def _prepared(accelerator: Accelerator, model: nn.Module) -> Any:
+    """What accelerate remembers for a model; None for one that it has not prepared."""
     # Under DDP accelerate remembers the inner module and returns the wrapped one: the inner modules are compared.
-    return any(unwrapped(prepared) is unwrapped(model) for prepared in accelerator._models)
+    return next((made for made in accelerator._models if unwrapped(made) is unwrapped(model)), None)
 
 
-def is_state_initialisation() -> bool:
+def _is_state_initialisation() -> bool:
     """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
 
     `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an

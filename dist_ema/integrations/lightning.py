@@ -1,11 +1,13 @@
 """A callback for Lightning's Trainer: the average follows the steps, lies beside the checkpoints, and is evaluated.
 
-setup                   all ranks check; saves and removals of checkpoints are followed from now on
-on_train_start          the average is built, or loaded from beside the checkpoint that was loaded
-on_train_batch_end      an update, if an optimizer has stepped
-on_validation_start     the averaged weights are put into the model; also of test and predict
-on_validation_end       the live weights are put back
-on_train_end            an export is written, if it is wanted
+    setup                   all ranks check; saves and removals of checkpoints are followed from now on
+    on_train_start          the average is built, or loaded from beside the checkpoint that was loaded
+    on_train_batch_end      an update, if an optimizer has stepped
+    on_validation_start     the averaged weights are put into the model; also of test and predict
+    on_validation_end       the live weights are put back
+    on_train_end            an export is written, if it is wanted
+
+Where it finds the average of a checkpoint is in lightning_saves.py, which average it is in lightning_runs.py.
 """
 
 from __future__ import annotations
@@ -153,11 +155,12 @@ class EMACallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Collective: every rank must call it. Build the average, or load it, and follow the optimizers."""
         ema = self._average.current(trainer, pl_module)
-        if ema is not None:
-            trained = trained_parameters(pl_module)
+        watch = self._average.watch
+        if ema is not None and watch is not None:
+            trained = trained_parameters(trainer.model)
             stepping = [optimizer for optimizer in trainer.optimizers if _steps_any(optimizer, trained)]
             self._stop_steps()
-            self._steps = StepsOfBatches(ema, stepping)
+            self._steps = StepsOfBatches(ema, watch, stepping)
             ema.expect_updates()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -225,8 +228,8 @@ class EMACallback(Callback):
             )
         if stage == "fit" and trainer.world_size != self._average.exchange.world_size:
             raise AttachError(
-                f"the Trainer counts {trainer.world_size} process(es), the process group {self._average.exchange.world_size}: "
-                "the ranks train apart, and an average would mix different models. Give Trainer(devices=..., "
+                f"the Trainer counts {trainer.world_size} process(es), the process group "
+                f"{self._average.exchange.world_size}: the ranks train apart, and an average would mix different models. Give Trainer(devices=..., "
                 "num_nodes=...) all of them"
             )
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, EMACallback)]

@@ -18,6 +18,7 @@ from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from dist_ema.integrations.lightning_saves import place_of
+from dist_ema.integrations.watch import Watch
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_from_json, schedule_to_json
@@ -34,6 +35,7 @@ class AverageOfRuns:
 
     Attributes:
         ema: the average; None before a run has needed one.
+        watch: what notices that the updates are never used, or made twice; None where `ema` is.
         exchange: the control traffic of all ranks.
 
     Args:
@@ -52,6 +54,7 @@ class AverageOfRuns:
         options: Mapping[str, Any],
     ) -> None:
         self.ema: ShardedEMA | None = None
+        self.watch: Watch | None = None
         self.exchange = Exchange()
         self._schedule: Any = schedule
         self._name = name
@@ -140,6 +143,17 @@ class AverageOfRuns:
             for track in ema.tracks:
                 values = former.sharded_state_dict(track)
                 ema.load_sharded_state_dict(values, track=track, num_updates=former.num_updates)
+        if self.watch is not None:
+            self.watch.forget()
+        self.watch = Watch(
+            ema,
+            self._name,
+            rank=self.exchange.rank,
+            ends=self._options.get("into") is None,
+            hook="EMACallback",
+            save_it="every checkpoint of the Trainer has them (ModelCheckpoint, trainer.save_checkpoint), and "
+            "EMACallback(consolidate=True) exports them",
+        )
         self._built_with = _records(schedules)
         self._trainer, self._module = weakref.ref(trainer), weakref.ref(module)
         return ema
@@ -166,6 +180,8 @@ class AverageOfRuns:
 
     def _load(self, ema: ShardedEMA, place: Path | None, path: Any) -> None:
         """Collective: every rank must call it. Load the average of a checkpoint; without one it begins anew."""
+        if self.watch is not None:
+            self.watch.start_over()
         if place is None:
             ema.restart()
             return

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dist_ema.ema import ShardedEMA
-from dist_ema.integrations.accelerate import is_state_initialisation
+from dist_ema.integrations.accelerate import _is_state_initialisation
+from dist_ema.integrations.watch import Watch
 
 __all__ = ["StepsOfBatches"]
 
@@ -25,11 +26,13 @@ class StepsOfBatches:
 
     Args:
         ema: the average to update.
+        watch: what notices updates of the user beside these.
         optimizers: the optimizers of torch that step its model.
     """
 
-    def __init__(self, ema: ShardedEMA, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, ema: ShardedEMA, watch: Watch, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._ema = ema
+        self._watch = watch
         self._num_optimizers = len(optimizers)
         self._stepped: set[int] = set()
         self._were_all_skipped: torch.Tensor | None = None
@@ -40,11 +43,11 @@ class StepsOfBatches:
             self._hooks += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
 
     def _before_step(self, *_: Any) -> None:
-        if not is_state_initialisation():
+        if not _is_state_initialisation():
             self.end_batch()
 
     def _after_step(self, stepped: torch.optim.Optimizer, *_: Any) -> None:
-        if is_state_initialisation():
+        if _is_state_initialisation():
             return
         # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
         found_inf = getattr(stepped, "found_inf", None)
@@ -61,7 +64,9 @@ class StepsOfBatches:
         if self._stepped:
             skipped, self._were_all_skipped = self._were_all_skipped, None
             self._stepped.clear()
+            self._watch.before_update()
             self._ema.update(found_inf=skipped)
+            self._watch.after_update()
 
     def before_save(self) -> None:
         """Make the update that is due if no further step of this batch can belong to it."""

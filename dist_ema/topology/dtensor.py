@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View
-from dist_ema.topology.meshes import place
-from dist_ema.topology.runs import boxes_in_whole, sizes_of
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View
+from dist_ema.topology.seam.meshes import place
+from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
 
 __all__ = ["DTensors"]
 
@@ -93,11 +93,11 @@ def _groups(module: FSDPModule) -> list[Any]:
 
 def _locate(named: Named, model: nn.Module, rank: int) -> tuple[list[HeldBox], Holders]:
     tensor: DTensor = named.source
-    fqn, form = named.fqns[0], _DTensorForm(tensor)
+    fqn = named.fqns[0]
     mesh, placements = tensor.device_mesh, tensor.placements
     placed = place(fqn, tensor.shape, mesh, placements, last_axis=_axis_of_fsdp(named, model))
     if placed is None:
-        return _nothing_held(named, form), Holders((rank,), 0)
+        return _nothing_held(named), Holders((rank,), 0)
     sizes = sizes_of(placed.runs)
     with torch.no_grad():
         held = tuple(tensor.to_local().shape)
@@ -107,7 +107,7 @@ def _locate(named: Named, model: nn.Module, rank: int) -> tuple[list[HeldBox], H
             f"{placements}: its layout is not understood. Make it with distribute_tensor, or DTensor.from_local with "
             "shape= and stride="
         )
-    values = _LocalValues(named)
+    values, form = _LocalValues(named), _DTensorForm(tensor)
     local = Box(fqn, (0,) * len(sizes), sizes)
     boxes = [
         HeldBox(box, values if part.sizes == sizes else _PartOfLocal(values, part), form)
@@ -116,16 +116,16 @@ def _locate(named: Named, model: nn.Module, rank: int) -> tuple[list[HeldBox], H
     return boxes, placed.holders
 
 
-def _nothing_held(named: Named, form: _DTensorForm) -> list[HeldBox]:
+def _nothing_held(named: Named) -> list[HeldBox]:
     """Of a tensor on a mesh that this rank is not in: an empty box, which gives it its entry in a state dict.
 
     A tensor of no dim has no empty box, and no entry.
     """
     if not named.shape:
         return []
-    dims = len(named.shape)
-    nothing = torch.empty((0,) * dims, dtype=named.dtype, device=named.source.to_local().device)
-    return [HeldBox(Box(named.fqns[0], (0,) * dims, (0,) * dims), lambda: nothing, form)]
+    sizes = (0,) * len(named.shape)
+    nothing = torch.empty(sizes, dtype=named.dtype, device=named.source.to_local().device)
+    return [HeldBox(Box(named.fqns[0], sizes, sizes), lambda: nothing, _FormElsewhere(named.source))]
 
 
 def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
@@ -136,12 +136,16 @@ def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
     """
     tensor: DTensor = named.source
     placements: Sequence[Any] = tensor.placements
-    strided = [axis for axis, placement in enumerate(placements) if hasattr(placement, "split_factor")]
-    dims = [placements[axis].dim % tensor.ndim for axis in strided]
-    if not strided or dims[0] not in dims[1:]:
+    first, *others = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()] or [0]
+    strided = [placements[axis].dim % tensor.ndim for axis in (first, *others) if _is_strided(placements[axis])]
+    if not _is_strided(placements[first]) or strided[0] not in strided[1:]:
         return None
     managed = any(isinstance(module, FSDPModule) and named.owner in module.modules() for module in model.modules())
-    return strided[0] if managed else None
+    return first if managed else None
+
+
+def _is_strided(placement: Any) -> bool:
+    return hasattr(placement, "split_factor")
 
 
 class _LocalValues:
@@ -243,6 +247,13 @@ class _DTensorForm:
             )
         with torch.no_grad():
             return entry.to_local()
+
+
+class _FormElsewhere(_DTensorForm):
+    """A DTensor on a mesh that this rank is not in; torch gives it a local tensor of one dim, without elements."""
+
+    def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
+        return super().unwrap(fqn, entry).view((0,) * len(self._shape))
 
 
 def _lie_alike(one: DTensor, other: DTensor) -> bool:

@@ -33,8 +33,8 @@ from dist_ema.errors import CheckpointMismatchError, ConfigError
 from dist_ema.messages import MOST_NAMED, first_of
 from dist_ema.options import Experts, matches_any
 from dist_ema.topology.extra import whole_state
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, Part
 from dist_ema.topology.plain import PlainForm, whole_tensor
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, Part
 
 __all__ = ["DeclaredExperts", "check_numbers", "with_parts"]
 

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import HeldBox, Layout, Locator, Named
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.plain import PlainForm, holders_of_plain
+from dist_ema.topology.seam.layout import HeldBox, Layout, Locator, Named
 from dist_ema.topology.values import foreign_kind
 
 __all__ = ["ExtraStates", "extra_states", "whole_state"]

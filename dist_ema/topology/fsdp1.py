@@ -29,9 +29,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
-from dist_ema.topology.meshes import place
-from dist_ema.topology.runs import boxes_in_whole, sizes_of
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
+from dist_ema.topology.seam.meshes import place
+from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
 
 __all__ = ["FSDP1"]
 

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
-from dist_ema.topology.layout import Named, Where
 from dist_ema.topology.parts import Parts
+from dist_ema.topology.seam.layout import Named, Where
 
 __all__ = [
     "canonical_prefix",
@@ -32,6 +32,7 @@ _WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 # Wrappers of other libraries, which are not imported: the module of the class, its name, and a child that it wraps; of
 # several such children the outermost comes first.
 _FOREIGN_WRAPPERS = (
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),

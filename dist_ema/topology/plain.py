@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box, Slot, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named
 
 __all__ = ["Plain", "PlainForm", "holders_of_plain", "whole_tensor"]
 

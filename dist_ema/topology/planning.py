@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +19,17 @@ from dist_ema.topology.dtensor import DTensors
 from dist_ema.topology.experts import DeclaredExperts, with_parts
 from dist_ema.topology.extra import ExtraStates, extra_states
 from dist_ema.topology.fsdp1 import FSDP1
-from dist_ema.topology.layout import Holders, Layout, Named, View, Where
+from dist_ema.topology.masters import Masters
 from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
 from dist_ema.topology.plain import Plain
+from dist_ema.topology.seam.layout import FlatPlace, Holders, Layout, Named, View, Where
 from dist_ema.topology.values import check_tensor, foreign_kind
+from dist_ema.topology.zero3 import ZeRO3
 
 __all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
 
 # Every layout. The first one that claims a tensor has it, so the last one gets the tensors of no special kind.
-LAYOUTS: tuple[Layout, ...] = (DeclaredExperts(), FSDP1(), DTensors(), ExtraStates(), Plain())
+LAYOUTS: tuple[Layout, ...] = (DeclaredExperts(), FSDP1(), ZeRO3(), DTensors(), ExtraStates(), Plain())
 
 
 def plan_model(
@@ -35,6 +38,7 @@ def plan_model(
     averages: Callable[[Sequence[str]], bool],
     excludes: Callable[[Sequence[str]], bool],
     update_buffers: bool,
+    masters: bool = False,
     experts: Sequence[Experts] = (),
     rank: int,
     world_size: int,
@@ -47,13 +51,14 @@ def plan_model(
         excludes: all canonical names of a tensor -> whether the user's own patterns exclude it. An excluded tensor that
             cannot be stored is left out of the files.
         update_buffers: whether floating-point buffers are averaged like parameters.
+        masters: whether the fp32 masters of DeepSpeed's optimizer are averaged, not the live parameters.
         experts: the plain tensors that the user declares to be parts of what several ranks hold.
         rank: this rank in the default process group.
         world_size: the number of ranks in the default process group.
 
     Raises:
         UnsupportedModelError: a tensor or a layout cannot be served exactly.
-        ConfigError: `experts` does not fit the model.
+        ConfigError: `experts` does not fit the model, or there are no masters.
     """
     declare = functools.partial(with_parts, experts=experts, rank=rank, world_size=world_size)
     _drop_gathered(model)
@@ -70,7 +75,9 @@ def plan_model(
     locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
+    masters_of_model = Masters(model) if masters else None
     members: dict[tuple[Any, ...], list[Held]] = {}
+    places: dict[str, FlatPlace] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
     for named in [*stored, *extra]:
         wanted = not named.is_extra_state and averages(named.fqns) and (update_buffers or not named.is_buffer)
@@ -78,11 +85,18 @@ def plan_model(
         specs.append(spec)
         aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
         boxes, held_by = next(locate for layout, locate in locators if layout.claims(named))(named)
-        key = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
+        if masters_of_model is not None and spec.averaged and not spec.is_buffer:
+            boxes, held_by = masters_of_model.averaged(named, boxes, held_by)
+        key: tuple[Any, ...] = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
+        if held_by.flat is not None:
+            places[spec.fqn] = held_by.flat
+            key += (held_by.flat.buffer,)
         members.setdefault(key, []).extend(
-            Held(spec, held_box.box, held_box.view, held_box.form, held_box.slot) for held_box in boxes
+            Held(spec, held_box.box, held_box.view, held_box.form, held_box.slot, held_box.source) for held_box in boxes
         )
         holders.setdefault(key, held_by)
+    if masters_of_model is not None:
+        masters_of_model.check()
     views = [held.view for group in members.values() for held in group]
 
     # The records keep no tensor: the memory of a tensor that was replaced would stay for as long as the average does.
@@ -101,18 +115,7 @@ def plan_model(
         now = named_tensors(model, _elsewhere(model)) + extra_states(model, excludes)[0]
         return unchanged_names([*planned, *planned_extra], declare(now))
 
-    divisions = tuple(
-        Division(
-            held=tuple(members[key]),
-            ranks=held_by.ranks,
-            position=held_by.position,
-            groups=tuple(held_by.groups),
-            averaged=key[1],
-            single_owner=key[2],
-            extra_state=key[3],
-        )
-        for key, held_by in holders.items()
-    )
+    divisions = tuple(_division(members[key], held_by, places, *key[1:4]) for key, held_by in holders.items())
     return Plan(
         specs=tuple(specs),
         aliases=aliases,
@@ -123,6 +126,43 @@ def plan_model(
         check_model=check_model,
         remains=remains,
     )
+
+
+def _division(
+    held: list[Held],
+    held_by: Holders,
+    places: Mapping[str, FlatPlace],
+    averaged: bool,
+    single_owner: bool,
+    extra_state: bool,
+) -> Division:
+    cuts = None
+    if held_by.flat is not None:
+        held.sort(key=lambda piece: places[piece.spec.fqn].start)
+        cuts = _cuts(held, places, held_by.flat.run_numel, len(held_by.ranks))
+    return Division(
+        held=tuple(held),
+        ranks=held_by.ranks,
+        position=held_by.position,
+        groups=tuple(held_by.groups),
+        averaged=averaged,
+        single_owner=single_owner,
+        extra_state=extra_state,
+        cuts=cuts,
+    )
+
+
+def _cuts(
+    held: Sequence[Held], places: Mapping[str, FlatPlace], run_numel: int, num_runs: int
+) -> tuple[tuple[int, int], ...]:
+    """Where the equal runs of a flat buffer begin in the tensors that lie in it; see `Division.cuts`."""
+    starts = [places[piece.spec.fqn].start for piece in held]
+    cuts = []
+    for element in range(0, run_numel * num_runs, run_numel):
+        index = max(bisect.bisect_right(starts, element) - 1, 0)
+        within = max(element - starts[index], 0)
+        cuts.append((index, within) if within < held[index].box.numel else (index + 1, 0))  # padding has no owner
+    return (*cuts, (len(held), 0))
 
 
 def trained_parameters(model: nn.Module) -> Mapping[int, str]:

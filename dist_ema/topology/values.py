@@ -1,7 +1,7 @@
 """The tensors whose values are whole and plain bytes, which can be averaged and stored. No communication.
 
 A file of the bytes of a tensor subclass may lack its values: the subclass may keep them elsewhere, or need constants to
-read them (quantised weights). A parameter that an engine has partitioned (DeepSpeed ZeRO-3) has no values at all.
+read them (quantised weights). A parameter whose values an unknown engine has taken away has no values at all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.topology.layout import Named
+from dist_ema.topology.seam.layout import Named
 
 __all__ = ["check_tensor", "foreign_kind"]
 
@@ -78,8 +78,8 @@ def _check_present(named: Named, tensor: torch.Tensor) -> None:
         whole = list(getattr(tensor, "ds_shape", ()))
         raise UnsupportedModelError(
             f"{fqn} is partitioned by DeepSpeed ZeRO-3: it has shape {list(tensor.shape)} here, {whole} as a whole, "
-            "and its average would be one of nothing. This version does not serve ZeRO-3; a later one will. Until then "
-            "shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2 with ShardedEMA on the module"
+            "but not all of the attributes by which its values are found (those of DeepSpeed 0.19). Use such a "
+            "version, shard the model with fully_shard (FSDP2), or use ZeRO-1 or 2"
         )
     if tensor.numel() == 0:
         contradiction = _contradiction(named, tensor)

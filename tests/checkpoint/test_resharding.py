@@ -22,6 +22,16 @@ CELLS = [
     ("hsdp", 4),
     ("tp_uneven", 2),
     ("fsdp_tp_uneven", 4),
+    ("ddp_sliced", 4),
+    ("fsdp1_sliced", 4),
+    ("fsdp2_sliced", 4),
+    ("fsdp_tp_sliced_uneven", 4),
+    ("replicate", 2),
+    ("experts", 4),
+    ("packed", 3),
+    ("packed_twice", 4),
+    ("fsdp_packed", 4),
+    ("offset", 3),
 ]
 
 

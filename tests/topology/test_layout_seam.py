@@ -14,8 +14,8 @@ import dist_ema
 import dist_ema.topology
 from dist_ema import ShardedEMA, UnsupportedModelError
 from dist_ema.boxes.shards import Box, NoForm
-from dist_ema.topology.layout import HeldBox, Holders, Layout, Locator, Named, Where
 from dist_ema.topology.planning import LAYOUTS
+from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, Where
 
 ROOT = Path(dist_ema.__file__).parent.parent
 

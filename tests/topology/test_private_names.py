@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 TOKENS = torch.arange(8).view(2, 4)
 
@@ -101,9 +101,19 @@ def fsdp1_names() -> None:
         run = flat.data[local.offset_in_shard : local.offset_in_shard + local.numel_in_shard]
         assert torch.equal(run, whole[start : start + local.numel_in_shard]), (rank, index)
     assert sum(local.numel_in_shard or 0 for local in flat._shard_param_infos) > 0
+    # What it says of a DTensor whose local tensor was flattened.
+    assert list(flat._param_extensions) == [None, None, None]
+    slices = init_device_mesh("cpu", (size, 1), mesh_dim_names=("dp", "tp"))
+    of_dtensor = nn.Linear(4, 6)
+    of_dtensor.weight = nn.Parameter(distribute_tensor(of_dtensor.weight.data, slices["tp"], [Shard(1)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        over_tp = FullyShardedDataParallel(of_dtensor, device_id=device, device_mesh=slices["dp"])
+    placed, plain = over_tp._handle.flat_param._param_extensions
+    assert (placed.mesh, placed.placements, placed.shape) == (slices["tp"], (Shard(1),), (6, 4)) and plain is None
 
     # What a forward without gradients leaves, and what drops it.
-    assert handle._fsdp_extension is None and handle.uses_sharded_strategy
+    assert handle.uses_sharded_strategy
     assert handle.process_group.size() == size
     assert handle._training_state.name == "IDLE"
     with torch.no_grad():

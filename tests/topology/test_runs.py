@@ -1,4 +1,4 @@
-"""What a rank holds of a DTensor, by our own arithmetic; parts that are no box are refused."""
+"""What a rank holds of a DTensor, by our own arithmetic."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ema import ConstantSchedule, ShardedEMA, UnsupportedModelError
+from dist_ema.boxes.local import end_to_end
+from dist_ema.boxes.shards import Box
 from dist_ema.topology import dtensor
-from dist_ema.topology.runs import local_runs
+from dist_ema.topology.seam.runs import boxes_in_whole, local_runs, sizes_of
 
 HALF = ConstantSchedule(momentum=0.5)
 
 
 def placed_at_random(num_cases: int) -> int:
-    """Against distribute_tensor, which needs no communication either. Returns how many parts were no box."""
+    """Against distribute_tensor, which needs no communication either. Returns how many parts were several boxes."""
     meshes = [init_device_mesh("cpu", sizes) for sizes in ((4,), (2, 2), (1, 4), (2, 1, 2))]
     several = 0
     for seed in range(num_cases):
@@ -44,47 +46,20 @@ def placed_at_random(num_cases: int) -> int:
             chosen = [at for start, stop in of_dim for at in range(start, stop)]
             ours = ours.index_select(dim, torch.tensor(chosen, dtype=torch.long))
         assert torch.equal(ours, held), (shape, mesh.mesh.shape, placements, runs)
+        assert sizes_of(runs) == held.shape
+        local, put_together = Box("w", (0,) * held.ndim, tuple(held.shape)), torch.full_like(held, torch.nan)
+        boxes = dict(boxes_in_whole(local, runs))
+        for box, part in boxes.items():
+            put_together[part.region] = whole[box.region]
+        assert torch.equal(put_together, held), (shape, placements, boxes)
+        sizes, places = end_to_end(list(boxes))
+        assert sizes == local.sizes and (places == boxes or not held.numel())
         several += any(len(of_dim) > 1 for of_dim in runs)
     return several
 
 
 def test_the_runs_of_a_rank_are_what_distribute_tensor_gives_it(world) -> None:
     assert all(several > 10 for several in world(4).run(placed_at_random, 150))
-
-
-# Name -> shape of the mesh, placements; on some rank at least the part is several boxes.
-PACKED = {
-    "packed columns": ((4,), [_StridedShard(0, split_factor=2)], (16, 2)),
-    "packed along the second dim": ((4,), [_StridedShard(1, split_factor=2)], (3, 16)),
-    "three parts, replicated over dp": ((2, 2), [Replicate(), _StridedShard(0, split_factor=3)], (12, 2)),
-    "packed, then sharded along the other dim": ((2, 2), [_StridedShard(0, split_factor=2), Shard(1)], (8, 4)),
-    "in several pieces on one rank only": ((4,), [_StridedShard(0, split_factor=2)], (5, 2)),
-}
-
-
-def packed(name: str, exclude: str | None) -> str:
-    sizes, placements, shape = PACKED[name]
-    model = nn.Linear(shape[1], shape[0], bias=False)
-    whole = torch.arange(float(shape[0] * shape[1])).view(shape)
-    mesh = init_device_mesh("cpu", sizes)
-    model.weight = nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-    model.other = nn.Parameter(torch.zeros(3))
-    with pytest.raises(UnsupportedModelError) as caught:
-        ShardedEMA(model, HALF, exclude=exclude)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_a_tensor_of_which_a_rank_holds_several_pieces_is_refused_and_not_saved_wrong(world, name) -> None:
-    """What transformers makes of packed_colwise: torch tells of the first piece only."""
-    messages = world(4).run(packed, name, None)
-    assert len(set(messages)) == 1
-    assert "weight has placements" in messages[0] and "_StridedShard" in messages[0]
-    assert "packed" in messages[0] and "a later one will" in messages[0]
-
-
-def test_an_excluded_tensor_of_several_pieces_is_refused_too_as_the_files_would_hold_it(world) -> None:
-    assert "weight has placements" in world(4).run(packed, "packed columns", "weight")[0]
 
 
 def strided_of_one_box() -> None:
@@ -138,15 +113,15 @@ def test_a_local_tensor_that_its_placements_do_not_explain_is_refused(world) -> 
 
 
 def boxes_told_wrongly() -> str:
-    """Both ranks believe that they hold the first rows: the elements add up."""
+    """The second rank believes that it holds rows 1 and 2, not 2 and 3: the elements add up."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4, bias=False)
     fully_shard(model)
     real = dtensor._locate
 
-    def locate(named, world_size):
-        (piece,), holders = real(named, world_size)
-        return [dataclasses.replace(piece, box=dataclasses.replace(piece.box, offsets=(0, 0)))], holders
+    def locate(named, **given):
+        (piece,), holders = real(named, **given)
+        return [dataclasses.replace(piece, box=dataclasses.replace(piece.box, offsets=(dist.get_rank(), 0)))], holders
 
     with mock.patch.object(dtensor, "_locate", locate), pytest.raises(UnsupportedModelError) as caught:
         ShardedEMA(model, HALF)

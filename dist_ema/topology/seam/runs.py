@@ -76,15 +76,13 @@ def boxes_in_whole(local: Box, runs: Runs) -> Iterator[tuple[Box, Box]]:
     if not local.numel:
         yield Box(local.fqn, tuple(of_dim[0][0] if of_dim else 0 for of_dim in runs), local.sizes), local
         return
-    for chosen in itertools.product(*map(_pieces, runs, local.offsets, local.sizes)):
-        whole_at, local_at, sizes = zip(*chosen, strict=True) if chosen else ((), (), ())
+    for pieces in itertools.product(*map(_pieces, runs, local.offsets, local.sizes)):
+        whole_at, local_at, sizes = zip(*pieces, strict=True) if pieces else ((), (), ())
         yield Box(local.fqn, whole_at, sizes), Box(local.fqn, local_at, sizes)
 
 
 def _pieces(runs: Sequence[Run], first: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Of the elements [first, first + size) of the runs laid end to end: where each run begins in the whole, where it
-    begins in the runs, and its length.
-    """
+    """The runs of the elements [first, first + size) of the local tensor: begin in the whole, begin there, length."""
     for start, stop in _between(runs, first, first + size):
         yield start, first, stop - start
         first += stop - start

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.topology.layout import Holders
-from dist_ema.topology.runs import Runs, local_runs
+from dist_ema.topology.seam.layout import Holders
+from dist_ema.topology.seam.runs import Runs, local_runs
 
 __all__ = ["Placed", "place"]
 
@@ -65,23 +66,11 @@ def place(
         shape,
         [mesh.size(axis) for axis in order],
         [coordinate[axis] for axis in order],
-        [_InOnePiece(placements[axis].dim) if axis == last_axis else placements[axis] for axis in order],
+        [Shard(placements[axis].dim) if axis == last_axis else placements[axis] for axis in order],
     )
     if runs is None:
         raise UnsupportedModelError(f"{fqn} has placements {placements}, of which one is neither Shard nor Replicate")
     return Placed(runs, _holders(mesh, coordinate, placements))
-
-
-class _InOnePiece:
-    """A placement that deals one piece of a dim to each rank."""
-
-    split_factor = 1
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-
-    def is_replicate(self) -> bool:
-        return False
 
 
 def _holders(mesh: DeviceMesh, coordinate: Sequence[int], placements: Sequence[Any]) -> Holders:

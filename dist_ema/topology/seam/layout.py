@@ -1,6 +1,6 @@
-"""The interface of a layout, and the records that the files of this room exchange. No communication.
+"""The interface of a layout, and the records that the files of `topology` exchange. No communication.
 
-A layout is one way in which ranks hold the tensors of a live model. It is one file in this room, with one class that
+A layout is one way in which ranks hold the tensors of a live model. It is one file in `topology`, with one class that
 implements `Layout`, and one line in `planning.LAYOUTS`. The rooms above this one know boxes only.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_ema.boxes.shards import Box, Form, NoForm, Slot
 
-__all__ = ["HeldBox", "Holders", "Layout", "Locator", "Named", "Part", "View", "Where"]
+__all__ = ["FlatPlace", "HeldBox", "Holders", "Layout", "Locator", "Named", "Part", "View", "Where"]
 
 # The identity of a module, and the attribute of a tensor in it.
 Where = tuple[int, str]
@@ -72,6 +72,21 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class FlatPlace:
+    """Where a tensor lies in a flat buffer that is cut in equal runs, of which rank i of the holders has run i.
+
+    Attributes:
+        buffer: the identity of the buffer.
+        start: the index of the first element of the tensor.
+        run_numel: the number of elements of a run.
+    """
+
+    buffer: int
+    start: int
+    run_numel: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Holders:
     """The ranks that hold boxes alike, this rank's index among them, and how owners reach the others.
 
@@ -80,21 +95,24 @@ class Holders:
         position: the index of this rank in `ranks`.
         groups: the process groups through which a broadcast reaches all of `ranks`, one per mesh axis; None is the
             default group.
+        flat: what decides who owns which elements; None to divide the tensor evenly.
     """
 
     ranks: tuple[int, ...]
     position: int
     groups: Sequence[Any] = ()
+    flat: FlatPlace | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldBox:
-    """A box that this rank holds, the way to its live values, its form and its slot: see `Held` in boxes/shards.py."""
+    """A box that this rank holds, and the ways to its values: see `Held` in boxes/shards.py."""
 
     box: Box
     view: View
     form: Form | NoForm
     slot: Slot | None = None
+    source: Callable[[Box], torch.Tensor] | None = None
 
 
 # A locator: a tensor -> the boxes of it that this rank holds, and the ranks that hold them alike.
