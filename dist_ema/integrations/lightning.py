@@ -229,8 +229,8 @@ class EMACallback(Callback):
         if stage == "fit" and trainer.world_size != self._average.exchange.world_size:
             raise AttachError(
                 f"the Trainer counts {trainer.world_size} process(es), the process group "
-                f"{self._average.exchange.world_size}: the ranks train apart, and an average would mix different models. Give Trainer(devices=..., "
-                "num_nodes=...) all of them"
+                f"{self._average.exchange.world_size}: the ranks train apart, and an average would mix different "
+                "models. Give Trainer(devices=..., num_nodes=...) all of them"
             )
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, EMACallback)]
         names = [callback.name for callback in callbacks]
