@@ -109,7 +109,7 @@ class EMACallback(Callback):
         self._average = AverageOfRuns(schedule, name, begins_anew=on_missing == "live", options=options)
         self._steps: StepsOfBatches | None = None
         self._swap: ExitStack | None = None
-        self._followed: weakref.WeakSet[Any] = weakref.WeakSet()  # the trainers whose saves are followed
+        self._followed: list[weakref.ref[Any]] = []  # the trainers whose saves are followed
         self._is_live_pass = False
 
     @property
@@ -136,8 +136,8 @@ class EMACallback(Callback):
         with ended_for_all(exchange, "EMACallback"):
             exchange.arrive("EMACallback")
             exchange.agree("EMACallback", lambda: self._check(trainer, stage))
-        if trainer not in self._followed:
-            self._followed.add(trainer)
+        if not any(followed() is trainer for followed in self._followed):
+            self._followed.append(weakref.ref(trainer))
             extend(trainer, "save_checkpoint", functools.partial(self._saving, trainer))
             extend(trainer.strategy, "remove_checkpoint", functools.partial(self._removing, trainer))
             for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
@@ -210,9 +210,11 @@ class EMACallback(Callback):
         self._stop_steps()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Remember a checkpoint whose average was not needed. No communication."""
+        """Collective after `fit`. Load the average of a checkpoint if no step was left, and remember others."""
         self._swap_out()
         self._link_last(trainer)
+        if stage == "fit" and trainer.ckpt_path:
+            self._average.current(trainer, pl_module)
         self._average.end_run(trainer, pl_module)
 
     # The work.

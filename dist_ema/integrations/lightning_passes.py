@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,9 +39,12 @@ def further_pass(trainer: Any, only: Any, name: str) -> Iterator[None]:
     """
     module, callbacks = trainer.lightning_module, trainer.callbacks
     former, was_own = module.log, "log" in vars(module)
+    signature = inspect.signature(former)
 
-    def log(metric: str, *args: Any, **kwargs: Any) -> None:
-        former(metric_name(metric, name), *args, **kwargs)
+    def log(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.arguments["name"] = metric_name(given.arguments["name"], name)
+        former(*given.args, **given.kwargs)
 
     with isolate_rng():
         trainer.callbacks, module.log = [only], log

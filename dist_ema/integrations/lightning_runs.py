@@ -64,6 +64,7 @@ class AverageOfRuns:
         # Whose average it is; and of a run that needed no average, the module and the checkpoint loaded into it.
         self._trainer: weakref.ref[Any] | None = None
         self._module: weakref.ref[Any] | None = None
+        self._parts: list[int] = []
         self._unread: tuple[weakref.ref[Any], Any] | None = None
         self._is_current = False
         self._num_updates_saved: int | None = None
@@ -102,8 +103,10 @@ class AverageOfRuns:
         path = trainer.ckpt_path or (self._unread[1] if self._unread and self._unread[0]() is module else None)
         self._unread = None
         place = self._place(path) if path else None
-        is_same_run = not trains or (self._trainer is not None and self._trainer() is trainer)
-        ema = self.ema if self.is_of(module) and is_same_run else None
+        goes_on = not trains or (self._trainer is not None and self._trainer() is trainer)
+        if path and self._parts != _parts_of(module):
+            goes_on = False  # Lightning replaces modules at the end of `fit` (sync_batchnorm)
+        ema = self.ema if self.is_of(module) and goes_on else None
         if trains or (ema is None and place is not None):
             schedules = self._schedules(trainer, place)
             if ema is None or _records(schedules) != self._built_with:
@@ -118,7 +121,12 @@ class AverageOfRuns:
         """Collective: every rank must call it. The folder of the average of a checkpoint; None where there is none."""
 
         def look() -> tuple[str, bool]:
-            place = place_of(path, self._name)
+            try:
+                place = place_of(path, self._name)
+            except ConfigError:  # a URL, which Lightning has read
+                if self._begins_anew:
+                    return "", False
+                raise
             return str(place), os.path.lexists(place)
 
         place, is_there = self.exchange.on_rank_0("EMACallback", look)
@@ -155,7 +163,7 @@ class AverageOfRuns:
             "EMACallback(consolidate=True) exports them",
         )
         self._built_with = _records(schedules)
-        self._trainer, self._module = weakref.ref(trainer), weakref.ref(module)
+        self._trainer, self._module, self._parts = weakref.ref(trainer), weakref.ref(module), _parts_of(module)
         return ema
 
     def _schedules(self, trainer: Any, place: Path | None) -> Schedules:
@@ -192,6 +200,10 @@ class AverageOfRuns:
                 f"{self._num_updates_saved}: a save was cut off between the two, or one of them was replaced. Use "
                 "another checkpoint"
             )
+
+
+def _parts_of(module: Any) -> list[int]:
+    return [id(part) for part in module.modules()]
 
 
 def _records(schedules: Schedules) -> Any:

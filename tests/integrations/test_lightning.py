@@ -92,7 +92,9 @@ def module_of(layout: str = "plain") -> Any:
         def validation_step(self, batch: Any, index: int) -> None:
             if index == 0:
                 self.seen.append(values_of(self))
-            self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]), sync_dist=True)
+            loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+            self.log("val_loss", loss, sync_dist=True)
+            self.log_dict({"size": loss.abs(), "val/size": loss.abs()}, sync_dist=True)
 
         test_step = validation_step
 
@@ -303,6 +305,7 @@ def case_both(root: Path, layout: str) -> None:
     assert trainer.callback_metrics["val_loss"] == live
     (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
     assert metrics["val_loss"] == live and metrics["val_ema_loss"] == kept.best_model_score != live
+    assert sorted(metrics) == ["ema_size", "size", "val/ema_size", "val/size", "val_ema_loss", "val_loss"]
     assert_same_bits(module.seen[-2], averaged_values(callback.ema, module))
     assert_same_bits(module.seen[-1], values_of(untouched))
     assert "log" not in vars(module) and len(trainer.callbacks) >= 3
@@ -361,6 +364,37 @@ def case_second_fit(root: Path) -> None:
     assert_same_bits(averaged_values(callback.ema, module), naive.values)
     trainer_of(root, "plain", callback, enable_checkpointing=False).fit(module, *loaders())
     assert callback.ema.num_updates == STEPS
+
+
+def case_nothing_left(root: Path) -> None:
+    """A run resumed at its end takes no step, and has its averages all the same: of two callbacks."""
+    tracks = {"long": ConstantSchedule(momentum=0.1), "short": ConstantSchedule(momentum=0.5)}
+
+    def callbacks() -> list[Any]:
+        return [average(), average(name="slow", schedule=tracks, evaluate="live", consolidate=True)]
+
+    first, kept = callbacks(), checkpoint(root, save_top_k=1)
+    fit(root, "plain", *first, kept)
+    best = Path(kept.best_model_path)
+    assert entries(root) == sorted(best.stem + end for end in (".ckpt", ".ema", ".slow"))
+    assert sorted(os.listdir(root / "slow")) == ["long", "short"]
+    second = callbacks()
+    trainer, module = fit(root, "plain", *second, path=best, enable_checkpointing=False)
+    trainer.save_checkpoint(root / "again.ckpt")
+    for name in ("ema/model", "slow/long/model"):
+        of_two = [load_file(f"{stem}.{name}.safetensors") for stem in (best.with_suffix(""), root / "again")]
+        assert_same_bits(*of_two)
+    # Lightning puts other modules into the model at the end of fit, where it has put some in before.
+    module.first = nn.Linear(4, 5)
+    trainer.test(module, loaders()[1], ckpt_path=best, verbose=False)
+    assert_same_bits(module.seen[-1], averaged_of(first[0]))
+    with pytest.raises(CheckpointMismatchError, match="the tracks"):
+        fit(root, "plain", average(schedule=tracks), path=best, enable_checkpointing=False)
+
+
+def averaged_of(callback: Any) -> dict[str, torch.Tensor]:
+    whole = callback.ema.full_state_dict()
+    return {name: value for name, value in whole.items() if name != "constant"}
 
 
 def case_two_optimizers(root: Path) -> None:
@@ -576,6 +610,10 @@ def test_a_save_during_an_evaluation_has_the_live_weights_and_so_has_the_model_a
 
 def test_a_second_fit_goes_on_and_another_trainer_begins_anew(world, tmp_path) -> None:
     world(1).run(case_second_fit, tmp_path)
+
+
+def test_a_run_that_has_no_step_left_has_its_averages(world, tmp_path) -> None:
+    world(1).run(case_nothing_left, tmp_path)
 
 
 def test_two_optimizers_make_one_update_a_batch(world, tmp_path) -> None:
