@@ -229,6 +229,10 @@ PRIVATE_NAMES = {
         "_trial": "test_in_a_search_the_averages_lie_in_the_checkpoints_of_their_trials",
     },
     "integrations.trainer_evaluation": {"_metrics": "test_trl_trains_as_without_and_measures_both_kinds_apart"},
+    "integrations.lightning_saves": {
+        "_save_distributed_checkpoint": "test_the_names_by_which_lightning_writes_folders_are_these",
+        "_state_dict_type": "test_the_names_by_which_lightning_writes_folders_are_these",
+    },
     # Of the file format: the key under which a safetensors file says what it is.
     "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
     "disk.formats.model_files": {
