@@ -4,7 +4,8 @@ No communication. A layout names the ranks that hold boxes alike, as far as it s
 that this is true:
 
     coverage    every element of every tensor has exactly one owner (coverage.py)
-    holders     ranks that are named together hold equal boxes of equal tensors (alike.py)
+    holders     ranks that are named together hold equal boxes of equal tensors, and name the same process groups for
+                their broadcasts (alike.py)
     tensors     all ranks have the same tensors
 
 If a sum says no, the ranks exchange digests of what they hold, and those with equal digests are the holders. A digest
@@ -15,7 +16,7 @@ and the last stage of a pipeline), its elements come out owned twice; then a dig
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from dist_ema.boxes import alike
@@ -45,13 +46,22 @@ class Proof:
     terms: list[int]
 
     @staticmethod
-    def of(plan: Plan, rank: int, world_size: int, seed: int) -> Proof:
-        """The proof of a plan; `seed` is random, and the same on every rank."""
+    def of(plan: Plan, rank: int, world_size: int, seed: int, name_of: Callable[[Any], str]) -> Proof:
+        """The proof of a plan.
+
+        Args:
+            plan: the plan.
+            rank: this rank.
+            world_size: the number of ranks.
+            seed: random, and the same on every rank.
+            name_of: the name of a process group, the same on all of its ranks.
+        """
         coverage = Coverage(plan.specs, seed)
         holders = 0
         for division in plan.divisions:
             if len(division.ranks) > 1:
-                own = alike.digest(_content(division.held, division))
+                groups = [name_of(group) for group in division.groups]
+                own = alike.digest((_content(division.held, division), groups))
                 name = repr((division.ranks, division.averaged, division.single_owner, division.extra_state))
                 holders += alike.term(name, division.position, len(division.ranks), own)
         names = plan.names_of_tensors
@@ -87,19 +97,19 @@ class Tensors:
         return alike.digest((flags, sorted(boxes)))[:32] if boxes else ""
 
 
-def tensors_of(plan: Plan, alone: Collection[str] | None = None) -> list[Tensors]:
+def tensors_of(plan: Plan, alone: Collection[str] = ()) -> list[Tensors]:
     """What this rank holds, by division; tensors of the names `alone` by tensor."""
     parts = []
     for division in plan.divisions:
         if division.cuts is not None:
             parts.append(Tensors(division.held, division))
             continue
-        together = tuple(held for held in division.held if alone is None or held.spec.fqn not in alone)
-        by_tensor: dict[str, list[Held]] = {}
-        for held in division.held if alone else ():
-            if held.spec.fqn in alone:  # type: ignore[operator]
-                by_tensor.setdefault(held.spec.fqn, []).append(held)
-        parts += [Tensors(tuple(pieces), division) for pieces in (together, *by_tensor.values()) if pieces]
+        # "" is no name of a tensor. Of pieces without elements each rank has its own, whatever the others have.
+        by_tensor: dict[str | None, list[Held]] = {}
+        for held in division.held:
+            own = held.spec.fqn if held.spec.fqn in alone else ""
+            by_tensor.setdefault(own if held.box.numel else None, []).append(held)
+        parts += [Tensors(tuple(pieces), division) for pieces in by_tensor.values()]
     return parts
 
 

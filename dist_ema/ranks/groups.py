@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.uninterrupted import insist
 
 __all__ = ["groups_of", "name_of"]
 
@@ -35,5 +36,16 @@ def groups_of(exchange: Exchange, action: str, sets: Sequence[tuple[int, ...]]) 
     everyone = tuple(range(exchange.world_size))
     own = {",".join(map(str, ranks)): 0 for ranks in sets if ranks != everyone}
     of_all = exchange.reduce(action, own, lambda lower, higher: {**lower, **higher})
-    made = {key: exchange.channel.group_of([int(rank) for rank in key.split(",")]) for key in sorted(of_all)}
-    return {ranks: None if ranks == everyone else made[",".join(map(str, ranks))] for ranks in sets}
+    if of_all:
+        of_ranks = [[int(rank) for rank in key.split(",")] for key in sorted(of_all)]
+        begin, wait = exchange.channel.meeting(action)
+
+        def make() -> None:
+            begin()
+            wait()
+            for ranks in of_ranks:
+                exchange.channel.group_of(ranks)
+
+        # Torch lets all ranks wait for one that was interrupted here, and counts the groups that each has made.
+        insist(make)
+    return {ranks: None if ranks == everyone else exchange.channel.group_of(ranks) for ranks in sets}
