@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -319,3 +320,29 @@ def refused_teacher() -> str:
 def test_a_whole_teacher_of_a_stage_is_refused_as_most_of_it_would_stand_still(world) -> None:
     first, second = world(2).run(refused_teacher)
     assert first == second and "into has second.weight on this rank" in first
+
+
+def one_stage_changes(folder: str) -> list[str]:
+    model = parts(("embed first", "first second head")[dist.get_rank()])
+    ema = ShardedEMA(model, HALF)
+    for number in range(3):
+        step(model, number)
+        ema.update()
+    if dist.get_rank():
+        model["head"] = nn.Linear(4, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ema.save(folder, only_unchanged=True)
+    files, expected = load_file(f"{folder}/model.safetensors"), naive(3)
+    assert files.keys() == {"embed.weight", "first.weight", "first.bias", "second.weight", "second.bias"}
+    assert all(torch.equal(value, expected[name]) for name, value in files.items())
+    if dist.get_rank():
+        model["first"] = nn.Linear(4, 5)
+    with pytest.raises(RankMismatchError, match=r"first\.weight has changed on some of the ranks that hold it"):
+        ema.save(folder, only_unchanged=True)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_stage_that_changes_does_not_lose_the_average_of_the_others(world, tmp_path) -> None:
+    (told,), none = world(2).run(one_stage_changes, str(tmp_path / "ema"))
+    assert "head.weight, head.bias (2 of 7 tensors) are not as they were" in told and none == []
