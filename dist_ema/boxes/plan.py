@@ -6,7 +6,7 @@ No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_ema.boxes.owners import Division
@@ -81,13 +81,31 @@ class Plan:
         """Every name that a pattern may mean."""
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
 
-    def gone(self, remains: Remains) -> tuple[str, ...]:
-        """The fqns of the planned tensors, among those that this rank holds a part of, which do not remain."""
+    def lost(self, remains: Remains) -> dict[str, list[str]]:
+        """Fqn -> the names that do not remain, of the tensors that this rank holds a part of and that have changed."""
         held = {held.spec.fqn for division in self.divisions for held in division.held}
-        return tuple(spec.fqn for spec in self.specs if spec.fqn in held and spec.fqn not in remains.names)
+        lost = {
+            fqn: [name for name in names if name not in remains.names.get(fqn, ())]
+            for fqn, names in self.names_of_tensors.items()
+            if fqn in held
+        }
+        return {fqn: names for fqn, names in lost.items() if names}
+
+    def without(self, lost: Mapping[str, Sequence[str]], others: Sequence[str]) -> Remains:
+        """What remains over all ranks, from what any rank has lost, and the tensors that any rank has now instead."""
+        names = {
+            fqn: tuple(name for name in names if name not in lost.get(fqn, ()))
+            for fqn, names in self.names_of_tensors.items()
+            if fqn not in lost.get(fqn, ())
+        }
+        return Remains(names=names, others=tuple(others))
+
+    def gone(self, remains: Remains) -> tuple[str, ...]:
+        """The fqns of the planned tensors that do not remain, over all ranks."""
+        return tuple(spec.fqn for spec in self.specs if spec.fqn not in remains.names)
 
     def only(self, remains: Remains) -> Plan:
-        """The tensors that remain, for files, manifests and comparisons.
+        """The tensors that remain over all ranks, for files, manifests and comparisons.
 
         Do not use `owned` of the result, which would divide the tensors anew: the owners are those of the whole plan.
 

@@ -23,7 +23,7 @@ from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.union import described, merged, united
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.groups import groups_of, name_of, of_ranks
+from dist_ema.ranks.groups import groups_of, names_of, of_ranks
 from dist_ema.ranks.holders import ranks_by_digest
 
 __all__ = ["plan_of_all"]
@@ -91,7 +91,7 @@ def _with_groups(exchange: Exchange, action: str, plan: Plan) -> Plan:
     names = 0
     for division in shared:
         key = repr((sorted(division.ranks), division.averaged, division.single_owner, division.extra_state))
-        own = alike.digest((division.ranks, [name_of(group) for group in division.groups]))
+        own = alike.digest((division.ranks, names_of(division.groups)))
         names += alike.term(key, division.position, len(division.ranks), own)
     num_without = sum(not division.groups for division in shared)
     has_replicas = any(division.averaged for division in shared)

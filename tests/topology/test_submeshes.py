@@ -227,3 +227,22 @@ def groups_made_for_norms_of_one_axis() -> int:
 def test_norms_beside_tensor_parallelism_take_the_group_that_it_has_made(world) -> None:
     """A group for each pair of ranks would be thousands of groups in a large run."""
     assert set(world(4).run(groups_made_for_norms_of_one_axis)) == {0}
+
+
+def groups_made_for_two_replicate_axes() -> int:
+    model = nn.Linear(4, 4)
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Replicate(), Replicate()], src_data_rank=None))
+    model.bias = nn.Parameter(distribute_tensor(weight[0], mesh, [Replicate(), Shard(0)], src_data_rank=None))
+    before = len(dist.distributed_c10d._world.pg_map)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    with ema.average_parameters():
+        assert torch.equal(model.weight.full_tensor(), weight)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_ranks_along_two_replicate_axes_need_no_group_of_their_own(world) -> None:
+    """Each rank has other groups along the axes of a mesh: other names are no sign of other holders."""
+    assert set(world(4).run(groups_made_for_two_replicate_axes)) == {0}
