@@ -18,6 +18,7 @@ from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
 from dist_ema.disk.manifest import Agreement
 from dist_ema.errors import ConfigError
+from dist_ema.live.expert_copies import warn_of_expert_copies
 from dist_ema.live.holders import plan_of_all
 from dist_ema.live.replicas import Replicas
 from dist_ema.live.teacher import Teacher
@@ -112,6 +113,8 @@ def build(
         _warn_of_unknown_schedules(exchange, state.schedules.values())
         replicas = Replicas(exchange, state.plan)
         replicas.check(_ACTION)
+        if state.options.experts:
+            warn_of_expert_copies(exchange, _ACTION, state.plan, state.options.declares)
     return Built(state, replicas, prepared.small_files)
 
 

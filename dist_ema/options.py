@@ -209,6 +209,11 @@ class Options:
         """Whether `exclude` names a tensor of these names."""
         return matches_any(fqns, self.exclude)
 
+    def declares(self, fqn: str) -> bool:
+        """Whether `experts` declares the tensor of this name, as the files have it."""
+        globs = [pattern.replace(NUMBER, "*") for declared in self.experts for pattern in declared.patterns]
+        return matches_any([fqn], globs)
+
     def check_patterns(self, fqns: Iterable[str]) -> None:
         """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
 

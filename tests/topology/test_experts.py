@@ -615,3 +615,21 @@ def test_extra_state_and_excluded_tensors_of_experts_are_numbered_too_also_when_
     world, tmp_path
 ) -> None:
     world(2).run(what_else_an_expert_has, str(tmp_path / "ema"))
+
+
+def copies_under_one_group_too_many(right: bool) -> list[str]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.manual_seed(dist.get_rank() % 2)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(2, 3))
+    group = groups[dist.get_rank() // 2] if right else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ShardedEMA(model, SCHEDULE, experts=[Experts("w", 0, group)])
+    return [str(warning.message) for warning in caught]
+
+
+def test_copies_of_experts_that_no_group_tells_apart_are_not_saved_twice_without_a_word(world) -> None:
+    with_group, without = (world(4).run(copies_under_one_group_too_many, right) for right in (True, False))
+    assert not any(with_group) and not any(without[1:])
+    assert len(without[0]) == 1 and "ranks 0 and 2 have the same values" in without[0][0]
