@@ -128,9 +128,9 @@ def _refusal(call: str, difference: _Difference) -> str:
         f"alike: relative L2 difference {difference.refused[0][1]:.3g}, allowed {DRIFT_ALLOWED:g}. An average over "
         "these ranks would be a mosaic of different models. Either each rank has experts of its own under equal names: "
         "declare them by experts=[Experts(names, dim, group)], the group being all ranks of different experts. Or each "
-        "has a stage of a pipeline: give its tensors their names in the whole model, and all-reduce the gradients of an "
-        "embedding that stages share. Or nothing keeps the ranks alike: "
-        "wrap the model in DistributedDataParallel, or broadcast the initial weights and reduce the gradients yourself"
+        "has a stage of a pipeline: give its tensors their names in the whole model, and all-reduce the gradients of "
+        "an embedding that stages share. Or nothing keeps the ranks alike: wrap the model in "
+        "DistributedDataParallel, or broadcast the initial weights and reduce the gradients yourself"
     )
 
 

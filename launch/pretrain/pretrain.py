@@ -124,7 +124,8 @@ class Trainer:
                 names = [name for name, layout in LAYOUTS.items() if layout.files == written]
                 raise ValueError(
                     f"{self.options.resume} is a checkpoint of {' or '.join(names)}, or of nothing: it cannot go on "
-                    f"with --sharding {self.options.sharding}"
+                    f"with --sharding {self.options.sharding}. Only its average loads in every layout, by ema.load of "
+                    "the folder ema in it"
                 )
             self.layout.before_load(self.model, self.optimizer.optimizer)
             self.accelerator.load_state(str(self.options.resume))
