@@ -8,6 +8,7 @@ says afterwards whether the live weights were stepped: not between accumulated m
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -41,13 +42,16 @@ def around(
     attached = [ema]
 
     @functools.wraps(former)
-    def with_more(*args: Any, **kwargs: Any) -> Any:
+    def longer(_: object, *args: Any, **kwargs: Any) -> Any:
         if attached and before is not None:
             before()
         result = former(*args, **kwargs)
         if attached:
             after()
         return result
+
+    # A method, which does not bind once more: torch's schedulers bind the `step` that they meet.
+    with_more = types.MethodType(longer, target)
 
     def undo() -> None:
         attached.clear()
