@@ -25,6 +25,7 @@ from dist_ema.live.teacher_state import TeacherState
 from dist_ema.options import Options, Patterns, checked_device, checked_schedules, name_patterns
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.groups import names_of
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.experts import check_numbers
@@ -89,7 +90,9 @@ def build(
             )
             for module in ([whole] if into is None else [whole, _teacher(into, checked, schedules)])
         ]
-        proofs = [Proof.of(plan, exchange.rank, exchange.world_size, exchange.channel.drawn) for plan in plans]
+        proofs = [
+            Proof.of(plan, exchange.rank, exchange.world_size, exchange.channel.drawn, names_of) for plan in plans
+        ]
         inner = unwrapped(whole)
         return _Prepared(checked, schedules, plans, proofs, partial(config_files, inner, class_of(inner).__name__))
 

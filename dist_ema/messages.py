@@ -17,7 +17,7 @@ __all__ = ["MOST_NAMED", "difference_text", "first_of", "level_of_caller", "tell
 # The most ranks that a message names.
 MOST_NAMED = 8
 # Libraries that call the hooks of this package: such a warning is about the hook, not about a line of the library.
-_HOSTS = ("accelerate.", "torch.", "transformers.")
+_HOSTS = ("accelerate.", "torch.", "transformers.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 # The frames of this package, and those between them: `torch.compiler.disable` wraps functions.
 _PACKAGE = ("dist_ema.", "torch._dynamo.")
 

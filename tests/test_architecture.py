@@ -225,6 +225,15 @@ PRIVATE_NAMES = {
         "_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted",
         "_models": "test_detach_removes_the_hooks_and_frees_the_name",
     },
+    "integrations.trainer": {
+        "_get_output_dir": "test_in_a_search_the_averages_lie_in_the_checkpoints_of_their_trials",
+        "_trial": "test_in_a_search_the_averages_lie_in_the_checkpoints_of_their_trials",
+    },
+    "integrations.trainer_evaluation": {"_metrics": "test_trl_trains_as_without_and_measures_both_kinds_apart"},
+    "integrations.lightning_saves": {
+        "_save_distributed_checkpoint": "test_the_names_by_which_lightning_writes_folders_are_these",
+        "_state_dict_type": "test_the_names_by_which_lightning_writes_folders_are_these",
+    },
     # Of the file format: the key under which a safetensors file says what it is.
     "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
     "disk.formats.model_files": {

@@ -22,6 +22,7 @@ SNIPPETS = [
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:The '.*_dataloader' does not have many")
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

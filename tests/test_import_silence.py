@@ -29,13 +29,21 @@ def belongs_to_package(frame):
 def spy(owner, name):
     genuine = getattr(owner, name)
 
-    def spied(*args, **kwargs):
-        module = belongs_to_package(sys._getframe(1))
+    def tell(frame):
+        module = belongs_to_package(frame)
         if module is not None:
             told.append(f"{module} calls {name}")
+
+    def spied(*args, **kwargs):
+        tell(sys._getframe(1))
         return genuine(*args, **kwargs)
 
-    setattr(owner, name, spied)
+    def made(self, *args, **kwargs):
+        tell(sys._getframe(1))
+        genuine.__init__(self, *args, **kwargs)
+
+    # A class stays one: other libraries name it in annotations.
+    setattr(owner, name, type(name, (genuine,), {"__init__": made}) if isinstance(genuine, type) else spied)
 
 
 spy(os, "register_at_fork")

@@ -103,8 +103,8 @@ class Coverage:
                 defect = f"but the ranks own {numel} of them together"
             raise UnsupportedModelError(
                 f"{spec.fqn} has {spec.numel} elements, {defect}: its layout is not understood. Either ranks hold "
-                "overlapping parts of it, or a part lies on no rank. Lay it out with fully_shard or distribute_tensor, "
-                "on a mesh whose ranks all build the average"
+                "overlapping parts of it (a rank outside a device mesh may have a copy of its own), or a part lies on "
+                "no rank. Lay it out with fully_shard or distribute_tensor, on a mesh whose ranks all build the average"
             )
 
     def _fingerprint(self, box: Box) -> int:

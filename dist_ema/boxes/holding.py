@@ -4,7 +4,8 @@ No communication. A layout names the ranks that hold boxes alike, as far as it s
 that this is true:
 
     coverage    every element of every tensor has exactly one owner (coverage.py)
-    holders     ranks that are named together hold equal boxes of equal tensors (alike.py)
+    holders     ranks that are named together hold equal boxes of equal tensors, and name the same process groups for
+                their broadcasts (alike.py)
     tensors     all ranks have the same tensors
 
 If a sum says no, the ranks exchange digests of what they hold, and those with equal digests are the holders. A digest
@@ -16,7 +17,7 @@ that does not do either (an embedding on the first and the last stage of a pipel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from dist_ema.boxes import alike
@@ -46,13 +47,23 @@ class Proof:
     terms: list[int]
 
     @staticmethod
-    def of(plan: Plan, rank: int, world_size: int, seed: int) -> Proof:
-        """The proof of a plan; `seed` is random, and the same on every rank."""
+    def of(
+        plan: Plan, rank: int, world_size: int, seed: int, names_of: Callable[[Sequence[Any]], Sequence[str]]
+    ) -> Proof:
+        """The proof of a plan.
+
+        Args:
+            plan: the plan.
+            rank: this rank.
+            world_size: the number of ranks.
+            seed: random, and the same on every rank.
+            names_of: what the ranks that take these process groups have alike.
+        """
         coverage = Coverage(plan.specs, seed)
         holders = 0
         for division in plan.divisions:
             if len(division.ranks) > 1:
-                own = alike.digest(_content(division.held, division))
+                own = alike.digest((_content(division.held, division), names_of(division.groups)))
                 name = repr((division.ranks, division.averaged, division.single_owner, division.extra_state))
                 holders += alike.term(name, division.position, len(division.ranks), own)
         names = plan.names_of_tensors
@@ -102,10 +113,12 @@ def tensors_of(plan: Plan, apart: Collection[str], *, one_by_one: bool) -> list[
         if division.cuts is not None:
             parts.append(Tensors(division.held, division))
             continue
-        groups: dict[str, list[Held]] = {}
+        # Of pieces without elements each rank has its own, whatever the others have. "" is no name of a tensor.
+        groups: dict[str | None, list[Held]] = {}
         for held in division.held:
             fqn = held.spec.fqn
-            groups.setdefault("" if fqn not in apart else fqn if one_by_one else "apart", []).append(held)
+            group = "" if fqn not in apart else fqn if one_by_one else "apart"
+            groups.setdefault(group if held.box.numel else None, []).append(held)
         parts += [Tensors(tuple(pieces), division) for pieces in groups.values()]
     return parts
 

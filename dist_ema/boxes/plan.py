@@ -6,7 +6,8 @@ No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.shards import Shard, TensorSpec
@@ -38,6 +39,7 @@ class Plan:
         aliases: further names of tied tensors -> the name in `specs`.
         left_out: names in the model's state dict that the user excluded and that the files do not have.
         divisions: the divisions of what this rank holds.
+        nearby: process groups of this rank that training has made, for divisions whose ranks no layout names.
         has_replicas: whether putting averages into the model communicates. It does on all ranks if several ranks, any,
             hold an averaged tensor alike.
         drop_gathered: makes the live views valid (drops gathered copies that a wrapper keeps). No communication.
@@ -49,6 +51,7 @@ class Plan:
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
     divisions: tuple[Division, ...]
+    nearby: tuple[Any, ...]
     has_replicas: bool
     drop_gathered: Callable[[], None]
     check_model: Callable[[], None]
@@ -78,13 +81,31 @@ class Plan:
         """Every name that a pattern may mean."""
         return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
 
-    def gone(self, remains: Remains) -> tuple[str, ...]:
-        """The fqns of the planned tensors, among those that this rank holds a part of, which do not remain."""
+    def lost(self, remains: Remains) -> dict[str, list[str]]:
+        """Fqn -> the names that do not remain, of the tensors that this rank holds a part of and that have changed."""
         held = {held.spec.fqn for division in self.divisions for held in division.held}
-        return tuple(spec.fqn for spec in self.specs if spec.fqn in held and spec.fqn not in remains.names)
+        lost = {
+            fqn: [name for name in names if name not in remains.names.get(fqn, ())]
+            for fqn, names in self.names_of_tensors.items()
+            if fqn in held
+        }
+        return {fqn: names for fqn, names in lost.items() if names}
+
+    def without(self, lost: Mapping[str, Sequence[str]], others: Sequence[str]) -> Remains:
+        """What remains over all ranks, from what any rank has lost, and the tensors that any rank has now instead."""
+        names = {
+            fqn: tuple(name for name in names if name not in lost.get(fqn, ()))
+            for fqn, names in self.names_of_tensors.items()
+            if fqn not in lost.get(fqn, ())
+        }
+        return Remains(names=names, others=tuple(others))
+
+    def gone(self, remains: Remains) -> tuple[str, ...]:
+        """The fqns of the planned tensors that do not remain, over all ranks."""
+        return tuple(spec.fqn for spec in self.specs if spec.fqn not in remains.names)
 
     def only(self, remains: Remains) -> Plan:
-        """The tensors that remain, for files, manifests and comparisons.
+        """The tensors that remain over all ranks, for files, manifests and comparisons.
 
         Do not use `owned` of the result, which would divide the tensors anew: the owners are those of the whole plan.
 

@@ -91,7 +91,8 @@ def _other_tensor(own: TensorSpec, other: TensorSpec, rank: int, lowest: int) ->
     return (
         f"{own.fqn} is {_shown(other)} on rank {lowest} and {_shown(own)} on rank {rank}: two tensors of one name, "
         "expected the same tensor, or names of their own. If ranks hold different experts under one name, declare them "
-        "by experts=[Experts(names, dim, group)]; stages of a pipeline need the names that they have in the whole model"
+        "by experts=[Experts(names, dim, group)], each rank with its own group; stages of a pipeline need the names "
+        "that they have in the whole model"
     )
 
 

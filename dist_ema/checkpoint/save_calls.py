@@ -15,7 +15,7 @@ from dist_ema.checkpoint.background import Background
 from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
-from dist_ema.checkpoint.unchanged_part import Part
+from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
 from dist_ema.disk.formats.model_files import ModelFiles
@@ -160,13 +160,20 @@ class SaveCalls:
     def _write(self, call: Call, request: _Request) -> None:
         """Collective: every rank must call it. Agree about the save, warn, compare replicas, and then write."""
         exchange = call.exchange
-        background, target, manifest, tracks, files, part = call.together(
+        prepared = call.together(
             lambda: self._prepared(request, exchange.rank, exchange.world_size),
             lambda prepared: self._same(request, prepared),
             after_saves=True,
             of_changed=True,  # `Part` refuses, or warns
             working_folder=working_folder(request.path),
         )
+        if request.only_unchanged:  # on all ranks
+            changes = Changes(*exchange.reduce(call.name, prepared.part.own, Changes.merged))
+            if any(changes):
+                prepared = exchange.agree(
+                    call.name, lambda: self._prepared(request, exchange.rank, exchange.world_size, changes)
+                )
+        background, target, manifest, tracks, files, part = prepared
         part.warn(exchange)
         if not part.has_changed:
             self.warnings.warn_of_no_updates(exchange, part.plan, manifest.num_updates)
@@ -182,15 +189,15 @@ class SaveCalls:
         else:
             write_average(exchange, target, files, tracks, manifest)
 
-    def _prepared(self, request: _Request, rank: int, world_size: int) -> _Prepared:
+    def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged))
+        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged), of_all=changes)
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
-        if request.replaces_former and rank == 0:
+        if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
         return _Prepared(bool(request.background), target, manifest, tracks, files, part)
 
@@ -200,8 +207,7 @@ class SaveCalls:
             "tracks": list(prepared.tracks),
             "num_updates": prepared.manifest.num_updates,
             "dtype": str(request.dtype),
-            "left_out": prepared.part.left_out,
-            "others": prepared.part.others,
+            "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),
             "background": prepared.background,
         }

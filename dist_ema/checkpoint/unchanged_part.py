@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from dist_ema.boxes.plan import Plan
+from dist_ema.errors import RankMismatchError
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Part"]
+__all__ = ["Changes", "Part"]
 
 _MOST_LISTED = 8
+
+
+class Changes(NamedTuple):
+    """What has changed in a model, as JSON. Ranks have other tensors, so each of them sees a part of it.
+
+    Attributes:
+        lost: fqn -> the names of that tensor that are not as they were.
+        others: fqns of the tensors that the model has now instead.
+    """
+
+    lost: dict[str, list[str]]
+    others: list[str]
+
+    @staticmethod
+    def merged(lower: list[Any], higher: list[Any]) -> list[Any]:
+        """The changes of some ranks and of ranks after them, for `Exchange.reduce`. Associative."""
+        (lost, others), (further, others_there) = lower, higher
+        return [{**further, **lost}, list(dict.fromkeys([*others, *others_there]))]
+
+
+_NOTHING = Changes({}, [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,24 +44,42 @@ class Part:
         plan: the plan of these tensors; it does not show who owns them (`Plan.only`).
         left_out: fqns of the planned tensors that have changed or are gone.
         others: fqns of the tensors that the model has now instead.
+        own: the changes of this rank.
     """
 
     plan: Plan
     left_out: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    own: Changes = _NOTHING
 
     @staticmethod
-    def of(plan: Plan, *, only_unchanged: bool) -> Part:
+    def of(plan: Plan, *, only_unchanged: bool, of_all: Changes | None = None) -> Part:
         """The whole plan, or what remains of it. No communication.
+
+        Args:
+            plan: the plan.
+            only_unchanged: whether the model may have changed.
+            of_all: the changes of all ranks; None for those of this rank alone.
 
         Raises:
             ModelChangedError: the model has changed, and `only_unchanged` is False or nothing remains.
+            RankMismatchError: a tensor has changed on some of the ranks that hold it.
         """
-        if only_unchanged:
-            remains = plan.remains()
-            return Part(plan.only(remains), plan.gone(remains), remains.others)
-        plan.check_model()
-        return Part(plan)
+        if not only_unchanged:
+            plan.check_model()
+            return Part(plan)
+        present = plan.remains()
+        own = Changes(plan.lost(present), list(present.others))
+        changes = own if of_all is None else Changes(*of_all)
+        held = {held.spec.fqn for division in plan.divisions for held in division.held}
+        for fqn, names in changes.lost.items():
+            if fqn in held and names != own.lost.get(fqn):
+                raise RankMismatchError(
+                    f"{fqn} has changed on some of the ranks that hold it, and not, or otherwise, on others: expected "
+                    "the same change on all of them"
+                )
+        remains = plan.without(*changes)
+        return Part(plan.only(remains), plan.gone(remains), remains.others, own)
 
     @property
     def has_changed(self) -> bool:

@@ -60,10 +60,9 @@ _SERVED = (
 
 _NOT_IN_A_TRAINER = (
     "the accelerator is that of a Trainer of transformers, which writes its checkpoints without "
-    "accelerator.save_state: none of them will hold the average {name!r}, and a resume begins it anew. Save and load "
-    "it in a TrainerCallback, on every rank: in on_save by ema.save(os.path.join(args.output_dir, "
-    "f'checkpoint-{{state.global_step}}', {name!r})), and at the end of on_train_begin by ema.load(...) of that folder "
-    "if the run resumes"
+    "accelerator.save_state: none of them will hold the average {name!r}, and a resume begins it anew. Give "
+    "the Trainer a callback in its place, which saves, resumes and evaluates it: Trainer(..., "
+    "callbacks=[EMACallback(schedule, name={name!r})]) of dist_ema.integrations.transformers"
 )
 
 # The names in use on an accelerator: two averages of one name would overwrite each other's folder.

@@ -34,6 +34,7 @@ class _Record:
     name: str
     use: Use
     process: int
+    save_it: str
     num_hook_updates: int = 0
     gone_at: float | None = None
 
@@ -60,10 +61,22 @@ class Watch:
         name: the name that `attach` got.
         rank: this rank.
         ends: whether only `ema` gives the averages to the user; the user has a teacher module without it.
+        hook: who calls `update`, for the message.
+        save_it: how the averages come into a checkpoint, for the message.
     """
 
-    def __init__(self, ema: ShardedEMA, name: str, *, rank: int, ends: bool) -> None:
-        self._record = record = _Record(name, ema.use, os.getpid())
+    def __init__(
+        self,
+        ema: ShardedEMA,
+        name: str,
+        *,
+        rank: int,
+        ends: bool,
+        hook: str = "attach",
+        save_it: str = "accelerator.save_state(dir) writes them too",
+    ) -> None:
+        self._record = record = _Record(name, ema.use, os.getpid(), save_it)
+        self._hook = hook
         self._seen_calls = ema.use.num_calls
         self._tells = rank == 0
         if self._tells and ends:
@@ -83,8 +96,8 @@ class Watch:
             self._tells = False
             tell(
                 f"update() of the average {record.name!r} was called between two steps of its optimizer, after each of "
-                "which attach calls it already: every such step counts twice, and the average is shorter than its "
-                "schedule says. Leave ema.update() out of the loop"
+                f"which {self._hook} calls it already: every such step counts twice, and the average is shorter than "
+                "its schedule says. Leave ema.update() out of the loop"
             )
 
     def after_update(self) -> None:
@@ -125,7 +138,7 @@ def _tell_unused(records: list[_Record]) -> None:
         names = ", ".join(f"{record.name!r} ({record.num_hook_updates})" for record in unused)
         tell(
             f"averages were updated and never used: {names}. No checkpoint, export or evaluation of this process had "
-            "them, and they are lost now. Save them: accelerator.save_state(dir) writes them too, "
+            f"them, and they are lost now. Save them: {unused[0].save_it}, "
             "ema.consolidate(path) writes a model folder; evaluate them inside ema.average_parameters(). Call "
             "ema.detach() where an average is not wanted any more"
         )

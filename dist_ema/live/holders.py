@@ -19,10 +19,11 @@ from collections.abc import Collection, Sequence
 from dist_ema.boxes import alike
 from dist_ema.boxes.coverage import Coverage
 from dist_ema.boxes.holding import Proof, divided_among, owned_boxes, tensors_of
+from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.union import described, merged, united
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.groups import groups_of, name_of
+from dist_ema.ranks.groups import groups_of, names_of, of_ranks
 from dist_ema.ranks.holders import ranks_by_digest
 
 __all__ = ["plan_of_all"]
@@ -82,13 +83,15 @@ def _divided(exchange: Exchange, action: str, plan: Plan, apart: Collection[str]
 def _with_groups(exchange: Exchange, action: str, plan: Plan) -> Plan:
     """Collective. Give every division of several ranks a process group that all of them take.
 
-    A group of the layout serves if all ranks of the division name it.
+    A group that training has made serves if all ranks of the division take the same: that of the layout, or one that
+    happens to have these ranks (that of tensor parallelism, for norms on the other axis of its mesh).
     """
+    plan = dataclasses.replace(plan, divisions=tuple(_with_known_group(plan, one) for one in plan.divisions))
     shared = [division for division in plan.divisions if len(division.ranks) > 1]
     names = 0
     for division in shared:
         key = repr((sorted(division.ranks), division.averaged, division.single_owner, division.extra_state))
-        own = alike.digest((division.ranks, [name_of(group) for group in division.groups]))
+        own = alike.digest((division.ranks, names_of(division.groups)))
         names += alike.term(key, division.position, len(division.ranks), own)
     num_without = sum(not division.groups for division in shared)
     has_replicas = any(division.averaged for division in shared)
@@ -111,3 +114,9 @@ def _with_groups(exchange: Exchange, action: str, plan: Plan) -> Plan:
     return dataclasses.replace(
         plan, divisions=tuple(replaced.get(id(division), division) for division in plan.divisions)
     )
+
+
+def _with_known_group(plan: Plan, division: Division) -> Division:
+    if len(division.ranks) == 1 or division.groups:
+        return division
+    return dataclasses.replace(division, groups=of_ranks(plan.nearby, division.ranks))

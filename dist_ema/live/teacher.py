@@ -197,13 +197,23 @@ def _matched(student: Plan, teacher: Plan, student_fqns: Mapping[str, str]) -> M
         for held in division.held
     }
     known = set(student_fqns.values())
-    for division in student.divisions:
+    of_student = [held for division in student.divisions if not division.extra_state for held in division.held]
+    for held in of_student:
+        if held.spec.fqn in known and held.box not in by_box:
+            raise UnsupportedModelError(
+                f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
+                f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
+                "(fully_shard both, or keep both whole)"
+            )
+    # Nothing would ever move what a teacher has on this rank beyond that.
+    present = {held.box for held in of_student}
+    for division in teacher.divisions:
         for held in division.held if not division.extra_state else ():
-            if held.spec.fqn in known and held.box not in by_box:
+            box = dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn])
+            if box.numel and box not in present:
                 raise UnsupportedModelError(
-                    f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
-                    f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
-                    "(fully_shard both, or keep both whole)"
+                    f"into has {held.spec.fqn} on this rank ({box.sizes} at {box.offsets} of {list(held.spec.shape)}), "
+                    "and the model has not: expected a teacher of what this rank trains, such as a copy of its stage"
                 )
     return by_box
 

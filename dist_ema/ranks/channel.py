@@ -173,6 +173,11 @@ class Channel:
         """
         return 0 if self._world is None else self._world.num_links
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the ranks are threads of a simulation, which have no process groups."""
+        return self._world is not None and self._world.group is None
+
     def group_of(self, ranks: Sequence[int]) -> Any:
         """Collective: every rank must call it, with the same ranks. See `World.group_of`."""
         return None if self._world is None else self._world.group_of(ranks)

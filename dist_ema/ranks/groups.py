@@ -8,14 +8,31 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.uninterrupted import insist
 
-__all__ = ["groups_of", "name_of"]
+__all__ = ["groups_of", "names_of", "of_ranks"]
 
 
-def name_of(group: Any) -> str:
+def _name_of(group: Any) -> str:
     """The name of a process group; None is the default group. Equal on all ranks of a group. No communication."""
     target = dist.group.WORLD if group is None else group
     return "" if target is None else str(target.group_name)
+
+
+def names_of(groups: Sequence[Any]) -> list[str]:
+    """What ranks that broadcast through these groups have alike: a name, or the sizes along several axes of a mesh.
+
+    Along an axis each rank has a line of ranks, and so a group, of its own. No communication.
+    """
+    if len(groups) <= 1:
+        return [_name_of(group) for group in groups]
+    return [str(dist.get_world_size(group)) for group in groups]
+
+
+def of_ranks(groups: Sequence[Any], ranks: Sequence[int]) -> tuple[Any, ...]:
+    """The first group, by name, that has these ranks and no other; none if there is none. No communication."""
+    same = (group for group in groups if sorted(dist.get_process_group_ranks(group)) == sorted(ranks))
+    return tuple(sorted(same, key=_name_of)[:1])
 
 
 def groups_of(exchange: Exchange, action: str, sets: Sequence[tuple[int, ...]]) -> Mapping[tuple[int, ...], Any]:
@@ -35,8 +52,20 @@ def groups_of(exchange: Exchange, action: str, sets: Sequence[tuple[int, ...]]) 
     everyone = tuple(range(exchange.world_size))
     own = {_text(ranks): 0 for ranks in sets if ranks != everyone}
     of_all = exchange.reduce(action, own, lambda lower, higher: {**lower, **higher})
-    made = {text: exchange.channel.group_of(_ranks(text)) for text in sorted(of_all)}
-    return {ranks: None if ranks == everyone else made[_text(ranks)] for ranks in sets}
+    if of_all:
+        begin, wait = exchange.channel.meeting(action)
+
+        def make() -> None:
+            begin()
+            wait()
+            for text in sorted(of_all):
+                exchange.channel.group_of(_ranks(text))
+
+        if exchange.channel.is_simulated:
+            make()
+        else:  # torch lets all ranks wait for one that was interrupted here, and counts the groups that each has made
+            insist(make)
+    return {ranks: None if ranks == everyone else exchange.channel.group_of(ranks) for ranks in sets}
 
 
 def _text(ranks: Sequence[int]) -> str:

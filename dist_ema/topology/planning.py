@@ -79,6 +79,7 @@ def plan_model(
     members: dict[tuple[Any, ...], list[Held]] = {}
     places: dict[str, FlatPlace] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
+    nearby: dict[Any, None] = {}
     for named in [*stored, *extra]:
         wanted = not named.is_extra_state and averages(named.fqns) and (update_buffers or not named.is_buffer)
         spec = _spec(named, wanted)
@@ -95,6 +96,7 @@ def plan_model(
             Held(spec, held_box.box, held_box.view, held_box.form, held_box.slot, held_box.source) for held_box in boxes
         )
         holders.setdefault(key, held_by)
+        nearby.update(dict.fromkeys(held_by.nearby))
     if masters_of_model is not None:
         masters_of_model.check()
     views = [held.view for group in members.values() for held in group]
@@ -121,6 +123,7 @@ def plan_model(
         aliases=aliases,
         left_out=tuple(left_out),
         divisions=divisions,
+        nearby=tuple(nearby),
         has_replicas=any(division.averaged and len(division.ranks) > 1 for division in divisions),
         drop_gathered=drop_gathered,
         check_model=check_model,

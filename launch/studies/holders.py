@@ -135,6 +135,7 @@ def plan(layout: str, rank: int, size: int, layers: int) -> Plan:
         aliases={},
         left_out=(),
         divisions=tuple(parts),
+        nearby=(),
         has_replicas=any(len(division.ranks) > 1 for division in parts),
         drop_gathered=lambda: None,
         check_model=lambda: None,
@@ -179,7 +180,7 @@ def measure(layout: str, size: int, layers: int = _LAYERS) -> Measured:
             exchange.arrive("ShardedEMA")
             before, began = copy.copy(server.counts[rank]), time.thread_time()
             own = plan(layout, rank, size, layers)
-            proof = holding.Proof.of(own, rank, size, exchange.channel.drawn)
+            proof = holding.Proof.of(own, rank, size, exchange.channel.drawn, lambda groups: ())
             _, sums = exchange.agree_and_sum("building", lambda: None, lambda _: proof.terms)
             own = holders.plan_of_all(exchange, "building", own, proof, sums)
             if measured:

@@ -253,7 +253,7 @@ def trainer(callbacks):
     return Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
 
 def told(caught):
-    return sum("on_save" in str(each.message) for each in caught)
+    return sum("callbacks=[EMACallback(schedule, name='ema')]" in str(each.message) for each in caught)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

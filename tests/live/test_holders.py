@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import signal
+import time
+import warnings
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import GROUP_TIMEOUT_SECONDS
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_ema import ConstantSchedule, RankMismatchError, ShardedEMA, UnsupportedModelError
+from dist_ema import CommunicationError, ConstantSchedule, RankMismatchError, ShardedEMA, UnsupportedModelError
+from dist_ema.ranks.worlds import this_world
 
 HALF = ConstantSchedule(momentum=0.5)
 
@@ -65,6 +72,12 @@ STAGES = {
     "a norm everywhere": ["embed norm", "first norm", "norm second", "norm head"],
     "the same on all": ["embed first norm second head"] * 2,
     "a rank with buffers alone": ["embed first second head", "norm"],
+    # Ranks meet in another order in every pair.
+    "each two share another part, and rank 1 has its parts in another order": [
+        "embed first",
+        "norm embed second head",
+        "first norm",
+    ],
 }
 
 
@@ -228,3 +241,108 @@ def empty_list() -> str:
 
 def test_an_empty_list_of_parts_is_refused(world) -> None:
     assert "expected the modules that this rank has" in world(1).run(empty_list)[0]
+
+
+class Nothing(nn.Module):
+    """A parameter without elements, as an expert that no rank has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(0, 3))
+
+
+def a_tensor_without_elements(folder: str) -> None:
+    whole = {"nothing": Nothing(), "b": nn.Linear(2, 2)}
+    of_ranks = ("nothing", "b", "nothing b")
+    ema = ShardedEMA(nn.ModuleDict({name: whole[name] for name in of_ranks[dist.get_rank()].split()}), HALF)
+    ema.update()
+    with ema.average_parameters():
+        pass
+    ema.save(folder)
+    assert load_file(f"{folder}/model.safetensors").keys() == {"nothing.weight", "b.weight", "b.bias"}
+
+
+def test_a_tensor_without_elements_on_some_holders_does_not_shift_what_they_compare(world, tmp_path) -> None:
+    world(3).run(a_tensor_without_elements, str(tmp_path / "ema"))
+
+
+def wrapped_on_one_rank() -> None:
+    inner = whole_model()
+    model = nn.parallel.DistributedDataParallel(inner, process_group=dist.new_group([0, 1]))
+    ema = ShardedEMA(inner if dist.get_rank() else model, HALF)
+    ema.update()
+    live = copy.deepcopy(inner.state_dict())
+    with ema.average_parameters():
+        assert all(torch.equal(value, live[name]) for name, value in inner.named_parameters())
+
+
+def test_a_rank_that_gives_the_model_without_its_wrapper_does_not_hang_the_swap(world) -> None:
+    world(2).run(wrapped_on_one_rank)
+
+
+def interrupted_while_groups_are_made() -> str:
+    model = parts(("embed first", "first norm", "embed norm")[dist.get_rank()])
+    make, ended = dist.new_group, "nothing"
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+        return make(*arguments, **options)
+
+    this_world()._groups.clear()
+    with mock.patch.object(dist, "new_group", interrupted):
+        try:
+            ShardedEMA(model, HALF)
+        except KeyboardInterrupt:
+            ended = "interrupt"
+        except CommunicationError:
+            ended = "communication"
+    ema = ShardedEMA(model, HALF)
+    with ema.average_parameters():
+        pass
+    return ended
+
+
+def test_an_interrupt_of_one_rank_while_groups_are_made_leaves_nobody_waiting(world) -> None:
+    began = time.monotonic()
+    assert world(3).run(interrupted_while_groups_are_made)[1] == "interrupt"
+    assert time.monotonic() - began < GROUP_TIMEOUT_SECONDS
+
+
+def refused_teacher() -> str:
+    teacher = parts("embed first second head").requires_grad_(False)
+    with pytest.raises(UnsupportedModelError) as caught:
+        ShardedEMA(parts(("embed first", "second head")[dist.get_rank()]), HALF, into=teacher)
+    return str(caught.value)
+
+
+def test_a_whole_teacher_of_a_stage_is_refused_as_most_of_it_would_stand_still(world) -> None:
+    first, second = world(2).run(refused_teacher)
+    assert first == second and "into has second.weight on this rank" in first
+
+
+def one_stage_changes(folder: str) -> list[str]:
+    model = parts(("embed first", "first second head")[dist.get_rank()])
+    ema = ShardedEMA(model, HALF)
+    for number in range(3):
+        step(model, number)
+        ema.update()
+    if dist.get_rank():
+        model["head"] = nn.Linear(4, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ema.save(folder, only_unchanged=True)
+    files, expected = load_file(f"{folder}/model.safetensors"), naive(3)
+    assert files.keys() == {"embed.weight", "first.weight", "first.bias", "second.weight", "second.bias"}
+    assert all(torch.equal(value, expected[name]) for name, value in files.items())
+    if dist.get_rank():
+        model["first"] = nn.Linear(4, 5)
+    with pytest.raises(RankMismatchError, match=r"first\.weight has changed on some of the ranks that hold it"):
+        ema.save(folder, only_unchanged=True)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_stage_that_changes_does_not_lose_the_average_of_the_others(world, tmp_path) -> None:
+    (told,), none = world(2).run(one_stage_changes, str(tmp_path / "ema"))
+    assert "head.weight, head.bias (2 of 7 tensors) are not as they were" in told and none == []

@@ -208,3 +208,41 @@ def uneven_tp_under_fsdp1() -> str:
 def test_plain_weights_that_fsdp1_cuts_elsewhere_on_each_rank_are_refused_by_name(world) -> None:
     messages = world(4).run(uneven_tp_under_fsdp1)
     assert len(set(messages)) == 1 and "b.weight" in messages[0]
+
+
+def groups_made_for_norms_of_one_axis() -> int:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    parallelize_module(model, mesh["tp"], {"linear": ColwiseParallel()})
+    fully_shard(model["linear"], mesh=mesh["dp"])
+    fully_shard(model["norm"], mesh=mesh["dp"])
+    before = len(dist.distributed_c10d._world.pg_map)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    with ema.average_parameters():
+        pass
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_norms_beside_tensor_parallelism_take_the_group_that_it_has_made(world) -> None:
+    """A group for each pair of ranks would be thousands of groups in a large run."""
+    assert set(world(4).run(groups_made_for_norms_of_one_axis)) == {0}
+
+
+def groups_made_for_two_replicate_axes() -> int:
+    model = nn.Linear(4, 4)
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Replicate(), Replicate()], src_data_rank=None))
+    model.bias = nn.Parameter(distribute_tensor(weight[0], mesh, [Replicate(), Shard(0)], src_data_rank=None))
+    before = len(dist.distributed_c10d._world.pg_map)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    with ema.average_parameters():
+        assert torch.equal(model.weight.full_tensor(), weight)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_ranks_along_two_replicate_axes_need_no_group_of_their_own(world) -> None:
+    """Each rank has other groups along the axes of a mesh: other names are no sign of other holders."""
+    assert set(world(4).run(groups_made_for_two_replicate_axes)) == {0}

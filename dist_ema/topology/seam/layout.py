@@ -96,12 +96,14 @@ class Holders:
         groups: the process groups through which a broadcast reaches all of `ranks`, one per mesh axis; None is the
             default group.
         flat: what decides who owns which elements; None to divide the tensor evenly.
+        nearby: process groups of this rank that training has made, for holders that no layout names.
     """
 
     ranks: tuple[int, ...]
     position: int
     groups: Sequence[Any] = ()
     flat: FlatPlace | None = None
+    nearby: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)

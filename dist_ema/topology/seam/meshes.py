@@ -77,4 +77,5 @@ def _holders(mesh: DeviceMesh, coordinate: Sequence[int], placements: Sequence[A
     axes = [axis for axis, placement in enumerate(placements) if placement.is_replicate() and mesh.size(axis) > 1]
     alike = mesh.mesh[tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))]
     ranks = tuple(alike.flatten().tolist())
-    return Holders(ranks, ranks.index(mesh.get_rank()), tuple(mesh.get_group(axis) for axis in axes))
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    return Holders(ranks, ranks.index(mesh.get_rank()), tuple(groups[axis] for axis in axes), nearby=tuple(groups))

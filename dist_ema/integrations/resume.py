@@ -1,0 +1,57 @@
+"""A run that resumes: its average is loaded, begins anew where the user allows it, or the resume is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from dist_ema.disk.folders.contents import was_begun
+from dist_ema.ema import ShardedEMA
+from dist_ema.errors import CheckpointNotFoundError
+from dist_ema.ranks.exchange import Exchange
+
+__all__ = ["load_or_begin"]
+
+_log = logging.getLogger(__name__)
+
+
+def load_or_begin(
+    ema: ShardedEMA, exchange: Exchange, folder: str, *, on_missing: Literal["error", "live"], hint: str
+) -> None:
+    """Collective: every rank must call it. Load the average of a checkpoint.
+
+    Args:
+        ema: a new average of the model, whose live weights were loaded already.
+        exchange: the control traffic of all ranks.
+        folder: where the checkpoint has its average.
+        on_missing: what to do if there is none: "error", or "live" to begin with the live weights.
+        hint: what the error says if there is none.
+
+    Raises:
+        CheckpointNotFoundError: there is no average, or its writing was cut off; the same on all ranks.
+        CheckpointError: it is of another model or other tracks, or is damaged; the same on all ranks.
+    """
+    try:
+        ema.load(folder)
+    except CheckpointNotFoundError as error:
+        # A trace of the folder means that an average was saved, and `on_missing` is not about that case. Where nodes do
+        # not share a disk, the trace may lie on another node than that of rank 0.
+        begun = was_begun(Path(folder))
+        by_rank_0, by_any = exchange.reduce("resume", [begun and exchange.rank == 0, begun], _either)
+        if by_rank_0:
+            raise CheckpointNotFoundError(
+                f"{error}. The writing of this one was cut off: use an older checkpoint"
+            ) from None
+        if by_any:
+            raise CheckpointNotFoundError(
+                f"{error}. It lies on the disk of another node: on_missing={on_missing!r} is not about that case"
+            ) from None
+        if on_missing == "error":
+            raise CheckpointNotFoundError(f"{error}. {hint}") from None
+        if exchange.rank == 0:
+            _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
+
+
+def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
+    return [first or second for first, second in zip(lower, higher, strict=True)]
