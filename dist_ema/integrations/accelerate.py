@@ -1,8 +1,7 @@
 """Wiring into accelerate: the average follows the optimizer's steps, and its checkpoints have the average.
 
 - step: `register_step_post_hook` of the inner torch optimizer fires once per real step, not per micro-batch.
-  Accelerate's wrapper refuses hooks. Under DeepSpeed the engine's own step is followed (`integrations/engine.py`),
-  several optimizers are followed together (`integrations/rounds.py`).
+  Accelerate's wrapper refuses hooks. `accelerate_steps.py` also follows several optimizers, and DeepSpeed's engine.
 - save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook` run on every rank.
   `register_for_checkpointing` would write rank 0's part only.
 """
@@ -28,8 +27,7 @@ from dist_ema.checks import folder_name
 from dist_ema.disk.folders.contents import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
-from dist_ema.integrations.engine import around, check_engine, follow_steps
-from dist_ema.integrations.rounds import follow_rounds
+from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
 from dist_ema.ranks.calls import ended_for_all
@@ -188,9 +186,9 @@ def attach(
     around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
     around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        follow_steps(_prepared(accelerator, *parts_of(model)), ema, torch.compiler.disable(lambda: update(None)))
+        follow_engine(_prepared(accelerator, *parts_of(model)), ema, torch.compiler.disable(lambda: update(None)))
     else:
-        follow_rounds(optimizers, ema, update, _is_state_initialisation)
+        follow_optimizers(optimizers, ema, update, _is_state_initialisation)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema

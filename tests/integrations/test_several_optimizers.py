@@ -15,7 +15,7 @@ from torch import nn
 from twins import assert_same_bits
 
 from dist_ema import AttachError, ShardedEMA, attach
-from dist_ema.integrations.rounds import _Rounds
+from dist_ema.integrations.accelerate_steps import _Rounds
 
 
 def pair(accelerator: Accelerator, *, second: type = torch.optim.AdamW, **options: Any) -> tuple[nn.Module, list[Any]]:
