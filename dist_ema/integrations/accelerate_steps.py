@@ -152,7 +152,8 @@ def follow_optimizers(
 
         def after_call(which: int = which, optimizer: AcceleratedOptimizer = optimizer) -> None:
             # Between accumulated micro-batches `step_was_skipped` still tells of an earlier step.
-            if optimizer.gradient_state.sync_gradients and optimizer.step_was_skipped:
+            was_skipped = optimizer.gradient_state.sync_gradients and optimizer.step_was_skipped
+            if was_skipped and not is_no_step():
                 rounds.turn(which)
 
         untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too

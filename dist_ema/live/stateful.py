@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from dist_ema import habits
 from dist_ema.averaging.state import AveragedState
 from dist_ema.disk.manifest import Manifest
 from dist_ema.errors import CheckpointMismatchError, ConfigError
@@ -45,17 +47,19 @@ class StatefulAverages:
         self._state = state
         self._replicas = replicas
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def state_dict(self) -> Callable[[], dict[str, Any]]:
         """Collective: every rank must call it, as `dcp.save` and `dcp.load` do. Every averaged tensor of every track.
 
         The tensors are in new memory, one copy of what this rank's model holds for a track. Under DDP that is the whole
-        average, of which DCP writes one copy.
+        average, of which DCP writes one copy. The call raises a `SwapError` while the averaged weights are in the
+        model, and a `RankMismatchError` if the ranks made different numbers of updates.
 
         Raises:
-            SwapError: the averaged weights are in the model.
-            RankMismatchError: the ranks made different numbers of updates.
+            ConfigError: accelerate's `register_for_checkpointing` asks, whose main process alone would make the call.
         """
-        return self._calls("state_dict", self._sharded)
+        habits.refuse_registration()  # a method could not
+        return functools.partial(self._calls, "state_dict", self._sharded)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Collective: every rank must call it, as `dcp.load` does. Take over all averages and counters, or none.

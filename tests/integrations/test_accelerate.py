@@ -514,6 +514,8 @@ def registered(folder: str) -> list[str]:
         ema = attach(accelerator, model, optimizer, SCHEDULE)
         with pytest.raises(ConfigError) as caught:
             accelerator.register_for_checkpointing(ema)
+        with pytest.raises(ConfigError):
+            accelerator.register_for_checkpointing(ema.stateful())
         take_step(model, optimizer, 0)
         accelerator.save_state(folder)  # nothing of it was registered
         assert not [name for name in os.listdir(folder) if name.startswith("custom_checkpoint")]

@@ -100,6 +100,8 @@ def test_a_run_goes_on_from_dcp_in_another_layout_and_on_other_ranks_bit_for_bit
 def there_and_back(layout: str, folder: str) -> str:
     model = build_layout(layout)
     ema = trained(model)
+    if dist.get_world_size() == 1:
+        in_one_process(model, ema)
     try:
         stateful = ema.stateful()
     except UnsupportedModelError as error:
@@ -120,6 +122,16 @@ def there_and_back(layout: str, folder: str) -> str:
             assert len(kept) > 5
             assert_same_bits({name: now[name] for name in kept}, {name: whole[name] for name in kept})
     return ""
+
+
+def in_one_process(model: nn.Module, ema: ShardedEMA) -> None:
+    """Every layout has a whole state dict."""
+    state, expected = ema.state_dict(), ema.full_state_dict("slow")
+    set_whole(model, 9)
+    ema.update()
+    ema.load_state_dict(state)
+    set_whole(model, 2)
+    assert_same_bits(ema.full_state_dict("slow"), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
