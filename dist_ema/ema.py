@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
@@ -20,8 +21,9 @@ from dist_ema.checkpoint.save_calls import SaveCalls
 from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
-from dist_ema.live import distance, gather, sharded
+from dist_ema.live import distance, gather, sharded, stateful
 from dist_ema.live.distance import Groups
+from dist_ema.live.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
 from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls
@@ -337,6 +339,45 @@ class ShardedEMA:
             "load_sharded_state_dict",
             lambda call: sharded.take_over(call, self._state, state_dict, track, num_updates),
         )
+
+    def stateful(self) -> StatefulAverages:
+        """Collective: every rank must call it. All tracks, counters and schedules, for torch's own checkpoints.
+
+        `dcp.save({"model": ..., "ema": ema.stateful()}, checkpoint_id=folder)` and `dcp.async_save` write it beside the
+        model, and `dcp.load` reads it, on any number of ranks and in any layout that has it. Nothing in it is pickled.
+        What is not averaged is in the model's own entries. DCP calls its `state_dict` on every rank; that takes memory
+        for one copy of what this rank's model holds for each track, and under DDP owners broadcast the whole average,
+        of which DCP writes one copy.
+
+        Raises:
+            UnsupportedModelError: a tensor has no form there: FSDP1, ZeRO-3, packed columns of tensor parallelism.
+        """
+        return self._calls("stateful", lambda call: stateful.stateful(call, self._state, self._replicas, self._calls))
+
+    @property
+    def state_dict(self) -> Callable[[], dict[str, Any]]:
+        """`state_dict()`: all tracks, counters and schedules of one process, for `torch.save`. No communication.
+
+        A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
+        is the counter. Calling it on several ranks raises a `ConfigError` that names `save` and `stateful`, and so does
+        `accelerator.register_for_checkpointing(ema)`.
+        """
+        habits.refuse_registration()  # a method could not
+        return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over all that `state_dict()` gave, in one process. No communication.
+
+        Args:
+            state_dict: the dict; its tensors are copied.
+
+        Raises:
+            ConfigError: there are several ranks; it names `load` and `stateful`.
+            SwapError: the averaged weights are in the model.
+            CheckpointMismatchError: names, shapes or tracks are not those of this average.
+            CheckpointCorruptError: an entry is none that `state_dict` makes.
+        """
+        self._calls("load_state_dict", lambda call: stateful.load_whole(call, self._state, state_dict))
 
     def save(
         self,

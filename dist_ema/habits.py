@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["NO_PICKLE", "no_such_name", "twin"]
+from dist_ema.errors import ConfigError
+
+__all__ = ["NO_PICKLE", "no_such_name", "refuse_registration", "twin"]
 
 A = TypeVar("A")
 
 # Name -> what to call instead. The names stay missing (`hasattr` is False): no library shall take an average for a
 # module.
 _INSTEAD = {
-    "state_dict": "save(path) for a checkpoint; full_state_dict() for whole tensors on rank 0, sharded_state_dict() "
-    "for torch.distributed.checkpoint",
-    "load_state_dict": "load(path); load_sharded_state_dict(...) for what torch.distributed.checkpoint has loaded, "
-    "start_from(path) for the weights of another tool",
     "to": "device= and dtype= when it is built; the averages follow no later move",
     "module": "`with average_parameters():`, inside which the model itself shows the average",
     "ema_model": "`with average_parameters():`, inside which the model itself shows the average",
@@ -28,9 +27,17 @@ _INSTEAD = {
 }
 
 
+_NO_REGISTRATION = (
+    "register_for_checkpointing was given an average, which accelerate would write on the main process only, and "
+    "load on every rank: attach(accelerator, model, optimizer, schedule) makes the average and registers it, so that "
+    "accelerator.save_state(dir) writes dir/ema on every rank, and load_state reads it on any number of ranks. For an "
+    "average of your own loop call save(path) and load(path)"
+)
+
+
 NO_PICKLE = (
     "an average cannot be pickled (torch.save): each rank has a slice of it, beside the live model. Use "
-    "save(path), which all ranks call and which writes safetensors, or full_state_dict() for a small model"
+    "save(path), which all ranks call and which writes safetensors; in one process torch.save takes state_dict()"
 )
 
 
@@ -38,6 +45,21 @@ def no_such_name(average: object, name: str) -> AttributeError:
     """The error for an attribute that an average has not; it has the name here of what other libraries call so."""
     instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
     return AttributeError(f"a {type(average).__name__} has no {name!r}{instead}", name=name, obj=average)
+
+
+def refuse_registration() -> None:
+    """Refuse accelerate's `register_for_checkpointing`, which looks for the names of a state dict.
+
+    Raises:
+        ConfigError: it asks the attribute that calls this. It would swallow an `AttributeError`.
+    """
+    asking = sys._getframe(2)
+    if asking.f_code.co_name == "register_for_checkpointing" and _library(asking.f_globals) == "accelerate":
+        raise ConfigError(_NO_REGISTRATION)
+
+
+def _library(names: Mapping[str, Any]) -> str:
+    return str(names.get("__name__")).partition(".")[0]
 
 
 def twin(average: A, attributes: Mapping[str, Any], memo: dict[int, Any] | None = None) -> A:

@@ -212,6 +212,7 @@ PRIVATE_NAMES = {
     },
     "topology.masters": {"_hp_mapping": OF_MASTERS, "_dp_group": OF_MASTERS, "_parameters": OF_MODULES},
     "topology.plain": {"_parameters": OF_MODULES, "_buffers": OF_MODULES},
+    "topology.chunks": {"__create_chunk_list__": "test_every_layout_goes_through_dcp_exactly_or_is_refused_at_once"},
     "topology.values": {
         "__torch_dispatch__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",
         "__tensor_flatten__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",

@@ -615,7 +615,7 @@ def test_a_load_over_averages_in_use_gives_each_track_its_own_values(tmp_path) -
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("state_dict", "full_state_dict"), ("load_state_dict", "load_sharded_state_dict"), ("to", "device="), ("x", None)],
+    [("to", "device="), ("step", "update"), ("x", None)],
 )
 def test_what_people_reach_for_by_habit_is_told_where_it_is(name, told) -> None:
     ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(decay=0.9))
@@ -630,7 +630,7 @@ def test_a_pickle_is_refused_with_the_way_to_go_and_copies_are_not(tmp_path) -> 
     ema = ShardedEMA(model, ConstantSchedule(decay=0.9))
     ema.update()
     for call in (lambda: pickle.dumps(ema), lambda: torch.save(ema, tmp_path / "ema.pt")):
-        with pytest.raises(ConfigError, match=r"save\(path\)"):
+        with pytest.raises(ConfigError, match=r"save\(path\).*state_dict\(\)"):
             call()
     twin = copy.deepcopy(ema)
     twin.update()

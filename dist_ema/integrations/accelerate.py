@@ -1,7 +1,7 @@
 """Wiring into accelerate: the average follows the optimizer's steps, and its checkpoints have the average.
 
 - step: `register_step_post_hook` of the inner torch optimizer fires once per real step, not per micro-batch.
-  Accelerate's wrapper refuses hooks. Under DeepSpeed the engine's own step is followed (`integrations/engine.py`).
+  Accelerate's wrapper refuses hooks. `accelerate_steps.py` also follows several optimizers, and DeepSpeed's engine.
 - save and load: `register_save_state_pre_hook` and `register_load_state_pre_hook` run on every rank.
   `register_for_checkpointing` would write rank 0's part only.
 """
@@ -27,7 +27,7 @@ from dist_ema.checks import folder_name
 from dist_ema.disk.folders.contents import was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
-from dist_ema.integrations.engine import around, check_engine, follow_steps
+from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
 from dist_ema.ranks.calls import ended_for_all
@@ -70,7 +70,7 @@ _attached_names: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.Weak
 def attach(
     accelerator: Accelerator,
     model: nn.Module | Sequence[nn.Module],
-    optimizer: AcceleratedOptimizer,
+    optimizer: AcceleratedOptimizer | Sequence[AcceleratedOptimizer],
     schedule: Schedule | Mapping[str, Schedule],
     *,
     name: str = "ema",
@@ -88,7 +88,8 @@ def attach(
         model: the model as `prepare` returned it (its unwrapped module is accepted too). The parts of a pipeline that
             this rank has are a list: prepare each by `accelerator.prepare_model(part, evaluation_mode=True)`, which
             does not take it for a replica, or shard it first.
-        optimizer: the optimizer as `prepare` returned it.
+        optimizer: the optimizer as `prepare` returned it; or a list of several that step this model (Muon and AdamW, a
+            GAN's two). Then an update follows when each of them has stepped at least once since the last update.
         schedule: a schedule, or `{track_name: schedule}`.
         name: the folder of this average within a checkpoint.
         on_missing: what `load_state` does with a checkpoint that has no such folder: "error", or "live" to start the
@@ -98,14 +99,16 @@ def attach(
         **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Raises:
-        AttachError: model or optimizer was not prepared, the optimizer is not the model's, or the name is taken.
+        AttachError: model or optimizer was not prepared, the optimizer is not the model's, or is given twice, the list
+            is empty, or the name is taken.
         ConfigError: an option is out of range.
         UnsupportedModelError: the model cannot be averaged exactly as it is.
     """
     exchange = Exchange()
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
 
     def check() -> None:
-        _check(accelerator, model, optimizer, name, exchange.world_size, options)
+        _check(accelerator, model, optimizers, name, exchange.world_size, options)
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         if on_missing == "live" and options.get("into") is not None:
@@ -133,12 +136,10 @@ def attach(
     names.add(name)
     ema.on_detach(lambda: names.discard(name))
 
-    def after_step(stepped: torch.optim.Optimizer | None = None, *_: Any) -> None:
-        if not _is_state_initialisation():
-            watch.before_update()
-            # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
-            ema.update(found_inf=getattr(stepped, "found_inf", None))
-            watch.after_update()
+    def update(found_inf: torch.Tensor | None) -> None:
+        watch.before_update()
+        ema.update(found_inf=found_inf)
+        watch.after_update()
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         if _not_prepared(accelerator, model):  # accelerator.free_memory() was called
@@ -184,11 +185,10 @@ def attach(
     wait_for_load = ema.wait if options.get("overlap") else None
     around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
     around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
-    untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        follow_steps(_prepared(accelerator, *parts_of(model)), ema, untraced)
+        follow_engine(_prepared(accelerator, *parts_of(model)), ema, torch.compiler.disable(lambda: update(None)))
     else:
-        ema.on_detach(optimizer.optimizer.register_step_post_hook(untraced).remove)
+        follow_optimizers(optimizers, ema, update, _is_state_initialisation)
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
@@ -208,7 +208,12 @@ def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:
 
 
 def _check(
-    accelerator: object, model: object, optimizer: object, name: str, world_size: int, options: Mapping[str, Any]
+    accelerator: object,
+    model: object,
+    optimizers: Sequence[object],
+    name: str,
+    world_size: int,
+    options: Mapping[str, Any],
 ) -> None:
     folder_name("name", name)
     known = sorted(set(inspect.signature(ShardedEMA).parameters) - {"model", "schedule"})
@@ -217,10 +222,19 @@ def _check(
         raise ConfigError(f"attach was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
     if not isinstance(accelerator, Accelerator):
         raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
-    if not isinstance(optimizer, AcceleratedOptimizer):
+    wrapped = [optimizer for optimizer in optimizers if isinstance(optimizer, AcceleratedOptimizer)]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            raise AttachError(
+                f"optimizer is {type(optimizer).__name__}, expected the one that accelerator.prepare returned, or a "
+                "list of such: call model, optimizer = accelerator.prepare(model, optimizer) first"
+            )
+    if not wrapped:
+        raise AttachError("optimizer is an empty list, expected the optimizer, or all optimizers, that step the model")
+    if len({id(optimizer.optimizer) for optimizer in wrapped}) < len(wrapped):
         raise AttachError(
-            f"optimizer is {type(optimizer).__name__}, expected the one that accelerator.prepare returned: call "
-            "model, optimizer = accelerator.prepare(model, optimizer) first"
+            f"{len(wrapped)} optimizers are given, and one of them twice: an update would wait for it alone. Give each "
+            "optimizer once"
         )
     if accelerator.distributed_type not in _SERVED:
         raise AttachError(
@@ -243,15 +257,18 @@ def _check(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if len(parts_of(model)) != 1:
             raise AttachError("model is a list of several parts, expected one: DeepSpeed's engine steps one model")
-        check_engine(_prepared(accelerator, *parts_of(model)), optimizer.optimizer)
+        if len(wrapped) != 1:
+            raise AttachError(f"{len(wrapped)} optimizers are given, expected the one that DeepSpeed's engine steps")
+        check_engine(_prepared(accelerator, *parts_of(model)), wrapped[0].optimizer)
         return  # it steps flat masters
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = trained_parameters(whole_model(model))
-    if not stepped.intersection(trained):
-        raise AttachError(
-            f"the optimizer steps none of the model's {len(trained)} trained parameters: give the optimizer that was "
-            "prepared together with this model"
-        )
+    for optimizer in wrapped:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not stepped.intersection(trained):
+            raise AttachError(
+                f"the optimizer steps none of the model's {len(trained)} trained parameters: give the optimizer that "
+                "was prepared together with this model"
+            )
 
 
 def _not_prepared(accelerator: Accelerator, model: object) -> list[object]:

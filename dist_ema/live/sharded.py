@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from dist_ema.live.replicas import Replicas
 from dist_ema.live.spreading import spread_all
 from dist_ema.live.swap import agreed_values, meeting
 from dist_ema.ranks.calls import Call
+from dist_ema.topology.chunks import chunks_of
 
-__all__ = ["sharded_state_dict", "take_over"]
+__all__ = ["averaged_state_dict", "check_chunks", "sharded_state_dict", "take_over", "values_in"]
 
 
 def sharded_state_dict(
@@ -29,6 +31,31 @@ def sharded_state_dict(
     return _sharded_tensors(state.plan, values, state.options.dtype, meeting(call, state))
 
 
+def averaged_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str) -> dict[str, torch.Tensor]:
+    """Collective along replicas only: the part of `sharded_state_dict` that is averaged, each tensor under one name."""
+    plan = _averaged_part(state.plan)
+    values, _ = agreed_values(call, state, replicas, track, lambda: _check_forms(plan))
+    return _sharded_tensors(plan, values, state.options.dtype, meeting(call, state))
+
+
+def check_chunks(plan: Plan) -> None:
+    """Refuse a model of which torch's DCP would write other boxes than this rank holds. No communication.
+
+    Raises:
+        UnsupportedModelError: the error names the tensor.
+    """
+    for fqn, of_name in _held_by_name(_averaged_part(plan)).items():
+        sizes, _ = end_to_end([held.box for held in of_name])
+        live = of_name[0].values()
+        entry = _form(of_name[0]).wrap(torch.empty(sizes, dtype=live.dtype, device=live.device))
+        chunks = {box for box in chunks_of(fqn, entry) if box.numel}
+        if chunks != {held.box for held in of_name if held.box.numel}:
+            raise UnsupportedModelError(
+                f"{fqn} is cut in several pieces along a dim (packed columns), of which torch.distributed.checkpoint "
+                "knows one, and writes others than this rank holds: call save(path) and load(path) beside dcp.save"
+            )
+
+
 def take_over(
     call: Call, state: AveragedState, state_dict: Mapping[str, Any], track: str | None, num_updates: int | None
 ) -> None:
@@ -36,7 +63,7 @@ def take_over(
 
     def prepare() -> tuple[str, list[torch.Tensor], int]:
         count = max(state.num_updates, 1) if num_updates is None else positive_integer("num_updates", num_updates)
-        return state.track(track), _take_sharded(state.plan, state_dict), count
+        return state.track(track), values_in(state.plan, state_dict), count
 
     name, values, count = call.together(
         prepare, lambda prepared: {"track": prepared[0], "num_updates": prepared[2]}, after_saves=True
@@ -91,7 +118,7 @@ def _sharded_tensors(
     return state | {alias: state[fqn] for alias, fqn in plan.aliases.items() if fqn in state}
 
 
-def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
+def values_in(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
     """The values of `plan.owned(averaged=True)` in a dict of `_sharded_tensors`, sharing memory. No communication.
 
     Raises:
@@ -116,6 +143,12 @@ def _take_sharded(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tenso
             )
         parts.update((box, whole[place.region]) for box, place in places.items())
     return [shard.within(parts[shard.held.box]) for shard in plan.owned(averaged=True)]
+
+
+def _averaged_part(plan: Plan) -> Plan:
+    """The averaged tensors of a plan, without the further names of tied ones."""
+    divisions = tuple(division for division in plan.divisions if division.averaged)
+    return dataclasses.replace(plan, divisions=divisions, aliases={})
 
 
 def _held_by_name(plan: Plan) -> dict[str, list[Held]]:

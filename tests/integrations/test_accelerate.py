@@ -506,3 +506,24 @@ def test_a_teacher_begins_with_the_loaded_weights_where_the_checkpoint_has_no_av
     """accelerate loads the model after our hook, so that on_missing="live" would leave the teacher a step behind."""
     told = world(2).run(a_teacher_without_its_average, str(tmp_path / "ckpt"))
     assert told[0] == told[1] and "attach after load_state" in told[0]
+
+
+def registered(folder: str) -> list[str]:
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        with pytest.raises(ConfigError) as caught:
+            accelerator.register_for_checkpointing(ema)
+        with pytest.raises(ConfigError):
+            accelerator.register_for_checkpointing(ema.stateful())
+        take_step(model, optimizer, 0)
+        accelerator.save_state(folder)  # nothing of it was registered
+        assert not [name for name in os.listdir(folder) if name.startswith("custom_checkpoint")]
+    return [str(caught.value)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_registering_an_average_for_checkpoints_of_the_main_process_is_refused(world, tmp_path, size) -> None:
+    """One process too: its checkpoint would not go on on several ranks."""
+    answers = world(size).run(registered, str(tmp_path / "ckpt"))
+    assert all("attach(" in text for (text,) in answers)
