@@ -18,9 +18,9 @@ from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.formats.model_config import config_files
 from dist_ema.disk.manifest import Agreement
 from dist_ema.errors import ConfigError
-from dist_ema.live.expert_copies import warn_of_expert_copies
-from dist_ema.live.holders import plan_of_all
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.expert_copies import warn_of_expert_copies
+from dist_ema.live.holders.proving import plan_of_all
+from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
 from dist_ema.options import Options, Patterns, checked_device, checked_schedules, name_patterns

@@ -30,6 +30,7 @@ ROOMS = [
     "checkpoint",
     "checkpoint.nodes",
     "live",
+    "live.holders",
     "averaging",
     "ranks",
     "ranks.wires",

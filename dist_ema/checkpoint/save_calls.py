@@ -21,7 +21,7 @@ from dist_ema.checks import PathLike, absolute, target_folder, working_folder
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.manifest import Manifest
 from dist_ema.live.distance import sum_refused
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.replicas import Replicas
 from dist_ema.options import floating_dtype
 from dist_ema.ranks.calls import Call, ended_for_all
 

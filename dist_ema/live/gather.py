@@ -11,7 +11,7 @@ from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box
 from dist_ema.disk.formats.model_files import host_bytes
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.replicas import Replicas
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires

@@ -14,7 +14,7 @@ from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box, Form, Held, NoForm
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.spreading import spread_all
 from dist_ema.live.swap import agreed_values, meeting
 from dist_ema.ranks.calls import Call

@@ -12,7 +12,7 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.streams import join_all
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.spreading import LiveBackup, put_average
 from dist_ema.ranks.calls import Call, Calls
 from dist_ema.uninterrupted import Job, Lane, insist

@@ -3,7 +3,7 @@
     python launch/studies/holders.py          # the table of docs/scaling.md
     python launch/studies/holders.py --ranks 2048 --layouts "HSDP x TP 8"
 
-Simulated ranks run the real code of a construction from the plan to the divisions (`dist_ema/live/holders.py`). Their
+Simulated ranks run the real code of a construction from the plan to the divisions (`live/holders/proving.py`). Their
 plans have the boxes of Llama 3.1 405B as these layouts deal them, and no values:
 
     HSDP            FSDP2 over an eighth of the ranks, eight replicas
@@ -36,7 +36,7 @@ from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Box, Held, NoForm, TensorSpec
 from dist_ema.boxes.union import united
-from dist_ema.live import holders
+from dist_ema.live.holders import proving as holders
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.worlds import World, simulated
 

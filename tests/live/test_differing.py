@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dist_ema.boxes.owners import Division
-from dist_ema.live import differing
-from dist_ema.live.differing import Table, differing_tensors, key_of
+from dist_ema.live.holders import differing
+from dist_ema.live.holders.differing import Table, differing_tensors, key_of
 
 
 class Ranks:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ConstantSchedule, RankMismatchError, ShardedEMA, UnsupportedModelError
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, device_checksum, tensor_checksums
-from dist_ema.live import replicas as replicas_module
+from dist_ema.live.holders import replicas as replicas_module
 
 HALF = ConstantSchedule(momentum=0.5)
 CAUSES = ("experts", "pipeline", "DistributedDataParallel", "broadcast")

@@ -33,7 +33,7 @@ from dist_ema import (
 )
 from dist_ema.checkpoint import parcels, save_calls
 from dist_ema.disk.formats.checksums import PartialChecksums
-from dist_ema.live.replicas import Replicas
+from dist_ema.live.holders.replicas import Replicas
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 

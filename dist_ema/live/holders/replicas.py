@@ -25,7 +25,7 @@ from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.disk.formats.tensor_checksums import CHUNK_NUMEL, chunks, tensor_checksums
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.live.differing import Table, differing_tensors, key_of
+from dist_ema.live.holders.differing import Table, differing_tensors, key_of
 from dist_ema.messages import MOST_NAMED
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
