@@ -15,7 +15,6 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,10 +23,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from dist_ema.checks import folder_name
-from dist_ema.disk.folders.contents import was_begun
 from dist_ema.ema import ShardedEMA
-from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
+from dist_ema.errors import AttachError, ConfigError
 from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
+from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
 from dist_ema.ranks.calls import ended_for_all
@@ -151,30 +150,12 @@ def attach(
 
     def before_load(models: list[nn.Module], input_dir: str) -> None:
         _line_up(accelerator, exchange)
-        folder = os.path.join(input_dir, name)
-        try:
-            ema.load(folder)
-        except CheckpointNotFoundError as error:
-            # A trace of the folder means that an average was saved, and `on_missing` is not about that case. Where
-            # nodes do not share a disk, the trace may lie on another node than that of rank 0.
-            begun = was_begun(Path(folder))
-            by_rank_0, by_any = exchange.reduce("load_state", [begun and exchange.rank == 0, begun], _either)
-            if by_rank_0:
-                raise CheckpointNotFoundError(
-                    f"{error}. The writing of this one was cut off: use an older checkpoint"
-                ) from None
-            if by_any:
-                raise CheckpointNotFoundError(
-                    f"{error}. It lies on the disk of another node: on_missing={on_missing!r} is not about that case"
-                ) from None
-            if on_missing == "error":
-                raise CheckpointNotFoundError(
-                    f"{error}. If the run that saved it had no average, attach with on_missing='live': the average "
-                    "then starts from the loaded weights, at the first update"
-                ) from None
+        hint = (
+            "If the run that saved it had no average, attach with on_missing='live': the average then starts from the "
+            "loaded weights, at the first update"
+        )
+        if not load_or_begin(ema, exchange, os.path.join(input_dir, name), on_missing=on_missing, hint=hint):
             ema.restart()
-            if accelerator.is_main_process:
-                _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
 
     def after_loading() -> None:
         watch.start_over()
@@ -192,10 +173,6 @@ def attach(
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
-
-
-def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
-    return [first or second for first, second in zip(lower, higher, strict=True)]
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

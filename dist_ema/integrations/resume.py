@@ -18,15 +18,19 @@ _log = logging.getLogger(__name__)
 
 def load_or_begin(
     ema: ShardedEMA, exchange: Exchange, folder: str, *, on_missing: Literal["error", "live"], hint: str
-) -> None:
+) -> bool:
     """Collective: every rank must call it. Load the average of a checkpoint.
 
     Args:
-        ema: a new average of the model, whose live weights were loaded already.
+        ema: the average of the model.
         exchange: the control traffic of all ranks.
         folder: where the checkpoint has its average.
-        on_missing: what to do if there is none: "error", or "live" to begin with the live weights.
+        on_missing: what to do if there is none: "error", or "live" to begin with the live weights, which the
+            caller does.
         hint: what the error says if there is none.
+
+    Returns:
+        Whether there was an average; the same on all ranks.
 
     Raises:
         CheckpointNotFoundError: there is no average, or its writing was cut off; the same on all ranks.
@@ -51,6 +55,8 @@ def load_or_begin(
             raise CheckpointNotFoundError(f"{error}. {hint}") from None
         if exchange.rank == 0:
             _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
+        return False
+    return True
 
 
 def _either(lower: list[bool], higher: list[bool]) -> list[bool]:
