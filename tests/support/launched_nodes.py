@@ -58,6 +58,7 @@ class Run:
 def main(folder: Path) -> None:
     uncut = Run(own_disks=False)
     assert dist.get_world_size() == 2 and os.environ["LOCAL_WORLD_SIZE"] == "1"
+    assert dist.get_rank() == ("north", "south").index(NODE)  # in both attempts, because torchrun sorts by address
     uncut.steps(0, 6)
     expected = uncut.outcome()
     for own_disks in (False, True):
