@@ -55,12 +55,13 @@ def free_port() -> int:
 def test_two_nodes_go_on_after_a_kill_with_a_common_disk_and_with_disks_of_their_own(tmp_path) -> None:
     (tmp_path / "shared").mkdir()
     for attempt in (0, 1):
+        script = (SUPPORT / "launched_nodes.py", tmp_path)
         torchrun = (
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "two-nodes"),
         )
         agents = [
-            begin(*torchrun, "--local-addr", address, SUPPORT / "launched_nodes.py", tmp_path, NODE=node, ATTEMPT=attempt)
+            begin(*torchrun, "--local-addr", address, *script, NODE=node, ATTEMPT=attempt)
             for node, address in (("north", "127.0.0.1"), ("south", "127.0.0.2"))
         ]
         ended = end(*agents)
