@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import ray
@@ -31,7 +32,6 @@ class KillOnce:
 
 
 def main(folder: Path) -> None:
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     options = ray_train.parse_options(
         ["--storage", str(folder), "--name", "killed", "--steps", "8", "--save-every", "2"]
     )
@@ -47,4 +47,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # Ray's sockets want a short path.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as temporary:
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8, _temp_dir=temporary
+        )
+        main(Path(sys.argv[1]))
+        ray.shutdown()
