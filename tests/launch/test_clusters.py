@@ -39,7 +39,7 @@ def begin(*command: object, **environment: object) -> subprocess.Popen[str]:
 def end(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     """The exit status of each, and what it printed. None outlives this call."""
     try:
-        return [(process.wait(), text) for process in processes for text, _ in [process.communicate(timeout=240)]]
+        return [(process.wait(), text) for process in processes for text, _ in [process.communicate(timeout=400)]]
     finally:
         for process in processes:
             process.kill()
