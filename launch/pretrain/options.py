@@ -43,7 +43,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-every", type=int, default=100, help="steps; the last one is always evaluated")
     run.add_argument("--eval-windows", type=int, default=256, help="windows of the validation text")
     run.add_argument("--stop-at", type=int, help="save and leave after this step; --steps stays the plan")
-    run.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
+    run.add_argument("--resume", type=Path, help="folder of a checkpoint; auto: the newest one in --out, if any")
 
     options = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "accumulation", "save_every", "eval_every", "eval_windows"):

@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from byte_lm import ByteLM, ByteLMConfig
 from evaluation import validation_loss
 from journal import Row, add_row, read_rows, start_journal, table
+from latest import find_latest, mark_latest
 from layouts import LAYOUTS, files_in
 from options import parse_options
 from text import Crops, read_corpus, validation_windows
@@ -118,6 +120,8 @@ class Trainer:
         return accelerator
 
     def resume(self) -> None:
+        if self.options.resume == Path("auto"):
+            self.options.resume = broadcast_object_list([find_latest(self.options.out)])[0]  # as rank 0 sees it
         if self.options.resume is not None:
             written = files_in(self.options.resume)
             if written != self.layout.files:
@@ -163,11 +167,18 @@ class Trainer:
                     self.evaluate(torch.stack(losses).mean())
                     losses.clear()
                 if is_save:
-                    accelerator.save_state(str(options.out / f"checkpoint-{progress.step}"))
+                    self.save(options.out / f"checkpoint-{progress.step}")
                 self.clock.start()
             if is_last:
                 break
         bar.close()
+
+    def save(self, checkpoint: Path) -> None:
+        """Collective: a checkpoint that `--resume auto` takes only once all ranks have written it."""
+        self.accelerator.save_state(str(checkpoint))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            mark_latest(checkpoint)
 
     def momentum(self) -> float:
         """Of the latest update, which was call number ``num_updates - 1``."""
