@@ -19,6 +19,7 @@ __all__ = [
     "OptionArguments",
     "Options",
     "Patterns",
+    "check_names",
     "checked_device",
     "checked_schedules",
     "floating_dtype",
@@ -105,6 +106,16 @@ class Experts:
         """The patterns of `names`."""
         assert isinstance(self.names, tuple)  # since __post_init__
         return self.names
+
+    def declares(self, fqns: Sequence[str]) -> bool:
+        """Whether a tensor of these names is declared.
+
+        Raises:
+            ConfigError: as `number_at`.
+        """
+        if self.dim is None:
+            return any(self.number_at(fqn) is not None for fqn in fqns)
+        return matches_any(fqns, self.patterns)
 
     def number_at(self, fqn: str) -> int | None:
         """The index, among the parts of a name, of the number of an expert; None if no pattern with a number matches.
@@ -211,8 +222,7 @@ class Options:
 
     def declares(self, fqn: str) -> bool:
         """Whether `experts` declares the tensor of this name, as the files have it."""
-        globs = [pattern.replace(NUMBER, "*") for declared in self.experts for pattern in declared.patterns]
-        return matches_any([fqn], globs)
+        return any(declared.declares([fqn]) for declared in self.experts)
 
     def check_patterns(self, fqns: Iterable[str]) -> None:
         """Refuse a pattern that matches none of the model's names: a typing error would go unnoticed.
@@ -247,6 +257,18 @@ class Options:
             for field in dataclasses.fields(self)
             if field.metadata["recorded"]
         }
+
+
+def check_names(caller: str, given: Iterable[str]) -> None:
+    """Refuse options that `ShardedEMA` does not have, in the name of a function that passes its own on.
+
+    Raises:
+        ConfigError: it has the unknown names.
+    """
+    known = sorted(OptionArguments.__annotations__)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"{caller} was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
 
 
 def _json(value: Any) -> Any:

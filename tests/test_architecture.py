@@ -222,10 +222,8 @@ PRIVATE_NAMES = {
     "averaging.update": {"_foreach_lerp_": OF_TENSORS},
     "averaging.averages": {"_foreach_copy_": OF_TENSORS},
     "uninterrupted": {"_version": OF_TENSORS},
-    "integrations.accelerate": {
-        "_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted",
-        "_models": "test_detach_removes_the_hooks_and_frees_the_name",
-    },
+    "integrations.accelerate": {"_models": "test_detach_removes_the_hooks_and_frees_the_name"},
+    "integrations.watch": {"_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted"},
     "integrations.trainer": {
         "_get_output_dir": "test_in_a_search_the_averages_lie_in_the_checkpoints_of_their_trials",
         "_trial": "test_in_a_search_the_averages_lie_in_the_checkpoints_of_their_trials",

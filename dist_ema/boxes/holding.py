@@ -17,6 +17,7 @@ that does not do either (an embedding on the first and the last stage of a pipel
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -40,10 +41,12 @@ class Proof:
 
     Attributes:
         coverage: the fingerprints of the tensors of this rank.
+        tensors: a digest of all tensors that this rank has.
         terms: what this rank contributes to the sums over all ranks.
     """
 
     coverage: Coverage
+    tensors: str
     terms: list[int]
 
     @staticmethod
@@ -64,12 +67,13 @@ class Proof:
         for division in plan.divisions:
             if len(division.ranks) > 1:
                 own = alike.digest((_content(division.held, division), names_of(division.groups)))
-                name = repr((division.ranks, division.averaged, division.single_owner, division.extra_state))
+                name = repr((division.ranks, *division.kind))
                 holders += alike.term(name, division.position, len(division.ranks), own)
         names = plan.names_of_tensors
-        own_tensors = [(spec, names[spec.fqn]) for spec in plan.specs], plan.left_out
-        tensors = alike.term("tensors", rank, world_size, alike.digest(own_tensors))
-        return Proof(coverage, [coverage.fingerprint(owned_boxes(plan)), holders, tensors, int(plan.has_replicas)])
+        tensors = alike.digest(([(spec, names[spec.fqn]) for spec in plan.specs], plan.left_out))
+        of_tensors = alike.term("tensors", rank, world_size, tensors)
+        owned = coverage.fingerprint(owned_boxes(plan))
+        return Proof(coverage, tensors, [owned, holders, of_tensors, int(plan.has_replicas)])
 
     def shows_equal_tensors(self, sums: Sequence[int]) -> bool:
         """Whether all ranks have the same tensors."""
@@ -92,7 +96,7 @@ class Tensors:
     held: tuple[Held, ...]
     of: Division
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Equal on the ranks that hold the same elements of the same tensors; "" for no elements."""
         flags, boxes = _content(self.held, self.of)
@@ -142,7 +146,7 @@ def divided_among(plan: Plan, holders: Sequence[tuple[Tensors, Sequence[int]]], 
         if division.cuts is not None:  # whoever else holds the same: no other rank could be an owner
             divisions.append(division)
             continue
-        key = (tuple(ranks), division.averaged, division.single_owner, division.extra_state)
+        key = (tuple(ranks), *division.kind)
         pieces.setdefault(key, []).extend(tensors.held)
         named.setdefault(key, []).append(division)
     for key in sorted(pieces):
@@ -168,4 +172,4 @@ def divided_among(plan: Plan, holders: Sequence[tuple[Tensors, Sequence[int]]], 
 
 def _content(pieces: Iterable[Held], division: Division) -> tuple[tuple[bool, ...], list[tuple[Any, ...]]]:
     boxes = [(held.spec.fqn, held.box.offsets, held.box.sizes) for held in pieces if held.box.numel]
-    return (division.averaged, division.single_owner, division.extra_state), boxes
+    return division.kind, boxes

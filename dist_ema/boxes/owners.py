@@ -52,6 +52,11 @@ class Division:
     extra_state: bool = False
     cuts: tuple[tuple[int, int], ...] | None = None
 
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What, besides its ranks, tells it from other divisions: averaged, of a single owner, extra state."""
+        return self.averaged, self.single_owner, self.extra_state
+
     def run(self, position: int) -> list[Shard]:
         """The shards of the rank at `position` in `ranks`."""
         run = run_between(self._boxes, self._point(position), self._point(position + 1))

@@ -26,7 +26,7 @@ _Tensors = dict[str, list[Any]]
 
 
 def described(plan: Plan, rank: int) -> str:
-    """The tensors of a plan as a text; equal texts but for the rank describe equal tensors."""
+    """The tensors of a plan as a text."""
     names = plan.names_of_tensors
     tensors = {
         spec.fqn: [names[spec.fqn], list(spec.shape), str(spec.dtype), spec.averaged, spec.is_buffer, rank]

@@ -8,11 +8,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import sys
-import types
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +26,7 @@ from dist_ema.integrations.accelerate_steps import around, check_engine, follow_
 from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.messages import tell
+from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
@@ -41,11 +39,12 @@ if TYPE_CHECKING:
 
     from dist_ema.options import OptionArguments
 
-__all__ = ["attach"]
+__all__ = ["SERVED", "attach"]
 
 _log = logging.getLogger(__name__)
 
-_SERVED = (
+# What accelerate may run a model with.
+SERVED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
@@ -135,11 +134,6 @@ def attach(
     names.add(name)
     ema.on_detach(lambda: names.discard(name))
 
-    def update(found_inf: torch.Tensor | None) -> None:
-        watch.before_update()
-        ema.update(found_inf=found_inf)
-        watch.after_update()
-
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         if _not_prepared(accelerator, model):  # accelerator.free_memory() was called
             # A detach would change the hooks through which accelerate is iterating.
@@ -167,9 +161,11 @@ def attach(
     around(accelerator, "end_training", ema, before=wait_at_end, after=watch.end)
     around(accelerator, "load_state", ema, before=wait_for_load, after=after_loading)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        follow_engine(_prepared(accelerator, *parts_of(model)), ema, torch.compiler.disable(lambda: update(None)))
+        follow_engine(
+            _prepared(accelerator, *parts_of(model)), ema, torch.compiler.disable(lambda: watch.update(ema, None))
+        )
     else:
-        follow_optimizers(optimizers, ema, update, _is_state_initialisation)
+        follow_optimizers(optimizers, ema, lambda found_inf: watch.update(ema, found_inf))
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
@@ -193,10 +189,7 @@ def _check(
     options: Mapping[str, Any],
 ) -> None:
     folder_name("name", name)
-    known = sorted(set(inspect.signature(ShardedEMA).parameters) - {"model", "schedule"})
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(f"attach was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
+    check_names("attach", options)
     if not isinstance(accelerator, Accelerator):
         raise AttachError(f"accelerator is {type(accelerator).__name__}, expected an accelerate.Accelerator")
     wrapped = [optimizer for optimizer in optimizers if isinstance(optimizer, AcceleratedOptimizer)]
@@ -213,7 +206,7 @@ def _check(
             f"{len(wrapped)} optimizers are given, and one of them twice: an update would wait for it alone. Give each "
             "optimizer once"
         )
-    if accelerator.distributed_type not in _SERVED:
+    if accelerator.distributed_type not in SERVED:
         raise AttachError(
             f"the accelerator runs as {accelerator.distributed_type}, expected one process, DDP, FSDP or DeepSpeed: "
             "other engines keep their own copies of the weights"
@@ -259,22 +252,3 @@ def _prepared(accelerator: Accelerator, part: object) -> Any:
     # Under DDP accelerate remembers the inner module and returns the wrapped one: the inner modules are compared.
     same = (made for made in accelerator._models if module is not None and unwrapped(made) is unwrapped(module))
     return next(same, None)
-
-
-def _is_state_initialisation() -> bool:
-    """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
-
-    `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
-    optimizer without state (accelerate's FSDP2 save and load reach them). That is no training step, so it is no update.
-    An lr of 0 is no proof, because a warm-up may begin there, but the calling function is.
-    `test_a_phantom_step_of_dcp_is_not_counted` guards this.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if (
-            frame.f_code.co_name == "_init_optim_state"
-            and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
-        ):
-            return True
-        frame = frame.f_back
-    return False

@@ -32,6 +32,7 @@ from torch import nn
 
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError
+from dist_ema.integrations.watch import is_state_initialisation
 
 __all__ = ["around", "check_engine", "follow_engine", "follow_optimizers"]
 
@@ -126,7 +127,6 @@ def follow_optimizers(
     optimizers: Sequence[AcceleratedOptimizer],
     ema: ShardedEMA,
     end: Callable[[torch.Tensor | None], None],
-    is_no_step: Callable[[], bool],
 ) -> None:
     """Call `end` after each step of the one optimizer, or after each round of several, until `ema.detach()`.
 
@@ -134,14 +134,13 @@ def follow_optimizers(
         optimizers: the optimizers as accelerate prepared them.
         ema: the average whose `detach` undoes it.
         end: called with the overflow flag of the round, or None.
-        is_no_step: whether the running `step()` of an optimizer is no training step.
     """
     rounds = _Rounds(len(optimizers), end)
     is_alone = len(optimizers) == 1
     for which, optimizer in enumerate(optimizers):
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any, which: int = which) -> None:
-            if is_no_step():
+            if is_state_initialisation():
                 return
             # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
             found_inf = getattr(stepped, "found_inf", None)
@@ -153,7 +152,7 @@ def follow_optimizers(
         def after_call(which: int = which, optimizer: AcceleratedOptimizer = optimizer) -> None:
             # Between accumulated micro-batches `step_was_skipped` still tells of an earlier step.
             was_skipped = optimizer.gradient_state.sync_gradients and optimizer.step_was_skipped
-            if was_skipped and not is_no_step():
+            if was_skipped and not is_state_initialisation():
                 rounds.turn(which)
 
         untraced = torch.compiler.disable(after_step)  # a compiled step traces its hooks too

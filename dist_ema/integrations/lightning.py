@@ -13,7 +13,6 @@ Where it finds the average of a checkpoint is in lightning_saves.py, which avera
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from dist_ema.integrations.lightning_saves import (
     writes_folders,
 )
 from dist_ema.integrations.lightning_steps import StepsOfBatches
+from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.topology.planning import trained_parameters
 
@@ -99,10 +99,7 @@ class EMACallback(Callback):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         if not isinstance(consolidate, bool):
             raise ConfigError(f"consolidate is {consolidate!r}, expected True or False")
-        known = sorted(set(inspect.signature(ShardedEMA).parameters) - {"model", "schedule"})
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"EMACallback was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
+        check_names("EMACallback", options)
         self.name = name
         self.evaluate = evaluate
         self._consolidate = consolidate

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from dist_ema.ema import ShardedEMA
-from dist_ema.integrations.accelerate import _is_state_initialisation
-from dist_ema.integrations.watch import Watch
+from dist_ema.integrations.watch import Watch, is_state_initialisation
 
 __all__ = ["StepsOfBatches"]
 
@@ -43,11 +42,11 @@ class StepsOfBatches:
             self._hooks += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
 
     def _before_step(self, *_: Any) -> None:
-        if not _is_state_initialisation():
+        if not is_state_initialisation():
             self.end_batch()
 
     def _after_step(self, stepped: torch.optim.Optimizer, *_: Any) -> None:
-        if _is_state_initialisation():
+        if is_state_initialisation():
             return
         # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
         found_inf = getattr(stepped, "found_inf", None)
@@ -64,9 +63,7 @@ class StepsOfBatches:
         if self._stepped:
             skipped, self._were_all_skipped = self._were_all_skipped, None
             self._stepped.clear()
-            self._watch.before_update()
-            self._ema.update(found_inf=skipped)
-            self._watch.after_update()
+            self._watch.update(self._ema, skipped)
 
     def before_save(self) -> None:
         """Make the update that is due if no further step of this batch can belong to it."""

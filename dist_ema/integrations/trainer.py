@@ -8,9 +8,6 @@ tests/integrations/test_transformers.py fail if either changes.
 from __future__ import annotations
 
 import os
-import sys
-import types
-from collections.abc import Iterator
 from typing import Any
 
 from accelerate import DistributedType
@@ -19,22 +16,17 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from dist_ema.errors import AttachError
+from dist_ema.integrations.accelerate import SERVED
+from dist_ema.integrations.watch import callers
 
 __all__ = ["check_trainer", "checkpoint_folder", "inner_optimizer", "resumes_from", "run_folder", "trainer_of"]
 
-_SERVED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.FSDP,
-)
+_SERVED = frozenset(SERVED) - {DistributedType.DEEPSPEED}
 
 
 def trainer_of(callback: Any) -> Any:
     """The Trainer that is calling a callback; None if there is no Trainer among the callers."""
-    for frame in _callers():
+    for frame in callers():
         owner: Any = frame.f_locals.get("self")
         if isinstance(owner, Trainer) and any(held is callback for held in owner.callback_handler.callbacks):
             return owner
@@ -48,7 +40,7 @@ def resumes_from(trainer: Any) -> str | None:
         AttachError: the run resumes, and the checkpoint is not known.
     """
     output_dir = trainer.args.output_dir
-    for frame in _callers():
+    for frame in callers():
         known = frame.f_locals
         if frame.f_code.co_name == "train" and known.get("self") is trainer and "resume_from_checkpoint" in known:
             path = known["resume_from_checkpoint"]
@@ -116,10 +108,3 @@ def run_folder(trainer: Any) -> str:
 def checkpoint_folder(trainer: Any) -> str:
     """The folder of the checkpoint of the present step."""
     return os.path.join(run_folder(trainer), f"checkpoint-{trainer.state.global_step}")
-
-
-def _callers() -> Iterator[types.FrameType]:
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -11,7 +11,6 @@ The Trainer is found by `integrations/trainer.py`, its evaluations are those of 
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,6 @@ from transformers import TrainerCallback
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
-from dist_ema.integrations.accelerate import _is_state_initialisation
 from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.trainer import (
     check_trainer,
@@ -33,8 +31,8 @@ from dist_ema.integrations.trainer import (
     trainer_of,
 )
 from dist_ema.integrations.trainer_evaluation import Evaluated, evaluate_averages, is_averaged_metric
-from dist_ema.integrations.watch import Watch
-from dist_ema.options import checked_schedules
+from dist_ema.integrations.watch import Watch, is_state_initialisation
+from dist_ema.options import check_names, checked_schedules
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
@@ -102,10 +100,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         ):
             if value not in allowed:
                 raise ConfigError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
-        known = sorted(set(inspect.signature(ShardedEMA).parameters) - {"model", "schedule"})
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"EMACallback was given {unknown}, expected options of ShardedEMA: {', '.join(known)}")
+        check_names("EMACallback", options)
         self._is_function = callable(schedule) and not isinstance(schedule, Schedule)
         if not self._is_function:
             checked_schedules(schedule)  # type: ignore[arg-type]
@@ -174,11 +169,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         )
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
-            if not _is_state_initialisation():
-                watch.before_update()
+            if not is_state_initialisation():
                 # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
-                ema.update(found_inf=getattr(stepped, "found_inf", None))
-                watch.after_update()
+                watch.update(ema, getattr(stepped, "found_inf", None))
 
         # A compiled step traces its hooks too.
         return optimizer.register_step_post_hook(torch.compiler.disable(after_step)).remove

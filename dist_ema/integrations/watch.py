@@ -1,5 +1,7 @@
 """The hooks of an attached average notice updates that are counted twice, and updates that are never used.
 
+They also notice, among their callers, steps that are none, and the Trainer that owns an accelerator.
+
 No communication: rank 0 alone warns.
 """
 
@@ -14,13 +16,16 @@ import sys
 import time
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from dist_ema.averaging.usage import Use
 from dist_ema.ema import ShardedEMA
 from dist_ema.messages import tell
 
-__all__ = ["Watch", "is_of_a_trainer"]
+__all__ = ["Watch", "callers", "is_of_a_trainer", "is_state_initialisation"]
 
 
 # The time from the return of a `main()` to the end of its process is shorter.
@@ -87,8 +92,20 @@ class Watch:
             weakref.finalize(ema, lambda: setattr(record, "gone_at", time.monotonic())).atexit = False
             ema.on_detach(self.forget)
 
-    def before_update(self) -> None:
-        """Notice updates of the user; the step hook must call it before each of its own updates."""
+    def update(self, ema: ShardedEMA, found_inf: torch.Tensor | None) -> None:
+        """The update of the hook. It notices updates of the user before it.
+
+        Args:
+            ema: the average, which is not kept here: its end is noticed.
+            found_inf: as for `ShardedEMA.update`.
+        """
+        self._notice_others()
+        ema.update(found_inf=found_inf)
+        self._record.num_hook_updates += 1
+        self._seen_calls = self._record.use.num_calls
+
+    def _notice_others(self) -> None:
+        """Notice updates of the user since the last one of the hook."""
         record = self._record
         if record.num_hook_updates == 0:
             record.use.is_given = False
@@ -99,11 +116,6 @@ class Watch:
                 f"which {self._hook} calls it already: every such step counts twice, and the average is shorter than "
                 "its schedule says. Leave ema.update() out of the loop"
             )
-
-    def after_update(self) -> None:
-        """Count an update of the hook; the step hook must call it after each of its own updates."""
-        self._record.num_hook_updates += 1
-        self._seen_calls = self._record.use.num_calls
 
     def start_over(self) -> None:
         """Forget the updates so far, which a load has replaced."""
@@ -149,12 +161,33 @@ def is_of_a_trainer(accelerator: object) -> bool:
     trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if not isinstance(trainer, type):  # transformers.trainer was not imported, so there is no Trainer
         return False
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:  # usually the call comes from within train()
+    for frame in callers():  # usually the call comes from within train()
         if frame.f_globals.get("__name__") == "transformers.trainer":
             owner = frame.f_locals.get("self")
             if isinstance(owner, trainer) and getattr(owner, "accelerator", None) is accelerator:
                 return True
-        frame = frame.f_back
     owners = (living for living in gc.get_objects() if issubclass(type(living), trainer))
     return any(getattr(owner, "accelerator", None) is accelerator for owner in owners)
+
+
+def is_state_initialisation() -> bool:
+    """Whether the running `optimizer.step()` is the one by which torch's DCP creates an empty optimizer's state.
+
+    `get_optimizer_state_dict` and `set_optimizer_state_dict` call `step()` once with zero gradients and lr 0 on an
+    optimizer without state (accelerate's FSDP2 save and load reach them). That is no training step, so it is no update.
+    An lr of 0 is no proof, because a warm-up may begin there, but the calling function is.
+    `test_a_phantom_step_of_dcp_is_not_counted` guards this.
+    """
+    return any(
+        frame.f_code.co_name == "_init_optim_state"
+        and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        for frame in callers()
+    )
+
+
+def callers() -> Iterator[types.FrameType]:
+    """The frames of the callers, the nearest first."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -31,7 +31,7 @@ from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box
 from dist_ema.errors import CheckpointMismatchError, ConfigError
 from dist_ema.messages import MOST_NAMED, first_of
-from dist_ema.options import Experts, matches_any
+from dist_ema.options import Experts
 from dist_ema.topology.extra import whole_state
 from dist_ema.topology.plain import PlainForm, whole_tensor
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, Part
@@ -157,15 +157,7 @@ def check_numbers(plan: Plan, experts: Sequence[Experts], world_size: int) -> No
 
 def _declaration(named: Named, experts: Sequence[Experts]) -> Experts | None:
     """The declaration that a tensor falls under."""
-    matching = [
-        declaration
-        for declaration in experts
-        if (
-            any(declaration.number_at(fqn) is not None for fqn in named.fqns)
-            if declaration.dim is None
-            else matches_any(named.fqns, declaration.patterns)
-        )
-    ]
+    matching = [declaration for declaration in experts if declaration.declares(named.fqns)]
     if len(matching) > 1:
         raise ConfigError(
             f"{named.fqns[0]} is declared twice by experts=, by {matching[0].patterns} and by {matching[1].patterns}: "

@@ -45,9 +45,10 @@ def plan_of_all(exchange: Exchange, action: str, plan: Plan, proof: Proof, sums:
     """
     if proof.holds(sums):
         return dataclasses.replace(plan, has_replicas=sums[-1] > 0)
+    coverage = proof.coverage
     if not proof.shows_equal_tensors(sums):
-        plan = _of_all_tensors(exchange, action, plan)
-    coverage = Coverage(plan.specs, exchange.channel.drawn)
+        plan = _of_all_tensors(exchange, action, plan, proof)
+        coverage = Coverage(plan.specs, exchange.channel.drawn)
     plan = _divided(exchange, action, plan, ())
     wrong = _not_covered(exchange, coverage, plan)
     for one_by_one in (False, True):
@@ -59,9 +60,9 @@ def plan_of_all(exchange: Exchange, action: str, plan: Plan, proof: Proof, sums:
     return _with_groups(exchange, action, plan)
 
 
-def _of_all_tensors(exchange: Exchange, action: str, plan: Plan) -> Plan:
+def _of_all_tensors(exchange: Exchange, action: str, plan: Plan, proof: Proof) -> Plan:
     """Collective. Of ranks with the same tensors the lowest tells them."""
-    ((lowest, *_),) = ranks_by_digest(exchange, action, [alike.digest(described(plan, 0))[:32]])
+    ((lowest, *_),) = ranks_by_digest(exchange, action, [proof.tensors[:32]])
     own = described(plan, exchange.rank) if lowest == exchange.rank else ""
     of_all = exchange.reduce(action, own, merged)
     return exchange.agree(action, lambda: united(plan, exchange.rank, of_all))
@@ -90,7 +91,7 @@ def _with_groups(exchange: Exchange, action: str, plan: Plan) -> Plan:
     shared = [division for division in plan.divisions if len(division.ranks) > 1]
     names = 0
     for division in shared:
-        key = repr((sorted(division.ranks), division.averaged, division.single_owner, division.extra_state))
+        key = repr((sorted(division.ranks), *division.kind))
         own = alike.digest((division.ranks, names_of(division.groups)))
         names += alike.term(key, division.position, len(division.ranks), own)
     num_without = sum(not division.groups for division in shared)
