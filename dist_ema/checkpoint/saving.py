@@ -24,7 +24,6 @@ from dist_ema.checkpoint.nodes.views import blind_ranks, node_name
 from dist_ema.checkpoint.writing import Pieces, write_tensors
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
-from dist_ema.disk.formats.headers import INDEX_NAME
 from dist_ema.disk.formats.model_config import CONFIG_NAMES, are_described
 from dist_ema.disk.formats.model_files import ModelFiles, lay_out_files, write_whole
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile
@@ -146,7 +145,7 @@ class _Save:
             for file in self._files.files:
                 write_whole(staging / folder / file.name, b"", size_bytes=file.size_bytes)
             if self._files.index is not None:
-                write_whole(staging / folder / INDEX_NAME, self._files.index)
+                write_whole(staging / folder / self._files.index_name, self._files.index)
             for name, content in self._files.texts.items():
                 write_whole(staging / folder / name, content)
         return staging
@@ -189,7 +188,7 @@ class _Save:
     def _saved_files(self) -> dict[str, SavedFile]:
         files = {file.name: SavedFile(file.size_bytes, checksum(file.header)) for file in self._files.files}
         if self._files.index is not None:
-            files[INDEX_NAME] = SavedFile(len(self._files.index), checksum(self._files.index))
+            files[self._files.index_name] = SavedFile(len(self._files.index), checksum(self._files.index))
         return {
             name if folder == "." else f"{folder}/{name}": file
             for folder in self._folders

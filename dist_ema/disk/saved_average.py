@@ -13,8 +13,8 @@ from typing import Any
 
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.file_names import index_name
 from dist_ema.disk.formats.headers import (
-    INDEX_NAME,
     TORCH_DTYPES,
     StoredModel,
     StoredTensor,
@@ -170,7 +170,8 @@ def _check_files(folder: Path, below: str, manifest: Manifest, model: StoredMode
         return
     present = {name: SavedFile(file.size_bytes, file.header_checksum) for name, file in model.files.items()}
     if model.index_checksum is not None:
-        present[INDEX_NAME] = SavedFile((folder / below / INDEX_NAME).stat().st_size, model.index_checksum)
+        name = index_name(model.stem)
+        present[name] = SavedFile((folder / below / name).stat().st_size, model.index_checksum)
     prefix = "" if below == "." else f"{below}/"
     for name, file in present.items():
         if manifest.files.get(prefix + name) != file:

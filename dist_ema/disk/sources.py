@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema.disk.folders import contents
-from dist_ema.disk.formats.headers import INDEX_NAME, ONE_FILE_NAME, StoredModel, read_header, read_model_folder
+from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
+from dist_ema.disk.formats.headers import StoredModel, read_header, read_model_folder, stem_in
 from dist_ema.disk.manifest import read_manifest
 from dist_ema.disk.saved_average import read_saved
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
@@ -60,7 +61,8 @@ def find_weights(source: Path, track: str | None) -> Weights:
         if contents.has_manifest(folder) or contents.averages_in(folder):
             raise
         raise CheckpointNotFoundError(
-            f"{source} holds neither a saved average nor {ONE_FILE_NAME}, expected one of these or such a file"
+            f"{source} holds neither a saved average nor {one_file_name(MODEL_STEM)}, expected one of these or such a "
+            "file"
         ) from error
     name = saved.track(track)
     path, checksums = saved.folder_of(name), saved.manifest.checksums.get(name, {})
@@ -93,7 +95,7 @@ def find_start(source: Path) -> Weights:
 
 
 def _of_file(source: Path) -> Weights:
-    if source.name == INDEX_NAME:
+    if source.name in map(index_name, STEMS):
         return Weights(source, source.parent, read_model_folder(source.parent))
     file = read_header(source)
     return Weights(source, source.parent, StoredModel({source.name: file}, file.tensors, None))
@@ -113,4 +115,4 @@ def _averaged_side(folder: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (INDEX_NAME, ONE_FILE_NAME))
+    return stem_in(folder) is not None

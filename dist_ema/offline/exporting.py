@@ -14,7 +14,7 @@ import torch
 
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.folders.file_copies import clone, give_second_name
-from dist_ema.disk.formats.headers import INDEX_NAME, read_small
+from dist_ema.disk.formats.headers import read_small
 from dist_ema.disk.formats.model_config import CONFIG_NAME, CONFIG_NAMES, are_described, config_with_dtype
 from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, lay_out_files, write_all, write_whole
 from dist_ema.disk.saved_average import SavedAverage
@@ -115,7 +115,7 @@ def _fill(
             for _ in values(fqn):
                 pass
     if files.index is not None:
-        write_whole(staging / INDEX_NAME, files.index)
+        write_whole(staging / files.index_name, files.index)
     for name, content in files.texts.items():
         write_whole(staging / name, content)
 

@@ -104,13 +104,15 @@ def test_a_folder_of_torch_save_is_named_as_such(tmp_path, capsys, name) -> None
 
 
 def test_a_folder_of_safetensors_of_other_names_says_which_to_give(tmp_path) -> None:
-    save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(STATE, tmp_path / "consolidated.safetensors")
     ema = ShardedEMA(nn.Linear(3, 2), ConstantSchedule(momentum=0.5))
-    with pytest.raises(CheckpointCorruptError, match=r"it has diffusion_pytorch_model\.safetensors: give"):
+    with pytest.raises(CheckpointCorruptError, match=r"it has consolidated\.safetensors: give"):
         ema.start_from(tmp_path)
-    ema.start_from(tmp_path / "diffusion_pytorch_model.safetensors")
+    ema.start_from(tmp_path / "consolidated.safetensors")
     with pytest.raises(CheckpointNotFoundError, match=r"is a file, .*start_from"):
-        ema.load(tmp_path / "diffusion_pytorch_model.safetensors")
+        ema.load(tmp_path / "consolidated.safetensors")
+    (tmp_path / "consolidated.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    ema.start_from(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x4B50])

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.file_names import WEIGHTS_FILE
 from dist_ema.disk.formats.headers import read_header, read_model_folder, read_small
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
@@ -53,7 +54,7 @@ __all__ = [
 # The record of a saved average. It is written last, so a folder that has it is complete.
 MANIFEST_NAME = "manifest.json"
 
-OWN_FILE = re.compile(r"manifest\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
+OWN_FILE = re.compile(rf"manifest\.json|{WEIGHTS_FILE.pattern}")
 
 # The mark in the header of every safetensors file of this package: it tells an export from another tool's model folder.
 MARK, MARK_VALUE = "written_by", "dist_ema"

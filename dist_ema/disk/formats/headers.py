@@ -19,14 +19,13 @@ from typing import Any
 from dist_ema.checks import file_name
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import kind_text
+from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 
 __all__ = [
-    "INDEX_NAME",
     "ITEM_BYTES",
     "LARGEST_RECORD_BYTES",
     "LONGEST_HEADER_BYTES",
-    "ONE_FILE_NAME",
     "TORCH_DTYPES",
     "StoredFile",
     "StoredModel",
@@ -36,10 +35,9 @@ __all__ = [
     "read_header",
     "read_model_folder",
     "read_small",
+    "stem_in",
 ]
 
-INDEX_NAME = "model.safetensors.index.json"
-ONE_FILE_NAME = "model.safetensors"
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
 # The largest JSON file beside the tensors. The manifest is the longest: 120 bytes and the name for each tensor, 20
@@ -120,11 +118,19 @@ class StoredFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """The safetensors files of a folder; `index_checksum` is the CRC-32 of the index file, None for a single file."""
+    """The safetensors files of a folder.
+
+    Attributes:
+        files: the name of a file -> its header.
+        tensors: the name of a tensor -> its place.
+        index_checksum: CRC-32 of the index file; None for a single file.
+        stem: what the names of the files begin with.
+    """
 
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
     index_checksum: int | None
+    stem: str = MODEL_STEM
 
     def to_json(self) -> dict[str, Any]:
         """The model as JSON, for ranks that cannot read the folder. It was checked when it was read."""
@@ -132,6 +138,7 @@ class StoredModel:
             "files": {name: file.to_json() for name, file in self.files.items()},
             "file_of": {fqn: tensor.file for fqn, tensor in self.tensors.items()},
             "index_checksum": self.index_checksum,
+            "stem": self.stem,
         }
 
     @classmethod
@@ -139,24 +146,26 @@ class StoredModel:
         """The model, of what `to_json` returned."""
         files = {name: StoredFile.from_json(name, file) for name, file in record["files"].items()}
         tensors = {fqn: files[name].tensors[fqn] for fqn, name in record["file_of"].items()}
-        return cls(files, tensors, record["index_checksum"])
+        return cls(files, tensors, record["index_checksum"], record["stem"])
 
 
 def read_model_folder(folder: Path) -> StoredModel:
-    """The tensors of a model folder: of the files that its index lists, or of `model.safetensors`.
+    """The tensors of a model folder: of the files that its index lists, or of its one file (see file_names.py).
 
     Raises:
         CheckpointCorruptError: a file is missing, or a header or the index is not in order.
     """
-    index_path = folder / INDEX_NAME
+    stem = stem_in(folder)
+    if stem is None:
+        raise CheckpointCorruptError(
+            f"{folder} has neither {one_file_name(MODEL_STEM)} nor {index_name(MODEL_STEM)}, expected a folder of "
+            f"safetensors: {_other_weights(folder)}"
+        )
+    index_path = folder / index_name(stem)
     if not os.path.lexists(index_path):
-        if not os.path.lexists(folder / ONE_FILE_NAME):
-            raise CheckpointCorruptError(
-                f"{folder} has neither {ONE_FILE_NAME} nor {INDEX_NAME}, expected a folder of safetensors: "
-                f"{_other_weights(folder)}"
-            )
-        file = read_header(folder / ONE_FILE_NAME)
-        return StoredModel({ONE_FILE_NAME: file}, file.tensors, None)
+        name = one_file_name(stem)
+        file = read_header(folder / name)
+        return StoredModel({name: file}, file.tensors, None, stem)
     content = read_small(index_path)
     file_of = _weight_map(index_path, content)
     files = {name: read_header(folder / name) for name in dict.fromkeys(file_of.values())}
@@ -165,7 +174,15 @@ def read_model_folder(folder: Path) -> StoredModel:
         if fqn not in files[name].tensors:
             raise CheckpointCorruptError(f"{index_path} says that {fqn[:200]!r} is in {name}, but it is not")
         tensors[fqn] = files[name].tensors[fqn]
-    return StoredModel(files, tensors, checksum(content))
+    return StoredModel(files, tensors, checksum(content), stem)
+
+
+def stem_in(folder: Path) -> str | None:
+    """What the names of the files of weights in a folder begin with; None if it has no such files."""
+    for stem in STEMS:
+        if any(os.path.lexists(folder / name) for name in (index_name(stem), one_file_name(stem))):
+            return stem
+    return None
 
 
 def _other_weights(folder: Path) -> str:

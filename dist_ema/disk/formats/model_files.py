@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from dist_ema.disk.formats.file_names import MODEL_STEM, index_name
 from dist_ema.disk.formats.headers import LONGEST_HEADER_BYTES, TORCH_DTYPES
 from dist_ema.errors import ConfigError, UnsupportedModelError
 
@@ -39,8 +40,6 @@ __all__ = [
 
 # The kernel decides when shorter writes reach the disk.
 _LONG_BYTES = 2**20
-
-_FILE_PATTERN = "model{suffix}.safetensors"
 
 # The dtypes of torch in the format's spelling.
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}
@@ -78,14 +77,21 @@ class ModelFiles:
     Attributes:
         files: the files with the tensors.
         index: the content of the index, where there are several files.
+        stem: what the names of the files begin with.
         texts: name -> content of further small files, such as config.json.
         unfit: the names of small files that do not describe these tensors, and must not lie beside them.
     """
 
     files: tuple[FileLayout, ...]
     index: bytes | None
+    stem: str = MODEL_STEM
     texts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     unfit: Collection[str] = ()
+
+    @property
+    def index_name(self) -> str:
+        """The name of the index."""
+        return index_name(self.stem)
 
     def locate(self) -> dict[str, tuple[FileLayout, Entry]]:
         """The name of a tensor -> its file and its place there."""
@@ -97,6 +103,7 @@ def lay_out_files(
     *,
     max_shard_size: int | str,
     metadata: Mapping[str, str],
+    stem: str = MODEL_STEM,
 ) -> ModelFiles:
     """Lay out whole tensors in files of at most `max_shard_size` bytes (or "5GB"), as huggingface_hub splits them.
 
@@ -104,6 +111,7 @@ def lay_out_files(
         tensors: name, dtype and shape of every tensor, in the order of the model.
         max_shard_size: the largest size of a file; a larger tensor has a file of its own.
         metadata: text for the headers, such as the aliases of tied tensors.
+        stem: what the names of the files begin with.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -127,7 +135,7 @@ def lay_out_files(
         split = split_state_dict_into_shards_factory(
             ordered,
             get_storage_size=lambda entry: entry.nbytes,
-            filename_pattern=_FILE_PATTERN,
+            filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
     except (ValueError, TypeError) as error:
@@ -138,9 +146,9 @@ def lay_out_files(
         _plan_file(name, [ordered[fqn] for fqn in fqns], metadata) for name, fqns in split.filename_to_tensors.items()
     )
     if not split.is_sharded:
-        return ModelFiles(files, None)
+        return ModelFiles(files, None, stem)
     index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-    return ModelFiles(files, json.dumps(index, indent=2).encode() + b"\n")
+    return ModelFiles(files, json.dumps(index, indent=2).encode() + b"\n", stem)
 
 
 def _check_text(fqn: str) -> None:
