@@ -18,7 +18,7 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.disk.manifest import Manifest
-from dist_ema.disk.manifest_fields import counter, json_object, tracks
+from dist_ema.disk.manifest_fields import counter, json_object, names, tracks
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.records import schedule_to_json
 

@@ -25,6 +25,8 @@ __all__ = ["StatefulAverages", "load_whole", "stateful", "whole"]
 # Takes the tensors of a track, and returns the values of the owned shards.
 _Taking = Callable[[Mapping[str, Any]], Sequence[torch.Tensor]]
 
+_Buffers = Mapping[Box, torch.Tensor]
+
 _OF_SEVERAL_RANKS = (
     "{call}() was called on {world_size} ranks, each of which has a part of the average, and torch.save would keep the "
     "part of one: call ema.save(path) and ema.load(path) on every rank, or give torch.distributed.checkpoint "
@@ -160,7 +162,7 @@ def _load(
     state: AveragedState,
     state_dict: Mapping[str, Any],
     take: _Taking,
-    take_buffers: Callable[[str], Mapping[Box, torch.Tensor]] | None = None,
+    take_buffers: Callable[[str], _Buffers] | None = None,
 ) -> None:
     """Collective: every rank must call it. Take over all tracks and counters of a dict, or none of them.
 
@@ -173,9 +175,7 @@ def _load(
     """
     exchange = call.exchange
 
-    def prepare() -> tuple[
-        Manifest, Manifest, dict[str, Sequence[torch.Tensor]], dict[str, Mapping[Box, torch.Tensor]]
-    ]:
+    def prepare() -> tuple[Manifest, Manifest, dict[str, Sequence[torch.Tensor]], dict[str, _Buffers]]:
         now = record_of(state)
         saved = manifest_of_dict(state_dict, now)
         filled = {track: take(_tensors_of(state_dict, track)) for track in state.schedules}
@@ -203,13 +203,8 @@ def _load(
     others = [shard.live().clone(memory_format=torch.contiguous_format) for shard in state.to_load[len(state.shards) :]]
     fqns = {spec.fqn for spec in state.plan.specs if spec.averaged}
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(
-        {track: [*values, *others] for track, values in filled.items()},
-        fqns,
-        saved.num_updates,
-        num_refused=refused,
-        buffers=buffers,
-    )
+    restored = {track: [*values, *others] for track, values in filled.items()}
+    state.restore(restored, fqns, saved.num_updates, num_refused=refused, buffers=buffers)
 
 
 def _tensors_of(state_dict: Mapping[str, Any], track: str) -> Mapping[str, Any]:

@@ -240,6 +240,7 @@ def test_a_later_block_goes_on_from_the_kept_ones_and_replaces_them() -> None:
     assert torch.equal(ema.full_state_dict()[STATISTICS[0]], inside[STATISTICS[0]] + 1)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_state_dict_has_them_and_a_state_of_dcp_says_that_it_has_not(tmp_path) -> None:
     net, ema = after_steps()
     assert "kept_buffers" not in ema.state_dict()
