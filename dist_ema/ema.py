@@ -207,7 +207,7 @@ class ShardedEMA:
         self._state.refuse_while_swapped("update")
         _update(self._state, self._standstill, found_inf)
 
-    def average_parameters(self, track: str | None = None) -> Swap:
+    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -218,13 +218,18 @@ class ShardedEMA:
 
         Args:
             track: the name of the average; may be left out if there is one.
+            keep_buffers: keep the persistent buffers that are in the model at the end of the block with this average,
+                for `torch.optim.swa_utils.update_bn` within the block. They fit the averaged weights of now: swaps,
+                state dicts and files show them until an update moves the average. From then on the live buffers are
+                shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
+                replaces its average, which goes on from there. After an exception in the block nothing is kept.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or buffers of a teacher are to be kept.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Collective where `average_parameters` is.
@@ -345,9 +350,10 @@ class ShardedEMA:
 
         `dcp.save({"model": ..., "ema": ema.stateful()}, checkpoint_id=folder)` and `dcp.async_save` write it beside the
         model, and `dcp.load` reads it, on any number of ranks and in any layout that has it. Nothing in it is pickled.
-        What is not averaged is in the model's own entries. DCP calls its `state_dict` on every rank; that takes memory
-        for one copy of what this rank's model holds for each track, and under DDP owners broadcast the whole average,
-        of which DCP writes one copy.
+        What is not averaged is in the model's own entries. Buffers that a swap has kept are in neither, of which a load
+        warns: `save` has them. DCP calls its `state_dict` on every rank; that takes memory for one copy of what this
+        rank's model holds for each track, and under DDP owners broadcast the whole average, of which DCP writes one
+        copy.
 
         Raises:
             UnsupportedModelError: a tensor has no form there: FSDP1, ZeRO-3, packed columns of tensor parallelism.
@@ -359,8 +365,8 @@ class ShardedEMA:
         """`state_dict()`: all tracks, counters and schedules of one process, for `torch.save`. No communication.
 
         A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
-        is the counter. Calling it on several ranks raises a `ConfigError` that names `save` and `stateful`, and so does
-        `accelerator.register_for_checkpointing(ema)`.
+        is the counter, `["kept_buffers"]` has what swaps have kept. Calling it on several ranks raises a `ConfigError`
+        that names `save` and `stateful`, and so does `accelerator.register_for_checkpointing(ema)`.
         """
         habits.refuse_registration()  # a method could not
         return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))

@@ -21,13 +21,14 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     exchange = call.exchange
     now = manifest_of(state, exchange.world_size)
     filled = exchange.agree(call.name, state.targets)
-    saved, loaded = load_average(
-        exchange, source, state.to_load, state.fqns_to_load, now, escapes, filled, verify=verify
+    kept = state.plan.live_buffers(extra_state=False) if state.takes_buffers else None
+    saved, loaded, buffers = load_average(
+        exchange, source, state.to_load, state.fqns_to_load, now, escapes, filled, kept, verify=verify
     )
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(filled, loaded, saved.num_updates, num_refused=refused)
+    state.restore(filled, loaded, saved.num_updates, num_refused=refused, buffers=buffers)
 
 
 def start_from(
