@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dist_ema import ConstantSchedule, CosineSchedule, HalfLifeSchedule, PowerSchedule, scaled_batch
+from dist_ema import ConstantSchedule, CosineSchedule, HalfLifeSchedule, LinearSchedule, PowerSchedule, scaled_batch
 
 STEPS = [0, 1, 2, 3, 7, 50, 999, 31_622, 10**6]
 
@@ -40,6 +40,16 @@ def test_a_half_life_is_that_of_the_ramp_in_images(fraction, longest_steps) -> N
         # What a half-life is: so many updates of this momentum leave one half of what was there.
         steps = fraction * (step + 1) if longest_steps is None else min(fraction * (step + 1), longest_steps)
         assert (1 - momentum) ** steps == pytest.approx(0.5, rel=1e-9), step
+
+
+def test_a_line_is_the_list_of_decays_of_v_jepa() -> None:
+    """V-JEPA's training loop (arXiv 2404.08471): a decay for each of N steps, ema[0] + i * (ema[1] - ema[0]) / N."""
+    first, last, num_steps = 0.998, 1.0, 1000
+    decays = [first + i * (last - first) / num_steps for i in range(num_steps + 1)]
+    schedule = LinearSchedule(1 - first, 1 - last, total_steps=num_steps)
+    for step, decay in enumerate(decays):
+        assert schedule.momentum(step) == pytest.approx(1 - decay, rel=0, abs=1e-15), step
+    assert schedule.momentum(10**6) == 0.0
 
 
 @pytest.mark.parametrize("kappa", [1, 2, 8])
