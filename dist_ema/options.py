@@ -13,7 +13,7 @@ from torch import nn
 from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
-from dist_ema.schedules.functions import as_schedule
+from dist_ema.schedules.functions import ScheduleLike, as_schedule
 
 __all__ = [
     "Experts",
@@ -326,7 +326,7 @@ def name_patterns(name: str, value: Patterns) -> tuple[str, ...]:
     return patterns
 
 
-def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
+def checked_schedules(schedule: ScheduleLike | Mapping[str, ScheduleLike]) -> dict[str, Schedule]:
     """Track names and their schedules; a single schedule is the track "ema", and a function is a schedule.
 
     Raises:

@@ -109,16 +109,20 @@ def steps_in(name: str, length: object, per_step: object) -> float:
     return fraction_between(name, length, 0.0, math.inf) / fraction_between("per_step", per_step, 0.0, math.inf)
 
 
-def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval_correction: bool) -> float:
+def momentum_of_update(
+    schedule: Schedule, step: int, *, interval: int, interval_correction: bool, batch_size: float | None = None
+) -> float:
     """The momentum to use in update number `step`, checked.
 
     With `interval_correction` it is `1 - (1 - m)^interval`: one update then forgets as much as `interval` updates
     with m would.
 
     Raises:
-        ConfigError: the schedule gave a momentum that is no number from 0 to 1.
+        ConfigError: the schedule gave a momentum that is no number from 0 to 1, or it wants a batch size and none is
+            given.
     """
-    momentum = schedule.momentum(step)
+    of_batch = getattr(schedule, "momentum_for", None)  # of `per_batch` alone; a look at a Protocol takes 14 us
+    momentum = schedule.momentum(step) if of_batch is None else of_batch(step, batch_size)
     if type(momentum) is not float:  # only then the message is built, which takes longer than all the rest
         momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", momentum)
     if not 0.0 <= momentum <= 1.0:

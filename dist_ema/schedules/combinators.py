@@ -15,7 +15,7 @@ from dist_ema.schedules.base import Schedule, fraction_between
 from dist_ema.schedules.nesting import Combined, check_inner, steps_of
 from dist_ema.schedules.registry import registered
 
-__all__ = ["after", "chain", "every", "scaled_batch"]
+__all__ = ["after", "chain", "every", "per_batch", "scaled_batch"]
 
 
 # The largest `steps` of `every`, which computes the momentum of one update from as many of the inner schedule.
@@ -58,6 +58,18 @@ def every(steps: int, schedule: Schedule) -> Every:
         ConfigError: `steps` is not an integer from 1 to 1,000,000.
     """
     return Every(steps, schedule)
+
+
+def per_batch(reference_size: float, schedule: Schedule) -> PerBatch:
+    """`schedule` holds for a batch of `reference_size`; an update with another batch forgets in proportion to its size.
+
+    The batch size of an update is given by `update(batch_size=...)`, or by `expect_batch_size` where a hook calls
+    `update`. It must be the outermost of schedules within each other.
+
+    Raises:
+        ConfigError: `reference_size` is not above 0.
+    """
+    return PerBatch(reference_size, schedule)
 
 
 def scaled_batch(kappa: float, schedule: Schedule) -> ScaledBatch:
@@ -211,3 +223,47 @@ class ScaledBatch(Combined):
     def to_json(self) -> dict[str, Any]:
         """The arguments that rebuild this schedule."""
         return {"kappa": self.kappa}
+
+
+@registered(example="per_batch(1024, ConstantSchedule(decay=0.999))", call=per_batch)
+@dataclasses.dataclass(frozen=True, init=False)
+class PerBatch(Combined):
+    """See `per_batch`: `1 - m = (1 - m_ref(k))^(B_k / B_ref)` for a batch of size B_k at update number k.
+
+    Source: the scaling rule of Busbridge et al. (arXiv 2307.13813, definition 1.2), applied to every update with a
+    kappa of its own, B_k / B_ref. The optimizer's own scaling rule must be applied too.
+    """
+
+    reference_size: float
+
+    def __init__(self, reference_size: float, schedule: Schedule) -> None:
+        size = fraction_between("reference_size", reference_size, 0.0, math.inf)
+        object.__setattr__(self, "reference_size", size)
+        object.__setattr__(self, "schedule", schedule)
+        self.__post_init__()
+
+    def __repr__(self) -> str:
+        return f"per_batch({self.reference_size!r}, {self.schedule!r})"
+
+    def momentum(self, step: int) -> float:
+        """The weight of the live values in update number `step`, for a batch of the reference size."""
+        return self.schedule.momentum(step)
+
+    def momentum_for(self, step: int, batch_size: float | None) -> float:
+        """The weight of the live values in update number `step`, for a batch of that size.
+
+        Raises:
+            ConfigError: the batch size is not known, or not above 0.
+        """
+        if batch_size is None:
+            raise ConfigError(
+                f"{self!r} wants the batch size of every update, and none was given: call update(batch_size=...), or "
+                "expect_batch_size(...) before the step where a hook calls update"
+            )
+        momentum = self.schedule.momentum(step)
+        kappa = fraction_between("batch_size", batch_size, 0.0, math.inf) / self.reference_size
+        return 1.0 if momentum >= 1.0 else -math.expm1(kappa * math.log1p(-momentum))
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {"reference_size": self.reference_size}

@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["FunctionSchedule", "as_schedule"]
+__all__ = ["FunctionSchedule", "ScheduleLike", "as_schedule"]
+
+# What users give for a schedule.
+ScheduleLike = Schedule | Callable[[int], float]
 
 
 def as_schedule(value: object) -> object:

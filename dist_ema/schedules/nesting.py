@@ -44,6 +44,8 @@ def check_inner(*schedules: object) -> None:
     for schedule in schedules:
         if not isinstance(schedule, Schedule) or isinstance(schedule, type):
             raise ConfigError(f"schedule is {schedule!r}, expected a schedule such as ConstantSchedule(decay=0.999)")
+        if hasattr(schedule, "momentum_for"):
+            raise ConfigError(f"{schedule!r} is within another schedule, expected per_batch as the outermost one")
         if 1 + _depth(schedule, DEEPEST) > DEEPEST:
             raise ConfigError(f"there are more than {DEEPEST} schedules within each other, expected at most that many")
 

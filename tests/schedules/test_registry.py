@@ -37,6 +37,7 @@ NOT_OBSERVED = {
     "MergeSchedule": "test_the_weights_are_the_published_coefficients",
     "chain": "test_a_chain_asks_the_schedule_of_the_part_with_a_count_of_its_own",
     "HalfLifeSchedule": "test_a_half_life_is_that_of_the_ramp_in_images",
+    "per_batch": "test_batches_of_several_sizes_move_the_average_as_far_as_their_samples_would",
     "scaled_batch": "test_a_scaled_batch_moves_as_far_as_the_small_batches_it_is_made_of",
 }
 
