@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.errors import *  # noqa: F403
     from dist_ema.integrations.accelerate import attach as attach
+    from dist_ema.live.correction import Bema as Bema
     from dist_ema.offline.consolidation import consolidate_checkpoint as consolidate_checkpoint
     from dist_ema.offline.synthesis import synthesize as synthesize
     from dist_ema.options import Experts as Experts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Name -> its module.
 _HOME = {
+    "Bema": "dist_ema.live.correction",
     "Experts": "dist_ema.options",
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",

@@ -437,6 +437,7 @@ def test_public_names() -> None:
     pinned = {
         "AnnealedSchedule",
         "AttachError",
+        "Bema",
         "CheckpointCorruptError",
         "CheckpointError",
         "CheckpointMismatchError",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.shards import Shard
 from dist_ema.checkpoint.loading import Escapes, load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
 from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
 
-__all__ = ["load", "start_from"]
+__all__ = ["load", "read_start", "start_from"]
 
 
 def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, dropped: Patterns, *, verify: bool) -> None:
@@ -41,6 +46,20 @@ def start_from(
     first = next(iter(filled.values()))
     loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
     state.restore(dict.fromkeys(filled, first), loaded, start)
+
+
+def read_start(
+    call: Call, state: AveragedState, source: Path, shards: Sequence[Shard], targets: Sequence[torch.Tensor]
+) -> None:
+    """Collective: every rank must call it. Fill one tensor for each of some averaged shards from a model folder.
+
+    The folder may lack averaged buffers, which are not corrected.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, or of another model; the same on all ranks.
+    """
+    buffers = tuple(glob.escape(spec.fqn) for spec in state.plan.specs if spec.averaged and spec.is_buffer)
+    load_model(call.exchange, source, state.plan, shards, Escapes(new=buffers), targets)
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

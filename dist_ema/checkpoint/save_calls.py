@@ -20,6 +20,8 @@ from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.manifest import Manifest
+from dist_ema.errors import ConfigError
+from dist_ema.live.correction import Correction
 from dist_ema.live.distance import sum_refused
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.options import floating_dtype
@@ -48,6 +50,7 @@ class _Request:
         background: whether a thread writes.
         only_unchanged: whether the model may have changed.
         replaces_former: whether all saves of a run go to the same `target`.
+        correct: what corrects the average that is exported.
     """
 
     path: PathLike
@@ -59,6 +62,7 @@ class _Request:
     background: bool = False
     only_unchanged: bool = False
     replaces_former: bool = False
+    correct: Correction | None = None
 
 
 class _Prepared(NamedTuple):
@@ -142,6 +146,7 @@ class SaveCalls:
         max_shard_size: int | str,
         *,
         only_unchanged: bool,
+        correct: Correction | None = None,
     ) -> None:
         """Collective: every rank must call it. See `ShardedEMA.consolidate`."""
         self._write(
@@ -154,6 +159,7 @@ class SaveCalls:
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 only_unchanged=only_unchanged,
+                correct=correct,
             ),
         )
 
@@ -180,6 +186,8 @@ class SaveCalls:
         self._replicas.check(call.name, part.plan)
         if request.is_export:
             (pieces,) = tracks.values()
+            if request.correct is not None:
+                pieces = self._corrected(call, request, request.correct, pieces)
             write_export(exchange, target, files, pieces)
             return
         if self._state.options.skip_nonfinite:
@@ -191,6 +199,13 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
+        if request.correct is not None:
+            request.correct.check()
+            if request.only_unchanged:
+                raise ConfigError(
+                    "correct and only_unchanged are given: the correction needs the live weights of all averaged "
+                    "tensors. Leave one of them out"
+                )
         part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged), of_all=changes)
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
@@ -203,6 +218,12 @@ class SaveCalls:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
         return _Prepared(bool(request.background), target, manifest, tracks, files, part)
 
+    def _corrected(self, call: Call, request: _Request, correct: Correction, pieces: Pieces) -> Pieces:
+        """Collective where the correction reads from disk: the pieces with corrected values."""
+        values = correct(call, self._state.values(request.track))
+        corrected = {shard.box: value for shard, value in zip(self._state.shards, values, strict=True)}
+        return [(box, corrected.get(box, value)) for box, value in pieces]
+
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {
             "path": str(prepared.target),
@@ -210,6 +231,7 @@ class SaveCalls:
             "num_updates": prepared.manifest.num_updates,
             "kept_buffers": list(prepared.manifest.kept_buffers),
             "dtype": str(request.dtype),
+            "correct": repr(request.correct),
             "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),
             "background": prepared.background,
