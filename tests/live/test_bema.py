@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import world
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -62,7 +61,7 @@ def corrected_everywhere(layout: str, folder: str) -> None:
     start = f"{folder}/start"
     if rank == 0:
         os.makedirs(start)
-        plain = build("plain" if layout != "fsdp2" else "plain").state_dict()
+        plain = build("plain").state_dict()
         kept = {name: value for name, value in plain.items() if name in dict(whole_names(model))}
         save_file(kept | {name: value.clone() for name, value in steps[0].items()}, f"{start}/model.safetensors")
     tracked, read = Bema(**CONSTANTS), Bema(**CONSTANTS, start=start)
@@ -113,7 +112,7 @@ def test_the_corrected_view_and_both_exports_are_the_rule_of_the_paper(tmp_path)
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_two_ranks_see_the_same_corrected_weights_and_the_same_errors(tmp_path, layout) -> None:
+def test_two_ranks_see_the_same_corrected_weights_and_the_same_errors(world, tmp_path, layout) -> None:
     world(2).run(corrected_everywhere, layout, str(tmp_path))
 
 
@@ -136,7 +135,7 @@ def test_the_constants_are_checked_where_they_are_given() -> None:
     ):
         with pytest.raises(ConfigError):
             Bema(**wrong)
-    with pytest.raises(ConfigError, match="URL|s3"):
+    with pytest.raises(ConfigError, match="s3:"):
         Bema(start="s3://bucket/start")
     assert Bema().schedules == {"ema": BemaSchedule(), "start": MergeSchedule("linear", num_steps=1)}
     assert list(Bema(start="folder").schedules) == ["ema"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 
 import pytest
 import torch
@@ -83,7 +84,6 @@ def test_an_interrupt_within_a_blend_leaves_it_done_once_or_not_at_all(monkeypat
     live = copy.deepcopy(net.state_dict())
     once = {name: torch.lerp(value, averaged[name], 0.5) for name, value in live.items()}
     outcomes = set()
-    import sys
 
     def interrupted_at(number: int) -> bool:
         count = 0

@@ -26,13 +26,8 @@ def compare(constants: dict, update_freq: int, update_after: int, *, from_folder
     torch.manual_seed(0)
     model = GPT2LMHeadModel(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    names = {
-        "eta": "bias_power",
-        "kappa": "ema_power",
-        "rho": "lag",
-        "gamma": "multiplier",
-        "floor": "min_ema_multiplier",
-    }
+    names = {"eta": "bias_power", "kappa": "ema_power", "rho": "lag", "gamma": "multiplier"}
+    names["floor"] = "min_ema_multiplier"
     theirs = BEMACallback(
         update_freq=update_freq, update_after=update_after, **{names[name]: value for name, value in constants.items()}
     )
