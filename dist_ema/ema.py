@@ -450,25 +450,26 @@ class ShardedEMA:
         self,
         path: PathLike,
         *,
-        num_updates: int = 1,
+        num_updates: int | None = None,
         new: Patterns = None,
         dropped: Patterns = None,
     ) -> None:
-        """Collective: every rank must call it. Begin every track at the weights of a file.
+        """Collective: every rank must call it. Begin every track at weights, or at an average, of another library.
 
         Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
-                or one such file. The values are floating-point ones of any dtype; there is no checksum to compare. Of a
-                checkpoint that holds live weights and an average, the average is read: give the file of the live ones.
+            path: a model folder of transformers, diffusers (of its EMAModel too) or timm, a folder of PEFT, or a file
+                of safetensors or of torch.save, under this model's own names or with a known prefix, such as `module.`
+                (docs/coming_from.md has the forms). Of a file of torch.save tensors are read and nothing else. Of live
+                weights and an average in one place the average is read. There is no checksum to compare.
             num_updates: the counter of the average, where its schedules go on; at least 1, as update number 0 would
-                copy the live weights.
+                copy the live weights. By default the number that the file says, or 1.
             new: as in `load`.
             dropped: as in `load`.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or shapes differ from the model's.
-            CheckpointCorruptError: a file is missing or damaged.
+            CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+            CheckpointCorruptError: a file is missing or damaged, or a pickle of more than tensors.
             CommunicationError: some rank did not make the call.
         """
         self._calls(

@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from dist_ema.averaging.state import AveragedState
-from dist_ema.checkpoint.loading import Escapes, load_average, load_model
+from dist_ema.checkpoint.fitting import Escapes
+from dist_ema.checkpoint.loading import load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
+from dist_ema.errors import CheckpointMismatchError, agreed
 from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
 
@@ -31,15 +33,23 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
 
 
 def start_from(
-    call: Call, state: AveragedState, path: PathLike, num_updates: int, new: Patterns, dropped: Patterns
+    call: Call, state: AveragedState, path: PathLike, num_updates: int | None, new: Patterns, dropped: Patterns
 ) -> None:
     """Collective: every rank must call it. See `ShardedEMA.start_from`."""
     source, escapes = _agreed(call, path, new, dropped, num_updates=num_updates)
-    start = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
+    if num_updates is not None:
+        num_updates = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
     filled = call.exchange.agree(call.name, state.targets)
     first = next(iter(filled.values()))
-    loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
-    state.restore(dict.fromkeys(filled, first), loaded, start)
+    loaded, stored = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
+    if num_updates is None and stored == 0:  # the same on all ranks
+        raise agreed(
+            CheckpointMismatchError(
+                f"{source} is an average of 0 updates: its next update would copy the live weights. Begin without it, "
+                "or give num_updates=1 to average from its weights on"
+            )
+        )
+    state.restore(dict.fromkeys(filled, first), loaded, num_updates or stored or 1)
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

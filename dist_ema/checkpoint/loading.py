@@ -12,7 +12,6 @@ A load that fails changes no average: the caller gives tensors that are not in u
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import operator
 import os
@@ -25,37 +24,25 @@ import torch
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Shard
+from dist_ema.checkpoint.fitting import Escapes, fit_model, matches, other_model
 from dist_ema.checkpoint.nodes.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
 from dist_ema.checkpoint.nodes.views import blind_ranks
 from dist_ema.checkpoint.reading import read_boxes
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, read_header, read_small
+from dist_ema.disk.formats.headers import StoredModel, read_small
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedTensor
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, was_replaced
-from dist_ema.disk.sources import find_start
+from dist_ema.disk.starts import find_starts, sees_model
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Escapes", "load_average", "load_model"]
+__all__ = ["load_average", "load_model"]
 
 T = TypeVar("T")
 
 # One tensor per shard to be filled. A tensor that the checkpoint does not have stays as it is.
 Targets = Sequence[torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Escapes:
-    """Differences that are allowed.
-
-    Attributes:
-        new: glob patterns of names in this model that need not be in the checkpoint as they are now.
-        dropped: glob patterns of names in the checkpoint that need not be in this model.
-    """
-
-    new: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
 
 
 def load_average(
@@ -127,30 +114,31 @@ def load_model(
     shards: Sequence[Shard],
     escapes: Escapes,
     targets: Targets,
-) -> set[str]:
-    """Collective: every rank must call it. Read this rank's shards from a folder of safetensors without a manifest.
+) -> tuple[set[str], int | None]:
+    """Collective: every rank must call it. Read this rank's shards from weights of any library, without a manifest.
 
     Args:
         exchange: the control traffic of all ranks.
-        source: a model folder, a file, or a checkpoint that holds an average, which is read then.
+        source: a model folder, a file, or a checkpoint that holds an average, which is read then; see
+            `disk/starts.py`.
         plan: the model as boxes; a tied tensor may be stored under any of its names.
         shards: the averaged shards this rank owns.
         escapes: the differences that are allowed.
         targets: one contiguous tensor per shard to be filled, converted to its dtype.
 
     Returns:
-        The fqns whose values the folder has.
+        The fqns whose values the files have, and the number of updates of the average, where the files say it.
 
     Raises:
-        CheckpointMismatchError: names or shapes differ from the model's.
-        CheckpointCorruptError: files are missing or damaged.
+        CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+        CheckpointCorruptError: files are missing or damaged, or hold more than tensors.
     """
     action = f"loading {source}"
 
     def find(check: Callable[[], None]) -> _ModelRecord:
         state = generation([source])
-        start = find_start(source)
-        return _ModelRecord(start.folder, start.model, _stored_names(start.path, start.model, plan, escapes), state)
+        fit = fit_model(source, find_starts(source), plan, escapes)
+        return _ModelRecord(fit.start.folder, fit.start.model, fit.names, fit.num_updates, state)
 
     record = _steadily(
         exchange,
@@ -164,33 +152,40 @@ def load_model(
             _ModelRecord.from_json,
             lambda: 0 if os.path.lexists(source) else None,
         ),
-        sees=lambda record: _sees_model(record.folder, record.model),
+        sees=lambda record: sees_model(record.folder, record.model),
         fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
             shards, record.names, targets, {}
         ),
         # The headers may be alike before and after: only rank 0 can see a replacement, by the generation of the folder.
         replaced=lambda record: exchange.rank == 0 and generation([source]) != record.state,
     )
-    return set(record.names)
+    return set(record.names), record.num_updates
 
 
 @dataclasses.dataclass(frozen=True)
 class _ModelRecord:
-    """A model folder, or a file, as rank 0 sees it; `state` is its generation, and stays on rank 0."""
+    """Weights as rank 0 sees them; `state` is the generation of their files, and stays on rank 0."""
 
     folder: Path
     model: StoredModel
     names: Mapping[str, str]
+    num_updates: int | None
     state: object = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, for the other ranks."""
-        return {"folder": str(self.folder), "model": self.model.to_json(), "names": dict(self.names)}
+        return {
+            "folder": str(self.folder),
+            "model": self.model.to_json(),
+            "names": dict(self.names),
+            "num_updates": self.num_updates,
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> _ModelRecord:
         """The record, of what `to_json` returned."""
-        return cls(Path(record["folder"]), StoredModel.from_json(record["model"]), record["names"])
+        model = StoredModel.from_json(record["model"])
+        return cls(Path(record["folder"]), model, record["names"], record["num_updates"])
 
 
 def _steadily(
@@ -299,23 +294,12 @@ def _sees_average(saved: SavedAverage) -> bool:
         return False
 
 
-def _sees_model(folder: Path, model: StoredModel) -> bool:
-    try:
-        return all(read_header(folder / name) == file for name, file in model.files.items())
-    except (OSError, DistEMAError):
-        return False
-
-
 def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
     if set(saved.manifest.tracks) != set(tracks):
         raise CheckpointMismatchError(
             f"{saved.folder} holds the tracks {sorted(saved.manifest.tracks)}, expected {sorted(tracks)}: give the "
             "same track names as the run that saved it"
         )
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
@@ -325,11 +309,11 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
     """
     tensors = {fqn: tensor for fqn, tensor in saved.manifest.tensors.items() if not fqn.endswith(EXTRA_STATE)}
     expected = {fqn: tensor for fqn, tensor in expected.items() if not fqn.endswith(EXTRA_STATE)}
-    missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
+    missing = [fqn for fqn in expected if fqn not in tensors and not matches(fqn, escapes.new)]
     different = []
-    extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
+    extra = [fqn for fqn in tensors if fqn not in expected and not matches(fqn, escapes.dropped)]
     if missing or extra:
-        raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
+        raise CheckpointMismatchError(other_model(saved.folder, missing, extra))
     common = set()
     for fqn, wanted in expected.items():
         stored = tensors.get(fqn)
@@ -337,7 +321,7 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
         alike = stored is not None and (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
         if stored is not None and alike and (stored.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
-        elif stored is not None and not _matches(fqn, escapes.new):
+        elif stored is not None and not matches(fqn, escapes.new):
             different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
@@ -348,36 +332,5 @@ def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], es
     return common
 
 
-def _other_model(folder: Path, missing: Sequence[str], extra: Sequence[str]) -> str:
-    return (
-        f"{folder} is of another model: {len(missing)} tensors of this model are not in it {list(missing[:3])}, "
-        f"{len(extra)} of its tensors are not in this model {list(extra[:3])}. If that is intended, name them by "
-        "patterns: load(..., new='head.*') starts those from the live weights, dropped='old_head.*' leaves those out"
-    )
-
-
 def _shown(saved: SavedTensor) -> str:
     return f"{saved.dtype}{list(saved.shape)}, {'averaged' if saved.averaged else 'live'}"
-
-
-def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes) -> dict[str, str]:
-    """Fqn -> stored name of the averaged tensors that do not start from the live weights."""
-    other_names = plan.names_of_tensors
-    names, missing = {}, []
-    for spec in plan.specs:
-        if not spec.averaged:
-            continue
-        name = next((name for name in other_names[spec.fqn] if name in model.tensors), None)
-        if name is not None and model.tensors[name].shape == spec.shape:
-            if not getattr(torch, TORCH_DTYPES[model.tensors[name].dtype]).is_floating_point:
-                raise CheckpointMismatchError(f"{folder} has {name} as {model.tensors[name].dtype}, expected floats")
-            names[spec.fqn] = name
-        elif not _matches(spec.fqn, escapes.new):
-            existing = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
-            missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
-    known = {name for of_tensor in other_names.values() for name in of_tensor}
-    known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
-    extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
-    if missing or extra:
-        raise CheckpointMismatchError(_other_model(folder, missing, extra))
-    return names
