@@ -124,8 +124,8 @@ class PartBytes:
 
 
 def _load(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path)
         # timm's training script saves its options beside the weights: a bag of values, as torch's own classes are.
