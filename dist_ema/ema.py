@@ -77,6 +77,11 @@ class ShardedEMA:
         exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
             live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
             be named here, and is left out of the files.
+        trainable_only: average only the parameters that require a gradient when the average is built, of those that
+            `include` and `exclude` leave in. None: True if PEFT has put adapters into a frozen model, else False.
+            Buffers follow `update_buffers`.
+        averaged_only: have files hold the averaged tensors alone: no frozen weights, no live buffers, no extra state.
+            Nothing else need be storable then (quantised weights). None: as for `trainable_only`.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
             takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
             and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
@@ -121,6 +126,8 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        trainable_only: bool | None = None,
+        averaged_only: bool | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
@@ -141,6 +148,8 @@ class ShardedEMA:
             device=device,
             include=include,
             exclude=exclude,
+            trainable_only=trainable_only,
+            averaged_only=averaged_only,
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,

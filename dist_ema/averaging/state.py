@@ -49,6 +49,7 @@ class AveragedState:
 
     Attributes:
         plan: the model as boxes.
+        in_files: the part of the plan that files hold; who owns what is as in the whole plan.
         options: the options of the user.
         schedules: track name -> schedule.
         shards: the boxes whose average this rank keeps.
@@ -58,6 +59,7 @@ class AveragedState:
 
     def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
         self.plan = plan
+        self.in_files = plan.averaged_part() if options.averaged_only else plan
         self.options = options
         self.schedules = dict(schedules)
         self.shards = plan.owned(averaged=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.shards import EXTRA_STATE
 from dist_ema.checkpoint.loading import Escapes, load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
+from dist_ema.disk.manifest import Manifest
 from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
+from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["load", "start_from"]
 
@@ -21,9 +25,11 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     exchange = call.exchange
     now = manifest_of(state, exchange.world_size)
     filled = exchange.agree(call.name, state.targets)
+    not_in_files = set(state.plan.names).difference(state.in_files.names_in_plan)
     saved, loaded = load_average(
-        exchange, source, state.to_load, state.fqns_to_load, now, escapes, filled, verify=verify
+        exchange, source, state.to_load, state.fqns_to_load, now, not_in_files, escapes, filled, verify=verify
     )
+    _warn_of_other_tensors(exchange, source, saved, now, not_in_files)
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
@@ -40,6 +46,30 @@ def start_from(
     first = next(iter(filled.values()))
     loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
     state.restore(dict.fromkeys(filled, first), loaded, start)
+
+
+def _warn_of_other_tensors(
+    exchange: Exchange, source: Path, saved: Manifest, now: Manifest, not_in_files: Collection[str]
+) -> None:
+    """Collective: every rank must call it. Warn of tensors that are not averaged, and are in the files of one side."""
+    more = [
+        fqn
+        for fqn, stored in saved.tensors.items()
+        if not fqn.endswith(EXTRA_STATE)
+        and (fqn in not_in_files or (stored.averaged and fqn in now.tensors and not now.tensors[fqn].averaged))
+    ]
+    fewer = [fqn for fqn, wanted in now.tensors.items() if fqn not in saved.tensors and not wanted.averaged]
+    if more:
+        exchange.warn(
+            f"{source} has {len(more)} tensors that this run does not average ({more[0]}, ...), since it was saved "
+            "with other options (trainable_only, averaged_only, exclude): they are not read. Saves of this run have "
+            "their live values, or with averaged_only=True leave them out"
+        )
+    if fewer and saved.options.get("averaged_only"):
+        exchange.warn(
+            f"{source} was saved with averaged_only=True, without {len(fewer)} tensors that this run does not average "
+            f"({fewer[0]}, ...): these keep their live values, which saves of this run have"
+        )
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

@@ -64,6 +64,7 @@ def load_average(
     shards: Sequence[Shard],
     fqns: Collection[str],
     now: Manifest,
+    not_in_files: Collection[str],
     escapes: Escapes,
     targets: Mapping[str, Targets],
     *,
@@ -77,6 +78,7 @@ def load_average(
         shards: the shards of this rank.
         fqns: the names in the shards of all ranks, which together have every element of these tensors.
         now: the manifest that this run would write; tracks and tensors must be the same in the checkpoint.
+        not_in_files: the names of the model's tensors that this run would not write; the checkpoint may have them.
         escapes: the differences that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
         verify: whether the checksums of what is read are compared.
@@ -95,11 +97,11 @@ def load_average(
     def find() -> SavedAverage:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
-        _common_tensors(saved, now.tensors, escapes)
+        _common_tensors(saved, now, not_in_files, escapes)
         return saved
 
     def fill(saved: SavedAverage, blind: RankRuns) -> None:
-        wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
+        wanted = _common_tensors(saved, now, not_in_files, escapes).intersection(fqns)
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
             checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
@@ -117,7 +119,7 @@ def load_average(
         fill=fill,
         replaced=was_replaced,
     )
-    return saved.manifest, _common_tensors(saved, now.tensors, escapes)
+    return saved.manifest, _common_tensors(saved, now, not_in_files, escapes)
 
 
 def load_model(
@@ -318,32 +320,44 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
+def _common_tensors(saved: SavedAverage, now: Manifest, not_in_files: Collection[str], escapes: Escapes) -> set[str]:
     """The tensors of this run that the checkpoint has as this run expects them.
 
-    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it.
+    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it. Tensors
+    that are not averaged may be missing on either side, if an option says so: their values are the live ones.
     """
     tensors = {fqn: tensor for fqn, tensor in saved.manifest.tensors.items() if not fqn.endswith(EXTRA_STATE)}
-    expected = {fqn: tensor for fqn, tensor in expected.items() if not fqn.endswith(EXTRA_STATE)}
-    missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
+    expected = {fqn: tensor for fqn, tensor in now.tensors.items() if not fqn.endswith(EXTRA_STATE)}
+    has_averaged_only = bool(saved.manifest.options.get("averaged_only"))
+    was_averaged = bool(now.options["trainable_only"]) and not saved.manifest.options.get("trainable_only")
+    missing = [
+        fqn
+        for fqn, wanted in expected.items()
+        if fqn not in tensors and (wanted.averaged or not has_averaged_only) and not _matches(fqn, escapes.new)
+    ]
     different = []
-    extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
+    extra = [
+        fqn for fqn in tensors if fqn not in expected and fqn not in not_in_files and not _matches(fqn, escapes.dropped)
+    ]
     if missing or extra:
         raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
     common = set()
     for fqn, wanted in expected.items():
         stored = tensors.get(fqn)
+        if stored is None or (was_averaged and stored.averaged and not wanted.averaged):
+            continue
         # A tensor that is not averaged may have another dtype: FSDP1 casts buffers at its first forward.
-        alike = stored is not None and (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
-        if stored is not None and alike and (stored.dtype == wanted.dtype or not wanted.averaged):
+        alike = (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
+        if alike and (stored.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
-        elif stored is not None and not _matches(fqn, escapes.new):
+        elif not _matches(fqn, escapes.new):
             different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
             f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
             "tensors differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
-            "exclude). To start the averages of such tensors from the live weights, name them: load(..., new='head.*')"
+            "exclude, trainable_only). To start the averages of such tensors from the live weights, name them: "
+            "load(..., new='head.*')"
         )
     return common
 
@@ -375,7 +389,7 @@ def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes
         elif not _matches(spec.fqn, escapes.new):
             existing = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
             missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
-    known = {name for of_tensor in other_names.values() for name in of_tensor}
+    known = set(plan.names)
     known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
     extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
     if missing or extra:

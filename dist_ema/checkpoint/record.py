@@ -22,9 +22,9 @@ def manifest_of(
         state: the averages of this rank.
         world_size: the number of ranks that write them.
         floating: the dtype that every floating-point tensor gets; None keeps its own.
-        part: the part of the plan that is written (`Plan.only`); None for the whole plan.
+        part: the part of the plan that is written (`Plan.only`); None for all that files hold.
     """
-    plan = part or state.plan
+    plan = part or state.in_files
     dtypes = state.dtypes(floating)
     stored = {} if floating is None else {"dtype": dtype_name(floating)}
     return Manifest(

@@ -191,9 +191,14 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged), of_all=changes)
+        part = Part.of(
+            state.plan,
+            only_unchanged=bool(request.only_unchanged),
+            averaged_only=bool(state.options.averaged_only),
+            of_all=changes,
+        )
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
-        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
+        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=not part.is_whole)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)

@@ -97,7 +97,7 @@ class Manifest:
         return sentences + [
             f"it was saved with {key}={saved.options[key]!r}; this run goes on with {key}={value!r}"
             for key, value in self.options.items()
-            if key in saved.options and saved.options[key] != value
+            if key in saved.options and saved.options[key] != value and key not in _OF_TENSORS
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -282,3 +282,5 @@ def _total_steps(schedule: Mapping[str, Any]) -> int | None:
 
 
 _DEEPEST = 32
+# The options that leave tensors out. A load compares the tensors, and speaks of these.
+_OF_TENSORS = ("trainable_only", "averaged_only")
