@@ -216,7 +216,7 @@ class ShardedEMA:
         self._state.refuse_while_swapped("update")
         _update(self._state, self._standstill, found_inf)
 
-    def average_parameters(self, track: str | None = None) -> Swap:
+    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -227,13 +227,18 @@ class ShardedEMA:
 
         Args:
             track: the name of the average; may be left out if there is one.
+            keep_buffers: keep the persistent buffers that are in the model at the end of the block with this average,
+                for `torch.optim.swa_utils.update_bn` within the block. They fit the averaged weights of now: swaps,
+                state dicts and files show them until an update moves the average. From then on the live buffers are
+                shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
+                replaces its average, which goes on from there. After an exception in the block nothing is kept.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or buffers of a teacher are to be kept.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Collective where `average_parameters` is.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_ema.boxes.owners import Division
-from dist_ema.boxes.shards import Shard, TensorSpec
+from dist_ema.boxes.shards import EXTRA_STATE, Shard, TensorSpec
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 
 __all__ = ["Plan", "Remains"]
@@ -58,15 +58,22 @@ class Plan:
     check_model: Callable[[], None]
     remains: Callable[[], Remains]
 
-    def averaged_part(self) -> Plan:
-        """The part of the plan that is averaged; who owns what stays as it is."""
-        specs = tuple(spec for spec in self.specs if spec.averaged)
-        fqns = {spec.fqn for spec in specs}
+    def averaged_part(self, *, with_buffers: bool = False) -> Plan:
+        """The part of the plan that is averaged; who owns what stays as it is.
+
+        Args:
+            with_buffers: whether the other buffers are in it too, without extra state.
+        """
+        buffers = self.live_buffers(extra_state=False).divisions if with_buffers else ()
+        fqns = {spec.fqn for spec in self.specs if spec.averaged}
+        if with_buffers:
+            fqns |= {spec.fqn for spec in self.specs if spec.is_buffer and not spec.fqn.endswith(EXTRA_STATE)}
+        specs = tuple(spec for spec in self.specs if spec.fqn in fqns)
         return dataclasses.replace(
             self,
             specs=specs,
             aliases={alias: fqn for alias, fqn in self.aliases.items() if fqn in fqns},
-            divisions=tuple(division for division in self.divisions if division.averaged),
+            divisions=(*(division for division in self.divisions if division.averaged), *buffers),
         )
 
     def live_buffers(self, *, extra_state: bool) -> Plan:

@@ -23,17 +23,26 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     """Collective: every rank must call it. See `ShardedEMA.load`."""
     source, escapes = _agreed(call, path, new, dropped, verify=verify)
     exchange = call.exchange
-    now = manifest_of(state, exchange.world_size)
+    now = manifest_of(state, exchange.world_size, part=state.plan)
     filled = exchange.agree(call.name, state.targets)
-    not_in_files = set(state.plan.names).difference(state.in_files.names_in_plan)
-    saved, loaded = load_average(
-        exchange, source, state.to_load, state.fqns_to_load, now, not_in_files, escapes, filled, verify=verify
+    kept = state.plan.live_buffers(extra_state=False) if state.takes_buffers else None
+    saved, loaded, buffers = load_average(
+        exchange,
+        source,
+        state.to_load,
+        state.fqns_to_load,
+        now,
+        state.plan.left_out,
+        escapes,
+        filled,
+        kept,
+        verify=verify,
     )
-    _warn_of_other_tensors(exchange, source, saved, now, not_in_files)
+    _warn_of_other_tensors(exchange, source, saved, now, state.plan.left_out)
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(filled, loaded, saved.num_updates, num_refused=refused)
+    state.restore(filled, loaded, saved.num_updates, num_refused=refused, buffers=buffers)
 
 
 def start_from(
@@ -49,26 +58,24 @@ def start_from(
 
 
 def _warn_of_other_tensors(
-    exchange: Exchange, source: Path, saved: Manifest, now: Manifest, not_in_files: Collection[str]
+    exchange: Exchange, source: Path, saved: Manifest, now: Manifest, left_out: Collection[str]
 ) -> None:
-    """Collective: every rank must call it. Warn of tensors that are not averaged, and are in the files of one side."""
-    more = [
-        fqn
-        for fqn, stored in saved.tensors.items()
-        if not fqn.endswith(EXTRA_STATE)
-        and (fqn in not_in_files or (stored.averaged and fqn in now.tensors and not now.tensors[fqn].averaged))
-    ]
-    fewer = [fqn for fqn, wanted in now.tensors.items() if fqn not in saved.tensors and not wanted.averaged]
-    if more:
+    """Collective: every rank must call it. Warn of tensors that are not averaged, and that one side alone writes."""
+    live = {fqn for fqn, tensor in now.tensors.items() if not tensor.averaged and not fqn.endswith(EXTRA_STATE)}
+    not_read = [fqn for fqn, stored in saved.tensors.items() if fqn in left_out or (fqn in live and stored.averaged)]
+    if now.options["averaged_only"] and not saved.options.get("averaged_only"):
+        not_read = [fqn for fqn in saved.tensors if fqn in left_out or fqn in live]
+    if not_read:
         exchange.warn(
-            f"{source} has {len(more)} tensors that this run does not average ({more[0]}, ...), since it was saved "
-            "with other options (trainable_only, averaged_only, exclude): they are not read. Saves of this run have "
-            "their live values, or with averaged_only=True leave them out"
+            f"{source} has {len(not_read)} tensors that this run does not average ({not_read[0]}, ...), as it was "
+            "saved with other options (trainable_only, averaged_only, exclude): they are not read. Files of this run "
+            "have their live values, or with averaged_only=True nothing of them"
         )
-    if fewer and saved.options.get("averaged_only"):
+    missing = [fqn for fqn in now.tensors if fqn in live and fqn not in saved.tensors]
+    if missing and saved.options.get("averaged_only") and not now.options["averaged_only"]:
         exchange.warn(
-            f"{source} was saved with averaged_only=True, without {len(fewer)} tensors that this run does not average "
-            f"({fewer[0]}, ...): these keep their live values, which saves of this run have"
+            f"{source} was saved with averaged_only=True, without {len(missing)} tensors that are not averaged "
+            f"({missing[0]}, ...): they keep their live values, which files of this run have"
         )
 
 

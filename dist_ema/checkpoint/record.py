@@ -33,6 +33,7 @@ def manifest_of(
         tracks={name: schedule_to_json(schedule) for name, schedule in state.schedules.items()},
         tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
         aliases=plan.aliases,
+        kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
         written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
     )
 

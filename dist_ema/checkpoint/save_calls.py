@@ -191,16 +191,13 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(
-            state.plan,
-            only_unchanged=bool(request.only_unchanged),
-            averaged_only=bool(state.options.averaged_only),
-            of_all=changes,
-        )
+        part = Part.of(state.plan, state.in_files, only_unchanged=bool(request.only_unchanged), of_all=changes)
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=not part.is_whole)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
+        if rank == 0 and changes is None:
+            self.warnings.tell_of_lost_buffers(state, names)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
@@ -211,6 +208,7 @@ class SaveCalls:
             "path": str(prepared.target),
             "tracks": list(prepared.tracks),
             "num_updates": prepared.manifest.num_updates,
+            "kept_buffers": list(prepared.manifest.kept_buffers),
             "dtype": str(request.dtype),
             "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),

@@ -55,21 +55,20 @@ class Part:
     own: Changes = _NOTHING
 
     @staticmethod
-    def of(plan: Plan, *, only_unchanged: bool, averaged_only: bool, of_all: Changes | None = None) -> Part:
+    def of(plan: Plan, in_files: Plan, *, only_unchanged: bool, of_all: Changes | None = None) -> Part:
         """The whole plan, or what remains of it. No communication.
 
         Args:
             plan: the plan.
+            in_files: the part of the plan that files hold.
             only_unchanged: whether the model may have changed.
-            averaged_only: whether files hold the averaged tensors alone.
             of_all: the changes of all ranks; None for those of this rank alone.
 
         Raises:
             ModelChangedError: the model has changed, and `only_unchanged` is False or nothing remains.
             RankMismatchError: a tensor has changed on some of the ranks that hold it.
         """
-        in_files = plan.averaged_part() if averaged_only else plan
-        is_whole = len(in_files.specs) == len(plan.specs) and not (averaged_only and plan.left_out)
+        is_whole = in_files is plan or (len(in_files.specs) == len(plan.specs) and not plan.left_out)
         if not only_unchanged:
             plan.check_model()
             return Part(in_files, is_whole)
