@@ -62,9 +62,12 @@ def _warn_of_other_tensors(
 ) -> None:
     """Collective: every rank must call it. Warn of tensors that are not averaged, and that one side alone writes."""
     live = {fqn for fqn, tensor in now.tensors.items() if not tensor.averaged and not fqn.endswith(EXTRA_STATE)}
-    not_read = [fqn for fqn, stored in saved.tensors.items() if fqn in left_out or (fqn in live and stored.averaged)]
-    if now.options["averaged_only"] and not saved.options.get("averaged_only"):
-        not_read = [fqn for fqn in saved.tensors if fqn in left_out or fqn in live]
+    by_saved = bool(now.options["averaged_only"]) and not saved.options.get("averaged_only")
+    not_read = [
+        fqn
+        for fqn, stored in saved.tensors.items()
+        if not fqn.endswith(EXTRA_STATE) and (fqn in left_out or (fqn in live and (stored.averaged or by_saved)))
+    ]
     if not_read:
         exchange.warn(
             f"{source} has {len(not_read)} tensors that this run does not average ({not_read[0]}, ...), as it was "
