@@ -83,8 +83,8 @@ class SaveWarnings:
         if lost:
             self._warned_of_buffers = True
             tell(
-                f"the buffers that were kept with the average (track {', '.join(lost)}) fitted its former weights, and an "
-                "update has moved it since: what is written has the live buffers. To write recalibrated ones, run "
+                f"the buffers that were kept with the average (track {', '.join(lost)}) fitted its former weights, and "
+                "an update has moved it since: what is written has the live buffers. To write recalibrated ones, run "
                 "update_bn in average_parameters(keep_buffers=True) after the last update before the save"
             )
 
