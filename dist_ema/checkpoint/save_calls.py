@@ -195,12 +195,14 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged), of_all=changes)
+        part = Part.of(state.plan, state.in_files, only_unchanged=bool(request.only_unchanged), of_all=changes)
         # Rank 0 decides, and writes the small files: the module of another stage of a pipeline has no configuration.
         decided = self._decided(part, dtype) if rank == 0 else PLAIN_FORM
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, decided)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
+        if rank == 0 and changes is None:
+            self.warnings.tell_of_lost_buffers(state, names)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
@@ -214,7 +216,7 @@ class SaveCalls:
                 written={spec.fqn: (spec.shape, dtypes[spec.fqn]) for spec in part.plan.specs},
                 aliases=part.plan.aliases,
                 names=self._state.plan.names,
-                is_part=part.has_changed,
+                is_part=not part.is_whole,
                 dtype=dtype or self._state.options.dtype,
             )
         )
@@ -235,6 +237,7 @@ class SaveCalls:
             "path": str(prepared.target),
             "tracks": list(prepared.tracks),
             "num_updates": prepared.manifest.num_updates,
+            "kept_buffers": list(prepared.manifest.kept_buffers),
             "dtype": str(request.dtype),
             "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),

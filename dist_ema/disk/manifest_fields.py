@@ -28,6 +28,7 @@ __all__ = [
     "from_hex",
     "hexadecimal",
     "json_object",
+    "names",
     "rule",
     "rule_of",
     "tensors",
@@ -121,6 +122,13 @@ def written_tensors(value: Mapping[str, SavedTensor]) -> dict[str, Any]:
 def aliases(value: object) -> dict[str, str]:
     """Further names of tensors and the names that they are stored under."""
     return {_name(alias): _name(fqn) for alias, fqn in json_object(value).items()}
+
+
+def names(value: object) -> tuple[str, ...]:
+    """A list of names."""
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list of names, found {type(value).__name__}")
+    return tuple(map(_name, value))
 
 
 def files(value: object) -> dict[str, SavedFile]:
