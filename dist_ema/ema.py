@@ -77,6 +77,11 @@ class ShardedEMA:
         exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
             live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
             be named here, and is left out of the files.
+        trainable_only: average only the parameters that require a gradient when the average is built, of those that
+            `include` and `exclude` leave in. None: True if PEFT has put adapters into a frozen model, else False.
+            Buffers follow `update_buffers`.
+        averaged_only: have files hold the averaged tensors alone: no frozen weights, no live buffers, no extra state.
+            Nothing else need be storable then (quantised weights). None: as for `trainable_only`.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
             takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
             and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
@@ -121,6 +126,8 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        trainable_only: bool | None = None,
+        averaged_only: bool | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
@@ -141,6 +148,8 @@ class ShardedEMA:
             device=device,
             include=include,
             exclude=exclude,
+            trainable_only=trainable_only,
+            averaged_only=averaged_only,
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
@@ -148,7 +157,7 @@ class ShardedEMA:
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
-        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
@@ -207,7 +216,7 @@ class ShardedEMA:
         self._state.refuse_while_swapped("update")
         _update(self._state, self._standstill, found_inf)
 
-    def average_parameters(self, track: str | None = None) -> Swap:
+    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -218,13 +227,18 @@ class ShardedEMA:
 
         Args:
             track: the name of the average; may be left out if there is one.
+            keep_buffers: keep the persistent buffers that are in the model at the end of the block with this average,
+                for `torch.optim.swa_utils.update_bn` within the block. They fit the averaged weights of now: swaps,
+                state dicts and files show them until an update moves the average. From then on the live buffers are
+                shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
+                replaces its average, which goes on from there. After an exception in the block nothing is kept.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or buffers of a teacher are to be kept.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Collective where `average_parameters` is.

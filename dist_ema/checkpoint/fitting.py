@@ -32,6 +32,8 @@ __all__ = ["Escapes", "Fit", "fit_model", "matches", "other_model"]
 # What tools put before all names, and whether it says that the tensors are an average.
 _PREFIXES = {"module.": False, "ema_model.": True, "averaged_model.": True, "model.": False}
 _MOST_PREFIXES = 3
+# What transformers and diffusers put before the names of an adapter that was added without a PeftModel.
+_BEFORE_ADAPTERS = ("", "base_model.model.", "unet.", "transformer.")
 # What wrappers put anywhere into a name.
 _WITHIN = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -105,7 +107,7 @@ def fit_model(source: Path, starts: Sequence[Start], plan: Plan, escapes: Escape
         CheckpointMismatchError: none fit, or several do and the file does not say which are the average.
     """
     other_names = plan.names_of_tensors
-    known = {name for names in other_names.values() for name in names}
+    known = set(plan.names)
     wanted = {spec.fqn: other_names[spec.fqn] for spec in plan.specs if spec.averaged}
     required = [names for fqn, names in wanted.items() if not matches(fqn, escapes.new)]
     ways = [(start, way) for start in starts for way in _ways(start, required, known)]
@@ -196,7 +198,7 @@ def _stored_by_adapter(top: str, inner: Sequence[str]) -> Callable[[str], Sequen
 
 
 def _without(fqn: str, adapter: str) -> list[str]:
-    """The names that PEFT may give a tensor of an adapter in a file. See `get_peft_model_state_dict`."""
+    """The names that a tensor of an adapter may have in a file: those of PEFT, which a test compares, come first."""
     parts = fqn.split(".")
     names = []
     for at, part in enumerate(parts):
@@ -207,7 +209,7 @@ def _without(fqn: str, adapter: str) -> list[str]:
                 names.append([*before[:-1], *behind])
             if before[-1] == "lora_magnitude_vector" and behind == ["weight"]:
                 names.append(before)
-    return [".".join(name) for name in names]
+    return [before + ".".join(name) for before in _BEFORE_ADAPTERS for name in names]
 
 
 def _fits(start: Start, way: Way, required: Sequence[Sequence[str]]) -> bool:
@@ -273,8 +275,7 @@ def _check(fit: Fit, plan: Plan, escapes: Escapes) -> None:
 def _unknown(fit: Fit, plan: Plan, escapes: Escapes) -> list[str]:
     """The tensors of the file that are not in the model, and that the user has not named as such."""
     start, way = fit.start, fit.way
-    names = [name for of_tensor in plan.names_of_tensors.values() for name in of_tensor]
-    known = {stored for name in names for stored in (*way.stored(name), *([] if way.prefix else [name]))}
+    known = {stored for name in plan.names for stored in (*way.stored(name), *([] if way.prefix else [name]))}
     unknown = []
     for stored in start.model.tensors:
         own = stored.removeprefix(way.prefix)

@@ -23,26 +23,23 @@ import torch
 
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
-from dist_ema.boxes.shards import EXTRA_STATE, Shard
+from dist_ema.boxes.shards import EXTRA_STATE, Box, Shard
 from dist_ema.checkpoint.fitting import Escapes, fit_model, matches, other_model
 from dist_ema.checkpoint.nodes.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
 from dist_ema.checkpoint.nodes.views import blind_ranks
-from dist_ema.checkpoint.reading import read_boxes
+from dist_ema.checkpoint.reading import ModelReading, Targets
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
-from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
+from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import StoredModel, read_small
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedTensor
-from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, was_replaced
+from dist_ema.disk.saved_average import SavedAverage, read_saved, was_replaced
 from dist_ema.disk.starts import find_starts, sees_model
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
+from dist_ema.errors import CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["load_average", "load_model"]
 
 T = TypeVar("T")
-
-# One tensor per shard to be filled. A tensor that the checkpoint does not have stays as it is.
-Targets = Sequence[torch.Tensor]
 
 
 def load_average(
@@ -51,11 +48,13 @@ def load_average(
     shards: Sequence[Shard],
     fqns: Collection[str],
     now: Manifest,
+    left_out: Collection[str],
     escapes: Escapes,
     targets: Mapping[str, Targets],
+    buffers: Plan | None,
     *,
     verify: bool,
-) -> tuple[Manifest, set[str]]:
+) -> tuple[Manifest, set[str], Mapping[str, Mapping[Box, torch.Tensor]]]:
     """Collective: every rank must call it. Read the averaged values of this rank's shards.
 
     Args:
@@ -63,13 +62,17 @@ def load_average(
         target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
         shards: the shards of this rank.
         fqns: the names in the shards of all ranks, which together have every element of these tensors.
-        now: the manifest that this run would write; tracks and tensors must be the same in the checkpoint.
+        now: the manifest of all tensors of this run's plan; tracks and tensors must be the same in the checkpoint,
+            except where an option leaves out what is not averaged.
+        left_out: the names in the model that are not in the plan; the checkpoint may have them.
         escapes: the differences that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
+        buffers: the buffers to read besides, of the tracks with which they were kept; None for none.
         verify: whether the checksums of what is read are compared.
 
     Returns:
-        The checkpoint's manifest, and the fqns whose values it has.
+        The checkpoint's manifest, the fqns whose values it has, and per track what this rank holds of the buffers that
+        were kept with its average.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -82,17 +85,23 @@ def load_average(
     def find() -> SavedAverage:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
-        _common_tensors(saved, now.tensors, escapes)
+        _common_tensors(saved, now, left_out, escapes)
         return saved
 
+    kept: dict[str, Mapping[Box, torch.Tensor]] = {}
+
     def fill(saved: SavedAverage, blind: RankRuns) -> None:
-        wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
+        common = _common_tensors(saved, now, left_out, escapes)
+        wanted = common.intersection(fqns)
+        kept.clear()
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
             checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
             expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
-            loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
+            loading = ModelReading(exchange, action, saved.folder_of(track), saved.models[track], blind)
             loading.run(shards, names, targets[track], expected)
+            if buffers is not None and track in saved.manifest.kept_buffers:
+                kept[track] = loading.kept(buffers, common, checksums if verify else {})
 
     saved = _steadily(
         exchange,
@@ -104,7 +113,7 @@ def load_average(
         fill=fill,
         replaced=was_replaced,
     )
-    return saved.manifest, _common_tensors(saved, now.tensors, escapes)
+    return saved.manifest, _common_tensors(saved, now, left_out, escapes), kept
 
 
 def load_model(
@@ -153,7 +162,7 @@ def load_model(
             lambda: 0 if os.path.lexists(source) else None,
         ),
         sees=lambda record: sees_model(record.folder, record.model),
-        fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
+        fill=lambda record, blind: ModelReading(exchange, action, record.folder, record.model, blind).run(
             shards, record.names, targets, {}
         ),
         # The headers may be alike before and after: only rank 0 can see a replacement, by the generation of the folder.
@@ -238,49 +247,6 @@ def _steadily(
             raise attempts.refusal() from failure
 
 
-class _Loading:
-    """Reading one model folder into the shards of all ranks."""
-
-    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: RankRuns) -> None:
-        self._exchange = exchange
-        self._action = action
-        self._folder = folder
-        self._model = model
-        self._blind = blind
-        self._sizes_bytes = {name: stored.nbytes for name, stored in model.tensors.items()}
-
-    def run(
-        self, shards: Sequence[Shard], names: Mapping[str, str], values: Targets, expected: Mapping[str, int]
-    ) -> None:
-        """Collective. Fill the tensors of the shards.
-
-        Args:
-            shards: the shards of this rank.
-            names: fqn of a shard -> its stored name, where there is one.
-            values: one tensor per shard.
-            expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
-        """
-        tensors = self._model.tensors
-        wanted = [
-            (names[shard.fqn], dataclasses.replace(shard.box, fqn=names[shard.fqn]), value)
-            for shard, value in zip(shards, values, strict=True)
-            if shard.fqn in names
-        ]
-        partial = PartialChecksums(self._sizes_bytes)
-        failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
-        self._exchange.raise_together(self._action, failure)
-        if expected:
-            combined = self._exchange.xor_on_rank_0(partial.partial())
-
-            def check() -> None:
-                checksums = whole_checksums(self._sizes_bytes, combined or [])
-                damaged = [name for name, value in expected.items() if checksums[name] != value]
-                if damaged:
-                    raise CheckpointCorruptError(damage_text(self._folder, damaged))
-
-            self._exchange.on_rank_0(self._action, check)
-
-
 def _sees_average(saved: SavedAverage) -> bool:
     try:
         if checksum(read_small(saved.folder / MANIFEST_NAME)) != saved.manifest_checksum:
@@ -302,32 +268,46 @@ def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
         )
 
 
-def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
+def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str], escapes: Escapes) -> set[str]:
     """The tensors of this run that the checkpoint has as this run expects them.
 
-    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it.
+    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it. Neither
+    is what is not averaged, if this run does not write it.
     """
     tensors = {fqn: tensor for fqn, tensor in saved.manifest.tensors.items() if not fqn.endswith(EXTRA_STATE)}
-    expected = {fqn: tensor for fqn, tensor in expected.items() if not fqn.endswith(EXTRA_STATE)}
-    missing = [fqn for fqn in expected if fqn not in tensors and not matches(fqn, escapes.new)]
+    expected = {fqn: tensor for fqn, tensor in now.tensors.items() if not fqn.endswith(EXTRA_STATE)}
+    averaged_only, saved_averaged_only = (bool(record.options.get("averaged_only")) for record in (now, saved.manifest))
+    only_averaged = averaged_only or saved_averaged_only
+    trains_less = now.options["trainable_only"] and not saved.manifest.options.get("trainable_only")
+    missing = [
+        fqn
+        for fqn, wanted in expected.items()
+        if fqn not in tensors and (wanted.averaged or not only_averaged) and not matches(fqn, escapes.new)
+    ]
     different = []
-    extra = [fqn for fqn in tensors if fqn not in expected and not matches(fqn, escapes.dropped)]
+    extra = [
+        fqn for fqn in tensors if fqn not in expected and fqn not in left_out and not matches(fqn, escapes.dropped)
+    ]
     if missing or extra:
         raise CheckpointMismatchError(other_model(saved.folder, missing, extra))
     common = set()
-    for fqn, wanted in expected.items():
-        stored = tensors.get(fqn)
+    for fqn, stored in tensors.items():
+        wanted = expected.get(fqn)
+        if wanted is None:
+            continue
         # A tensor that is not averaged may have another dtype: FSDP1 casts buffers at its first forward.
-        alike = stored is not None and (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
-        if stored is not None and alike and (stored.dtype == wanted.dtype or not wanted.averaged):
+        alike = (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
+        if alike and (stored.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
-        elif stored is not None and not matches(fqn, escapes.new):
-            different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
+        elif wanted.averaged or not (averaged_only or (stored.averaged and trains_less)):
+            if not matches(fqn, escapes.new):
+                different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
             f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
             "tensors differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
-            "exclude). To start the averages of such tensors from the live weights, name them: load(..., new='head.*')"
+            "exclude, trainable_only). To start the averages of such tensors from the live weights, name them: "
+            "load(..., new='head.*')"
         )
     return common
 

@@ -6,8 +6,9 @@ torch.save is mapped into memory by each rank that sees it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_ema.boxes.shards import Box
+from dist_ema.boxes.plan import Plan
+from dist_ema.boxes.rank_runs import RankRuns
+from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.disk.formats.byte_ranges import strips_of_box
-from dist_ema.disk.formats.checksums import PartialChecksums
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredTensor, open_regular, read_exactly
+from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
+from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, StoredTensor, open_regular, read_exactly
 from dist_ema.disk.formats.pickles import PartBytes
+from dist_ema.disk.saved_average import damage_text
+from dist_ema.errors import CheckpointCorruptError
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
 
-__all__ = ["Wanted", "read_boxes"]
+__all__ = ["ModelReading", "Targets", "Wanted", "read_boxes"]
 
 # The stored name of a tensor, the box of it to read, and a contiguous tensor of the box's sizes that is to be filled.
 Wanted = Sequence[tuple[str, Box, torch.Tensor]]
@@ -31,10 +36,80 @@ Wanted = Sequence[tuple[str, Box, torch.Tensor]]
 # What is read, summed and (for a rank without the folder) sent at a time.
 _CHUNK_BYTES = 8 * 2**20
 
+# One tensor per shard to be filled. A tensor that the checkpoint does not have stays as it is.
+Targets = Sequence[torch.Tensor]
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 # The name of a file, the part that is read of a file of torch.save, and whether it is a file of safetensors.
 _File = tuple[str, str, bool]
+
+
+class ModelReading:
+    """Reading one model folder into the shards of all ranks."""
+
+    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: RankRuns) -> None:
+        self._exchange = exchange
+        self._action = action
+        self._folder = folder
+        self._model = model
+        self._blind = blind
+        self._sizes_bytes = {name: stored.nbytes for name, stored in model.tensors.items()}
+
+    def run(
+        self, shards: Sequence[Shard], names: Mapping[str, str], values: Targets, expected: Mapping[str, int]
+    ) -> None:
+        """Collective. Fill the tensors of the shards.
+
+        Args:
+            shards: the shards of this rank.
+            names: fqn of a shard -> its stored name, where there is one.
+            values: one tensor per shard.
+            expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
+        """
+        tensors = self._model.tensors
+        wanted = [
+            (names[shard.fqn], dataclasses.replace(shard.box, fqn=names[shard.fqn]), value)
+            for shard, value in zip(shards, values, strict=True)
+            if shard.fqn in names
+        ]
+        partial = PartialChecksums(self._sizes_bytes)
+        failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
+        self._exchange.raise_together(self._action, failure)
+        if expected:
+            combined = self._exchange.xor_on_rank_0(partial.partial())
+
+            def check() -> None:
+                checksums = whole_checksums(self._sizes_bytes, combined or [])
+                damaged = [name for name, value in expected.items() if checksums[name] != value]
+                if damaged:
+                    raise CheckpointCorruptError(damage_text(self._folder, damaged))
+
+            self._exchange.on_rank_0(self._action, check)
+
+    def kept(self, buffers: Plan, common: Collection[str], checksums: Mapping[str, int]) -> dict[Box, torch.Tensor]:
+        """Collective. The values of what this rank holds of the buffers.
+
+        Args:
+            buffers: the buffers.
+            common: the names that the checkpoint has as this run expects them.
+            checksums: fqn -> checksum to compare.
+        """
+        held = [held for division in buffers.divisions for held in division.held if held.spec.fqn in common]
+        owned = {shard.held.box for shard in buffers.owned(averaged=False)}
+        values = self._exchange.agree(self._action, lambda: {piece.box: _like(piece) for piece in held})
+        live = {spec.fqn for spec in buffers.specs if spec.is_buffer and not spec.averaged}
+        names = {fqn: fqn for fqn in live.intersection(common)}
+        expected = {fqn: value for fqn, value in checksums.items() if fqn in names}
+        for is_owner in (True, False):  # the bytes that checksums are compared for are read once, by the owners
+            shards = [Shard(piece, piece.box) for piece in held if (piece.box in owned) == is_owner]
+            self.run(shards, names, [values[shard.box] for shard in shards], expected if is_owner else {})
+        return values
+
+
+def _like(held: Held) -> torch.Tensor:
+    live = held.values()
+    return torch.empty(live.shape, dtype=live.dtype, device=live.device)
 
 
 def read_boxes(

@@ -22,9 +22,9 @@ def manifest_of(
         state: the averages of this rank.
         world_size: the number of ranks that write them.
         floating: the dtype that every floating-point tensor gets; None keeps its own.
-        part: the part of the plan that is written (`Plan.only`); None for the whole plan.
+        part: the part of the plan that is written (`Plan.only`); None for all that files hold.
     """
-    plan = part or state.plan
+    plan = part or state.in_files
     dtypes = state.dtypes(floating)
     stored = {} if floating is None else {"dtype": dtype_name(floating)}
     return Manifest(
@@ -33,6 +33,7 @@ def manifest_of(
         tracks={name: schedule_to_json(schedule) for name, schedule in state.schedules.items()},
         tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
         aliases=plan.aliases,
+        kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
         written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
     )
 
