@@ -67,7 +67,7 @@ _FOLDERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(r"zero_to_fp32\.py|latest_checkpointed_iteration\.txt|mp_rank_.*|.*_optim_states\.pt"),
         "it is a checkpoint of DeepSpeed or Megatron, in slices: make whole weights with that library's own tool (of "
-        "DeepSpeed zero_to_fp32.py)",
+        "DeepSpeed zero_to_fp32, which lies there)",
     ),
 )
 
