@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_names import WEIGHTS_FILE
+from dist_ema.disk.formats.file_names import WEIGHTS_FILE, index_name
 from dist_ema.disk.formats.headers import read_header, read_model_folder, read_small
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
@@ -160,7 +160,9 @@ def own_files(folder: Path) -> set[str]:
     for path in [*folder.glob("*.safetensors"), *_parts_of_export(folder)]:
         marks = _marks(path)
         if marks.get(MARK) == MARK_VALUE:
-            names = (path.name, *marks.get(SMALL_FILES, "").split())
+            names = [path.name, *marks.get(SMALL_FILES, "").split()]
+            of_weights = WEIGHTS_FILE.fullmatch(path.name)
+            names += [index_name(of_weights[1])] if of_weights else []
             own |= {str((path.parent / name).relative_to(folder)) for name in names}
     return own
 
