@@ -12,7 +12,7 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.checkpoint.background import Background
-from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checkpoint.record import in_files, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
 from dist_ema.checkpoint.unchanged_part import Changes, Part
@@ -191,7 +191,7 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, state.in_files, only_unchanged=bool(request.only_unchanged), of_all=changes)
+        part = Part.of(state.plan, in_files(state), only_unchanged=bool(request.only_unchanged), of_all=changes)
         texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=not part.is_whole)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
