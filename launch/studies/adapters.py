@@ -29,7 +29,7 @@ def adapted(layers: int, rank: int) -> nn.Module:
 
         base = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(layers)))
         config = peft.LoraConfig(r=rank, target_modules=[str(number) for number in range(layers)])
-        model: nn.Module = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+        model: nn.Module = peft.get_peft_model(base, config)
     return model
 
 
