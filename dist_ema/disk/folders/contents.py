@@ -30,6 +30,7 @@ from dist_ema.disk.formats.headers import read_header, read_model_folder, read_s
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
     "FOLDER",
     "MANIFEST_NAME",
     "MARK",
@@ -43,6 +44,7 @@ __all__ = [
     "fingerprint",
     "former_average",
     "has_manifest",
+    "holds_adapters",
     "is_average",
     "is_export",
     "is_whole",
@@ -66,6 +68,9 @@ MARK, MARK_VALUE = "written_by", "dist_ema"
 # Further marks in a header: the names of the small files that were written beside the file, and, in a folder with
 # several adapters, the name of its sub-folder. They tell the files of this package in an export, which has no manifest.
 SMALL_FILES, FOLDER = "small_files", "folder"
+
+# By this file PEFT finds an adapter.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # The names of files of weights, whatever tool wrote them.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|distcp|npz|gguf|h5|msgpack)|manifest\.json")
@@ -146,6 +151,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (CheckpointCorruptError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def holds_adapters(folder: Path, besides: str) -> bool:
+    """Whether PEFT has saved adapters in a folder, at its top or in sub-folders other than `besides`."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return True
+    beside = (path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG_NAME}"))
+    return any(name != besides and not name.startswith(".") for name in beside)
 
 
 def own_files(folder: Path) -> set[str]:
