@@ -219,7 +219,7 @@ class SaveCalls:
                 names=self._state.plan.names,
                 is_part=not part.is_whole,
                 dtype=dtype or self._state.options.dtype,
-                is_beside_adapters=contents.holds_adapters(request.target().parent, besides=request.target().name),
+                is_beside_adapters=not request.is_export and contents.takes_adapters(request.target().parent),
             )
         )
 

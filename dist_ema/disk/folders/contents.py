@@ -44,7 +44,6 @@ __all__ = [
     "fingerprint",
     "former_average",
     "has_manifest",
-    "holds_adapters",
     "is_average",
     "is_export",
     "is_whole",
@@ -52,6 +51,7 @@ __all__ = [
     "old_of",
     "own_files",
     "resolve",
+    "takes_adapters",
     "track_folders",
     "was_begun",
 ]
@@ -71,6 +71,8 @@ SMALL_FILES, FOLDER = "small_files", "folder"
 
 # By this file PEFT finds an adapter.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+# By this file a folder is a checkpoint of the Trainer.
+_TRAINER_STATE_NAME = "trainer_state.json"
 
 # The names of files of weights, whatever tool wrote them.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|distcp|npz|gguf|h5|msgpack)|manifest\.json")
@@ -153,12 +155,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def holds_adapters(folder: Path, besides: str) -> bool:
-    """Whether PEFT has saved adapters in a folder, at its top or in sub-folders other than `besides`."""
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return True
-    beside = (path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG_NAME}"))
-    return any(name != besides and not name.startswith(".") for name in beside)
+def takes_adapters(folder: Path) -> bool:
+    """Whether a sub-folder with an adapter at its top would be taken for one of this folder's adapters.
+
+    It is so in a folder that PEFT has saved, and in a checkpoint of the Trainer of transformers.
+    """
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, _TRAINER_STATE_NAME))
 
 
 def own_files(folder: Path) -> set[str]:
