@@ -12,7 +12,7 @@ from torch import nn
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
-from dist_ema.checkpoint.record import dtype_name, manifest_of
+from dist_ema.checkpoint.record import dtype_name, in_files, manifest_of
 from dist_ema.checkpoint.saving import model_files
 from dist_ema.disk.forms.deciding import FormOf, decide
 from dist_ema.disk.forms.models import Model
@@ -105,10 +105,11 @@ def build(
         )
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
-        replicas = Replicas(exchange, state.in_files)
+        compared = in_files(state)
+        replicas = Replicas(exchange, compared)
         replicas.check(_ACTION)
         if state.options.experts:
-            warn_of_expert_copies(exchange, _ACTION, state.in_files, state.options.declares)
+            warn_of_expert_copies(exchange, _ACTION, compared, state.options.declares)
     return Built(state, replicas, prepared.form_of)
 
 
@@ -169,7 +170,7 @@ def _allocated(prepared: _Prepared, plans: Sequence[Plan], world_size: int) -> A
     else:
         state = AveragedState(plan, options, prepared.schedules)
     # Raises if a tensor cannot be stored.
-    model_files(state.in_files, {spec.fqn: spec.dtype for spec in state.in_files.specs}, "5GB")
+    model_files(in_files(state), {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")
     manifest_of(state, world_size).check_size()
     state.allocate()
     return state

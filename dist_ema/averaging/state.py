@@ -309,14 +309,6 @@ class AveragedState:
             return None
         return kept
 
-    @property
-    def in_files(self) -> Plan:
-        """The part of the plan that files hold now; who owns what is as in the whole plan."""
-        if not self.options.averaged_only:
-            return self.plan
-        with_buffers = any(self.kept_buffers(track) is not None for track in self.schedules)
-        return self.plan.averaged_part(with_buffers=with_buffers)
-
     def shown_buffers(self, track: str | None) -> Mapping[Box, torch.Tensor]:
         """Box -> values of the kept buffers of a track, as far as this rank holds them; within its swap the model's."""
         track = self.track(track)

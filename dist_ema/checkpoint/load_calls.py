@@ -72,11 +72,11 @@ def _warn_of_other_tensors(
 ) -> None:
     """Collective: every rank must call it. Warn of tensors that are not averaged, and that one side alone writes."""
     live = {fqn for fqn, tensor in now.tensors.items() if not tensor.averaged and not fqn.endswith(EXTRA_STATE)}
-    by_saved = bool(now.options["averaged_only"]) and not saved.options.get("averaged_only")
+    writes_less = bool(now.options["averaged_only"]) and not saved.options.get("averaged_only")
     not_read = [
         fqn
         for fqn, stored in saved.tensors.items()
-        if not fqn.endswith(EXTRA_STATE) and (fqn in left_out or (fqn in live and (stored.averaged or by_saved)))
+        if not fqn.endswith(EXTRA_STATE) and (fqn in left_out or (fqn in live and (stored.averaged or writes_less)))
     ]
     if not_read:
         exchange.warn(

@@ -12,12 +12,13 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.checkpoint.background import Background
-from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checkpoint.record import in_files, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
+from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.forms.deciding import PLAIN_FORM, Decided, FormOf
@@ -195,9 +196,9 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, state.in_files, only_unchanged=bool(request.only_unchanged), of_all=changes)
+        part = Part.of(state.plan, in_files(state), only_unchanged=bool(request.only_unchanged), of_all=changes)
         # Rank 0 decides, and writes the small files: the module of another stage of a pipeline has no configuration.
-        decided = self._decided(part, dtype) if rank == 0 else PLAIN_FORM
+        decided = self._decided(request, part, dtype) if rank == 0 else PLAIN_FORM
         files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, decided)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
@@ -208,7 +209,7 @@ class SaveCalls:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
         return _Prepared(bool(request.background), target, manifest, tracks, files, part, decided)
 
-    def _decided(self, part: Part, dtype: torch.dtype | None) -> Decided:
+    def _decided(self, request: _Request, part: Part, dtype: torch.dtype | None) -> Decided:
         """The form of the folder, as the model of this rank wants it."""
         dtypes = self._state.dtypes(dtype)
         return self._form_of(
@@ -218,6 +219,7 @@ class SaveCalls:
                 names=self._state.plan.names,
                 is_part=not part.is_whole,
                 dtype=dtype or self._state.options.dtype,
+                is_beside_adapters=not request.is_export and contents.takes_adapters(request.target().parent),
             )
         )
 

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_names import WEIGHTS_FILE
+from dist_ema.disk.formats.file_names import WEIGHTS_FILE, index_name
 from dist_ema.disk.formats.headers import read_header, read_model_folder, read_small
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
     "FOLDER",
     "MANIFEST_NAME",
     "MARK",
@@ -50,6 +51,7 @@ __all__ = [
     "old_of",
     "own_files",
     "resolve",
+    "takes_adapters",
     "track_folders",
     "was_begun",
 ]
@@ -66,6 +68,11 @@ MARK, MARK_VALUE = "written_by", "dist_ema"
 # Further marks in a header: the names of the small files that were written beside the file, and, in a folder with
 # several adapters, the name of its sub-folder. They tell the files of this package in an export, which has no manifest.
 SMALL_FILES, FOLDER = "small_files", "folder"
+
+# By this file PEFT finds an adapter.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+# By this file a folder is a checkpoint of the Trainer.
+_TRAINER_STATE_NAME = "trainer_state.json"
 
 # The names of files of weights, whatever tool wrote them.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|distcp|npz|gguf|h5|msgpack)|manifest\.json")
@@ -148,6 +155,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def takes_adapters(folder: Path) -> bool:
+    """Whether a sub-folder with an adapter at its top would be taken for one of this folder's adapters.
+
+    It is so in a folder that PEFT has saved, and in a checkpoint of the Trainer of transformers.
+    """
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, _TRAINER_STATE_NAME))
+
+
 def own_files(folder: Path) -> set[str]:
     """The paths below a folder of what this package has written there. The user has added all other files.
 
@@ -160,7 +175,9 @@ def own_files(folder: Path) -> set[str]:
     for path in [*folder.glob("*.safetensors"), *_parts_of_export(folder)]:
         marks = _marks(path)
         if marks.get(MARK) == MARK_VALUE:
-            names = (path.name, *marks.get(SMALL_FILES, "").split())
+            names = [path.name, *marks.get(SMALL_FILES, "").split()]
+            of_weights = WEIGHTS_FILE.fullmatch(path.name)
+            names += [index_name(of_weights[1])] if of_weights else []
             own |= {str((path.parent / name).relative_to(folder)) for name in names}
     return own
 

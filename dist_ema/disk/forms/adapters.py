@@ -59,8 +59,10 @@ def adapter_form(model: Model, tensors: Tensors) -> tuple[FolderForm, dict[str, 
     together = [fqn for names in files.values() for fqn in names]
     if not files or len(together) != len(set(together)) or set(together) != set(tensors.written):
         return None
-    # An only adapter lies at the top; several lie where PEFT's save_pretrained puts them.
-    folders = {adapter: TOP if len(files) == 1 or adapter == _DEFAULT else adapter for adapter in files}
+    # An only adapter lies at the top; several lie where PEFT's save_pretrained puts them. In a folder of PEFT a
+    # sub-folder with an adapter at its top is one of its adapters: a Trainer that resumes would add it to the model.
+    at_top = set() if tensors.is_beside_adapters else set(files) if len(files) == 1 else {_DEFAULT}
+    folders = {adapter: TOP if adapter in at_top else adapter for adapter in files}
     if not all(folder == TOP or _FOLDER.fullmatch(folder) for folder in folders.values()):
         return None
     is_lora = model.is_a("diffusers.loaders.peft", "PeftAdapterMixin")

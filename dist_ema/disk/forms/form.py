@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.checks import file_name, folder_name
+from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME
 from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, LORA_STEM, MODEL_STEM, STEMS
 
 __all__ = [
@@ -52,7 +53,6 @@ _ONE_FILE = (TIMM, HUB, PEFT, LORA)
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Beside weights that they do not describe, a library would take the folder for something that it is not.
 _CONFIG_NAMES = (CONFIG_NAME, GENERATION_NAME, ADAPTER_CONFIG_NAME)
 

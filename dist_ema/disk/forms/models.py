@@ -47,6 +47,7 @@ class Tensors:
         names: the names of all tensors of the model.
         is_part: whether tensors of the model are left out.
         dtype: the dtype of the floating-point tensors, for configurations that name it.
+        is_beside_adapters: whether the folder lies in a folder of PEFT, whose sub-folders are taken for its adapters.
     """
 
     written: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -54,6 +55,7 @@ class Tensors:
     names: Collection[str]
     is_part: bool
     dtype: torch.dtype
+    is_beside_adapters: bool = False
 
 
 def files_written(write: Callable[[str], object]) -> dict[str, bytes]:
