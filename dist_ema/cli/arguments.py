@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         inspecting.inspect,
         "tell what a saved average is, or list those of a run",
         "Tell what a saved average is: updates, tracks, schedules, tensors, bytes. Of the folder of a run or of\n"
-        "snapshots: a table with a row for each average, from their manifests alone. Of an export, another model folder\n"
-        "or a file of weights: tensors, dtypes, files.",
+        "snapshots: a table with a row for each average, from their manifests alone. Of an export, another model\n"
+        "folder or a file of weights: tensors, dtypes, files.",
         "dist-ema inspect checkpoint-400 --json",
         source_help="folder of an average, of a checkpoint, run or snapshots that hold some, or of weights",
     )

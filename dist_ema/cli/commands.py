@@ -59,8 +59,8 @@ def _verify_weights(source: Path) -> str:
     files = f"{len(model.files)} file{'s' * (len(model.files) > 1)}"
     file_bytes = sum(file.size_bytes for file in model.files.values())
     return (
-        f"{source}: {kind_of_weights(source)}, {len(model.tensors)} tensors in {files}, {file_bytes:,} bytes. The headers "
-        f"are in order, and fit the sizes of the files{index}. There are no checksums: no value was checked"
+        f"{source}: {kind_of_weights(source)}, {len(model.tensors)} tensors in {files}, {file_bytes:,} bytes. The "
+        f"headers are in order, and fit the sizes of the files{index}. There are no checksums: no value was checked"
     )
 
 
