@@ -592,6 +592,14 @@ class ShardedEMA:
     def __getattr__(self, name: str) -> NoReturn:
         raise habits.no_such_name(self, name)
 
+    def __call__(self, *arguments: object, **keywords: object) -> NoReturn:
+        """Refuse a forward.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(habits.NO_FORWARD)
+
     def __copy__(self) -> ShardedEMA:
         return habits.twin(self, self._copied())
 

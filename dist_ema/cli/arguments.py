@@ -189,7 +189,8 @@ def _add_export_options(command: argparse.ArgumentParser, kept: str) -> None:
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="size of a file, such as 2GB (default: 5GB)",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="size of a file, such as 2GB, or in bytes (default: 5GB)",
     )
 
 
