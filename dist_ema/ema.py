@@ -359,9 +359,10 @@ class ShardedEMA:
 
         `dcp.save({"model": ..., "ema": ema.stateful()}, checkpoint_id=folder)` and `dcp.async_save` write it beside the
         model, and `dcp.load` reads it, on any number of ranks and in any layout that has it. Nothing in it is pickled.
-        What is not averaged is in the model's own entries. DCP calls its `state_dict` on every rank; that takes memory
-        for one copy of what this rank's model holds for each track, and under DDP owners broadcast the whole average,
-        of which DCP writes one copy.
+        What is not averaged is in the model's own entries. Buffers that a swap has kept are in neither, of which a load
+        warns: `save` has them. DCP calls its `state_dict` on every rank; that takes memory for one copy of what this
+        rank's model holds for each track, and under DDP owners broadcast the whole average, of which DCP writes one
+        copy.
 
         Raises:
             UnsupportedModelError: a tensor has no form there: FSDP1, ZeRO-3, packed columns of tensor parallelism.
@@ -373,8 +374,8 @@ class ShardedEMA:
         """`state_dict()`: all tracks, counters and schedules of one process, for `torch.save`. No communication.
 
         A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
-        is the counter. Calling it on several ranks raises a `ConfigError` that names `save` and `stateful`, and so does
-        `accelerator.register_for_checkpointing(ema)`.
+        is the counter, `["kept_buffers"]` has what swaps have kept. Calling it on several ranks raises a `ConfigError`
+        that names `save` and `stateful`, and so does `accelerator.register_for_checkpointing(ema)`.
         """
         habits.refuse_registration()  # a method could not
         return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))
@@ -600,6 +601,14 @@ class ShardedEMA:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise habits.no_such_name(self, name)
+
+    def __call__(self, *arguments: object, **keywords: object) -> NoReturn:
+        """Refuse a forward.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(habits.NO_FORWARD)
 
     def __copy__(self) -> ShardedEMA:
         return habits.twin(self, self._copied())

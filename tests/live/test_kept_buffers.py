@@ -9,13 +9,23 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from buffered import HALF, Net, buffers_of, trained
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import update_bn
 
-from dist_ema import ConfigError, ConstantSchedule, RankMismatchError, ShardedEMA, SwapError, consolidate_checkpoint
+from dist_ema import (
+    CheckpointMismatchError,
+    ConfigError,
+    ConstantSchedule,
+    ModelChangedError,
+    RankMismatchError,
+    ShardedEMA,
+    SwapError,
+    consolidate_checkpoint,
+)
 
 STATISTICS = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
 
@@ -229,6 +239,36 @@ def test_a_later_block_goes_on_from_the_kept_ones_and_replaces_them() -> None:
         net.norm.running_mean.add_(1)
         assert torch.equal(ema.full_state_dict()[STATISTICS[0]], net.norm.running_mean), "within the block, the model's"
     assert torch.equal(ema.full_state_dict()[STATISTICS[0]], inside[STATISTICS[0]] + 1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_dict_has_them_and_a_state_of_dcp_says_that_it_has_not(tmp_path) -> None:
+    net, ema = after_steps()
+    assert "kept_buffers" not in ema.state_dict()
+    inside = recalibrate(net, ema)
+    torch.save(ema.state_dict(), tmp_path / "state.pt")
+    dcp.save({"ema": ema.stateful()}, checkpoint_id=tmp_path / "dcp")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = ShardedEMA(Net(), HALF, exclude="rotation")
+    again.load_state_dict(state)
+    assert_shows(again.full_state_dict(), inside)
+    del state["kept_buffers"]["ema"][STATISTICS[1]]
+    with pytest.raises(CheckpointMismatchError, match="other kept buffers"):
+        again.load_state_dict(state)
+    other = ShardedEMA(Net(), HALF, exclude="rotation")
+    with pytest.warns(UserWarning, match="recalibrated buffers were kept.*are not in it"):
+        dcp.load({"ema": other.stateful()}, checkpoint_id=tmp_path / "dcp")
+    assert torch.equal(other.full_state_dict()["first.weight"], inside["first.weight"])
+
+
+def test_a_buffer_that_cannot_be_kept_is_an_error_at_the_end_of_the_block_and_the_live_ones_are_back() -> None:
+    net, ema = after_steps()
+    live = copy.deepcopy(net.state_dict())
+    with pytest.raises(ModelChangedError, match="mask"), ema.average_parameters(keep_buffers=True):
+        net.mask = torch.zeros(5, dtype=torch.bool)
+    assert_shows(net.state_dict(), live)
+    assert ema._state.kept_buffers("ema") is None
+    recalibrate(net, ema)
 
 
 def test_what_cannot_keep_them_is_refused() -> None:
