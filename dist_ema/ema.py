@@ -77,6 +77,11 @@ class ShardedEMA:
         exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
             live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
             be named here, and is left out of the files.
+        trainable_only: average only the parameters that require a gradient when the average is built, of those that
+            `include` and `exclude` leave in. None: True if PEFT has put adapters into a frozen model, else False.
+            Buffers follow `update_buffers`.
+        averaged_only: have files hold the averaged tensors alone: no frozen weights, no live buffers, no extra state.
+            Nothing else need be storable then (quantised weights). None: as for `trainable_only`.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
             takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
             and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
@@ -121,6 +126,8 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        trainable_only: bool | None = None,
+        averaged_only: bool | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
@@ -141,6 +148,8 @@ class ShardedEMA:
             device=device,
             include=include,
             exclude=exclude,
+            trainable_only=trainable_only,
+            averaged_only=averaged_only,
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
@@ -148,7 +157,7 @@ class ShardedEMA:
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
-        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
@@ -207,7 +216,7 @@ class ShardedEMA:
         self._state.refuse_while_swapped("update")
         _update(self._state, self._standstill, found_inf)
 
-    def average_parameters(self, track: str | None = None) -> Swap:
+    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -218,13 +227,18 @@ class ShardedEMA:
 
         Args:
             track: the name of the average; may be left out if there is one.
+            keep_buffers: keep the persistent buffers that are in the model at the end of the block with this average,
+                for `torch.optim.swa_utils.update_bn` within the block. They fit the averaged weights of now: swaps,
+                state dicts and files show them until an update moves the average. From then on the live buffers are
+                shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
+                replaces its average, which goes on from there. After an exception in the block nothing is kept.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or buffers of a teacher are to be kept.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Collective where `average_parameters` is.
@@ -345,9 +359,10 @@ class ShardedEMA:
 
         `dcp.save({"model": ..., "ema": ema.stateful()}, checkpoint_id=folder)` and `dcp.async_save` write it beside the
         model, and `dcp.load` reads it, on any number of ranks and in any layout that has it. Nothing in it is pickled.
-        What is not averaged is in the model's own entries. DCP calls its `state_dict` on every rank; that takes memory
-        for one copy of what this rank's model holds for each track, and under DDP owners broadcast the whole average,
-        of which DCP writes one copy.
+        What is not averaged is in the model's own entries. Buffers that a swap has kept are in neither, of which a load
+        warns: `save` has them. DCP calls its `state_dict` on every rank; that takes memory for one copy of what this
+        rank's model holds for each track, and under DDP owners broadcast the whole average, of which DCP writes one
+        copy.
 
         Raises:
             UnsupportedModelError: a tensor has no form there: FSDP1, ZeRO-3, packed columns of tensor parallelism.
@@ -359,8 +374,8 @@ class ShardedEMA:
         """`state_dict()`: all tracks, counters and schedules of one process, for `torch.save`. No communication.
 
         A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
-        is the counter. Calling it on several ranks raises a `ConfigError` that names `save` and `stateful`, and so does
-        `accelerator.register_for_checkpointing(ema)`.
+        is the counter, `["kept_buffers"]` has what swaps have kept. Calling it on several ranks raises a `ConfigError`
+        that names `save` and `stateful`, and so does `accelerator.register_for_checkpointing(ema)`.
         """
         habits.refuse_registration()  # a method could not
         return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))
@@ -450,25 +465,26 @@ class ShardedEMA:
         self,
         path: PathLike,
         *,
-        num_updates: int = 1,
+        num_updates: int | None = None,
         new: Patterns = None,
         dropped: Patterns = None,
     ) -> None:
-        """Collective: every rank must call it. Begin every track at the weights of a file.
+        """Collective: every rank must call it. Begin every track at weights, or at an average, of another library.
 
         Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
-                or one such file. The values are floating-point ones of any dtype; there is no checksum to compare. Of a
-                checkpoint that holds live weights and an average, the average is read: give the file of the live ones.
+            path: a model folder of transformers, diffusers (of its EMAModel too) or timm, a folder of PEFT, or a file
+                of safetensors or of torch.save, under this model's own names or with a known prefix, such as `module.`
+                (docs/coming_from.md has the forms). Of a file of torch.save tensors are read and nothing else. Of live
+                weights and an average in one place the average is read. There is no checksum to compare.
             num_updates: the counter of the average, where its schedules go on; at least 1, as update number 0 would
-                copy the live weights.
+                copy the live weights. By default the number that the file says, or 1.
             new: as in `load`.
             dropped: as in `load`.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or shapes differ from the model's.
-            CheckpointCorruptError: a file is missing or damaged.
+            CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+            CheckpointCorruptError: a file is missing or damaged, or a pickle of more than tensors.
             CommunicationError: some rank did not make the call.
         """
         self._calls(
@@ -585,6 +601,14 @@ class ShardedEMA:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise habits.no_such_name(self, name)
+
+    def __call__(self, *arguments: object, **keywords: object) -> NoReturn:
+        """Refuse a forward.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(habits.NO_FORWARD)
 
     def __copy__(self) -> ShardedEMA:
         return habits.twin(self, self._copied())

@@ -148,7 +148,7 @@ def test_commands_and_options_of_the_command_line(capsys) -> None:
     for arguments, names in (
         (["--help"], ["inspect", "verify", "diff", "plot", "consolidate", "synthesize", "--version"]),
         (["diff", "--help"], ["A", "B", "--track", "--top", "--json", "example:"]),
-        (["plot", "--help"], ["SRC", "--out", "--steps", "--schedule", "--sigma-rel", "example:"]),
+        (["plot", "--help"], ["SRC", "--out", "--force", "--steps", "--schedule", "--sigma-rel", "example:"]),
         (["synthesize", "--help"], ["SNAPSHOTS", "OUT", "--sigma-rel", "--schedule", "--num-updates", "--dtype"]),
         (["synthesize", "--help"], ["--max-shard-size", "--json", "example:"]),
         (["verify", "--help"], ["SRC", "example:"]),

@@ -90,15 +90,14 @@ def test_damaged_and_hostile_checkpoints_are_refused_everywhere(sound, tmp_path,
     assert isinstance(caught.value, error if case != "no manifest" else ConfigError), caught.value
 
     commands = [
-        ["verify", str(folder)],
         ["consolidate", str(folder), str(tmp_path / "out")],
         ["synthesize", "--schedule", "EqualSchedule()", str(folder), str(tmp_path / "out")],
     ]
-    if case != "no manifest":  # then it is a plain model
-        commands.append(["diff", str(folder), str(sound[False])])
+    if case != "no manifest":  # then it is a plain model, of which verify says that it has no checksums
+        commands += [["diff", str(folder), str(sound[False])], ["verify", str(folder)]]
     if "schedule" in case or "manifest" in case:  # these look at nothing else
         commands += [
-            ["inspect", str(folder)],
+            *([["inspect", str(folder)]] if case != "no manifest" else []),
             ["plot", str(folder), "--out", str(tmp_path / "out.svg")],
         ]
     for command in commands:
