@@ -5,6 +5,7 @@ Not a test: `test_transformers.py` runs it. TRL raises FutureWarnings while it t
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Any
@@ -95,6 +96,9 @@ def main(folder: str) -> None:
     assert_alike(averaged(callback, naive), naive.average.values)
     assert folders(os.path.join(folder, "uncut")) == {"checkpoint-6": True, "ema": False}
     assert os.path.exists(os.path.join(folder, "uncut", "ema", "model.safetensors"))
+    with open(os.path.join(folder, "uncut", "checkpoint-6", "ema", "manifest.json")) as manifest:
+        tensors = json.load(manifest)["tensors"]
+    assert tensors and all("lora_" in name for name in tensors), "by default files hold the adapters alone"
     for live, both in zip(evaluations(plain), evaluations(uncut), strict=True):
         for name in ("loss", "mean_token_accuracy", "entropy"):
             assert both[f"eval_{name}"] == live[f"eval_{name}"], name
