@@ -13,9 +13,9 @@ from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
 from dist_ema.checkpoint.record import dtype_name, in_files, manifest_of
-from dist_ema.checkpoint.save_calls import SmallFiles
 from dist_ema.checkpoint.saving import model_files
-from dist_ema.disk.formats.model_config import config_files
+from dist_ema.disk.forms.deciding import FormOf, decide
+from dist_ema.disk.forms.models import Model
 from dist_ema.disk.manifest import Agreement
 from dist_ema.errors import ConfigError
 from dist_ema.live.holders.expert_copies import warn_of_expert_copies
@@ -43,12 +43,12 @@ class Built(NamedTuple):
     Attributes:
         state: the averages of this rank.
         replicas: the tensors that several ranks hold alike.
-        small_files: gives the small files that the model wants beside its weights.
+        form_of: gives the form of the folders that this model wants.
     """
 
     state: AveragedState
     replicas: Replicas
-    small_files: SmallFiles
+    form_of: FormOf
 
 
 def build(
@@ -89,8 +89,7 @@ def build(
         proofs = [
             Proof.of(plan, exchange.rank, exchange.world_size, exchange.channel.drawn, names_of) for plan in plans
         ]
-        inner = unwrapped(whole)
-        return _Prepared(checked, schedules, plans, proofs, partial(config_files, inner, class_of(inner).__name__))
+        return _Prepared(checked, schedules, plans, proofs, partial(decide, Model(unwrapped(whole), class_of)))
 
     with ended_for_all(exchange, "ShardedEMA"):
         exchange.arrive("ShardedEMA")
@@ -111,7 +110,7 @@ def build(
         replicas.check(_ACTION)
         if state.options.experts:
             warn_of_expert_copies(exchange, _ACTION, compared, state.options.declares)
-    return Built(state, replicas, prepared.small_files)
+    return Built(state, replicas, prepared.form_of)
 
 
 _ACTION = "building the average"
@@ -133,7 +132,7 @@ class _Prepared(NamedTuple):
     schedules: Mapping[str, Schedule]
     plans: list[Plan]
     proofs: list[Proof]
-    small_files: SmallFiles
+    form_of: FormOf
 
 
 def _terms(prepared: _Prepared) -> list[int]:

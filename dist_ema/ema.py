@@ -157,7 +157,7 @@ class ShardedEMA:
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
-        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dist_ema.boxes.plan import Plan
@@ -93,10 +92,6 @@ class Part:
     def has_changed(self) -> bool:
         """Whether the model differs from the planned one."""
         return bool(self.left_out or self.others)
-
-    def texts(self, whole: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
-        """The small files of a whole model; of a part none, as a reader of a config.json makes the rest at random."""
-        return whole() if self.is_whole else {}
 
     def warn(self, exchange: Exchange) -> None:
         """Collective: every rank must call it. Warn on rank 0 of the tensors that are not written."""

@@ -16,6 +16,7 @@ from dist_ema.disk.folders.contents import MANIFEST_NAME
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import kind_text
 from dist_ema.disk.formats.headers import LARGEST_RECORD_BYTES, read_small
+from dist_ema.disk.forms.form import FolderForm, form_from_json, form_to_json
 from dist_ema.disk.manifest_fields import Agreement, SavedFile, SavedTensor
 from dist_ema.errors import (
     CheckpointCorruptError,
@@ -58,6 +59,7 @@ class Manifest:
         kept_buffers: the tracks whose buffers belong to the averaged weights, and are not copies of the live ones.
         files: path below the folder -> size and checksum of the file; empty in format version 1.
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
+        form: the form of the folder of a track; None in folders of versions that knew one form.
     """
 
     num_updates: int = field(metadata=fields.rule(fields.counter, since=1, compared=Agreement.NONE))
@@ -81,6 +83,11 @@ class Manifest:
     checksums: Mapping[str, Mapping[str, int]] = field(
         default_factory=dict,
         metadata=fields.rule(fields.checksums, write=fields.written_checksums, since=2, compared=Agreement.NONE),
+    )
+
+    form: FolderForm | None = field(
+        default=None,
+        metadata=fields.rule(form_from_json, write=form_to_json, since=None, compared=Agreement.NONE),
     )
 
     def folder_of(self, track: str) -> str:

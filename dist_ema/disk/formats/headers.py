@@ -125,12 +125,14 @@ class StoredModel:
         tensors: the name of a tensor -> its place.
         index_checksum: CRC-32 of the index file; None for a single file.
         stem: what the names of the files begin with.
+        names: the name of a tensor -> its name in the file, where that is another one.
     """
 
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
     index_checksum: int | None
     stem: str = MODEL_STEM
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The model as JSON, for ranks that cannot read the folder. It was checked when it was read."""
@@ -139,23 +141,29 @@ class StoredModel:
             "file_of": {fqn: tensor.file for fqn, tensor in self.tensors.items()},
             "index_checksum": self.index_checksum,
             "stem": self.stem,
+            "names": dict(self.names),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> StoredModel:
         """The model, of what `to_json` returned."""
         files = {name: StoredFile.from_json(name, file) for name, file in record["files"].items()}
-        tensors = {fqn: files[name].tensors[fqn] for fqn, name in record["file_of"].items()}
-        return cls(files, tensors, record["index_checksum"], record["stem"])
+        names = record["names"]
+        tensors = {fqn: files[name].tensors[names.get(fqn, fqn)] for fqn, name in record["file_of"].items()}
+        return cls(files, tensors, record["index_checksum"], record["stem"], names)
 
 
-def read_model_folder(folder: Path) -> StoredModel:
+def read_model_folder(folder: Path, stem: str | None = None) -> StoredModel:
     """The tensors of a model folder: of the files that its index lists, or of its one file (see file_names.py).
+
+    Args:
+        folder: the folder.
+        stem: what the names of the files begin with; None for what the folder has.
 
     Raises:
         CheckpointCorruptError: a file is missing, or a header or the index is not in order.
     """
-    stem = stem_in(folder)
+    stem = stem or stem_in(folder)
     if stem is None:
         raise CheckpointCorruptError(
             f"{folder} has neither {one_file_name(MODEL_STEM)} nor {index_name(MODEL_STEM)}, expected a folder of "
