@@ -408,7 +408,7 @@ def test_no_configuration_is_written_beside_a_part_of_a_model(tmp_path) -> None:
     ema.save(tmp_path / "ema")
     ema.consolidate(tmp_path / "export")
     assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["manifest.json", "model.safetensors"]
-    assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", "model.safetensors"]
 
 
 # After a change of the model
