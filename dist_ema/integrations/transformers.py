@@ -21,10 +21,12 @@ from transformers import TrainerCallback
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
+from dist_ema.integrations.accelerate_steps import follow_engine
 from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.trainer import (
     check_trainer,
     checkpoint_folder,
+    engine_of,
     inner_optimizer,
     resumes_from,
     run_folder,
@@ -134,22 +136,22 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._leave()  # a former run, or one that auto_find_batch_size begins again
         exchange = Exchange()
 
-        def check() -> tuple[Any, Schedules, str | None]:
+        def check() -> tuple[Any, Any, Schedules, str | None]:
             trainer = trainer_of(self)
             check_trainer(trainer, EMACallback, exchange.world_size)
             schedule = self._schedule(state.max_steps) if self._is_function else self._schedule
-            return trainer, checked_schedules(schedule), resumes_from(trainer)
+            return trainer, engine_of(trainer), checked_schedules(schedule), resumes_from(trainer)
 
         with ended_for_all(exchange, "train"):
             exchange.arrive("train", hurried=False)
-            trainer, schedule, checkpoint = exchange.agree_alike("train", check, lambda made: made[2])
-        ema = ShardedEMA(trainer.model, schedule, **self._options)
+            trainer, engine, schedule, checkpoint = exchange.agree_alike("train", check, lambda made: made[3])
+        ema = ShardedEMA(trainer.model if engine is None else engine, schedule, **self._options)
         if checkpoint is not None:
             folder = os.path.join(checkpoint, self._name)
             load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE)
         exchange.agree("train", ema.expect_updates)
         self._trainer, self._exchange, self._saved_step, self.ema = trainer, exchange, None, ema
-        self._stop_updates = self._follow(inner_optimizer(trainer), ema, exchange)
+        self._stop_updates = self._follow(inner_optimizer(trainer), engine, ema, exchange)
         ema.on_detach(self._stop_updates)
 
         def is_wanted() -> bool:
@@ -157,8 +159,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
         evaluate_averages(trainer, ema, ema.tracks[0], self._evaluated, is_wanted)
 
-    def _follow(self, optimizer: torch.optim.Optimizer, ema: ShardedEMA, exchange: Exchange) -> Callable[[], None]:
-        """Update after each step of the optimizer, until the returned function is called."""
+    def _follow(self, optimizer: Any, engine: Any, ema: ShardedEMA, exchange: Exchange) -> Callable[[], None]:
+        """Update after each step of the optimizer, or of DeepSpeed's engine, until the returned function is called."""
         watch = Watch(
             ema,
             self._name,
@@ -174,7 +176,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 watch.update(ema, getattr(stepped, "found_inf", None))
 
         # A compiled step traces its hooks too.
-        return optimizer.register_step_post_hook(torch.compiler.disable(after_step)).remove
+        if engine is not None:
+            return follow_engine(engine, ema, torch.compiler.disable(lambda: watch.update(ema, None)))
+        hook = optimizer.register_step_post_hook(torch.compiler.disable(after_step))
+        return hook.remove  # type: ignore[no-any-return]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collective: every rank must call it. Write the average into the checkpoint of this step.

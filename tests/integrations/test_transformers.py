@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dist_ema import (
     ShardedEMA,
 )
 from dist_ema.integrations import watch
+from dist_ema.integrations.trainer import engine_of
 from dist_ema.integrations.transformers import EMACallback
 
 ROOT = Path(__file__).parents[2]
@@ -290,15 +292,39 @@ def test_a_trainer_that_cannot_be_served_is_refused_before_it_trains(tmp_path) -
         running.train()
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "XLA"])
-def test_an_engine_with_its_own_weights_is_refused_by_name(tmp_path, engine) -> None:
-    class Claims(Trainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            self.accelerator.state._shared_state["distributed_type"] = DistributedType[engine]
+class Claims(Trainer):
+    """A Trainer whose accelerator says that it runs on another engine."""
 
-    with pytest.raises(AttachError, match=f"runs under DistributedType.{engine}"):
-        trainer_of(tmp_path, EMACallback(SCHEDULE), kind=Claims)
+    engine: str
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state._shared_state["distributed_type"] = DistributedType[self.engine]
+
+
+def test_an_engine_with_its_own_weights_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(AttachError, match=r"runs under DistributedType\.XLA"):
+        trainer_of(tmp_path, EMACallback(SCHEDULE), kind=type("OnXLA", (Claims,), {"engine": "XLA"}))
+
+
+def test_a_trainer_that_says_deepspeed_without_its_engine_is_refused_when_it_trains(tmp_path) -> None:
+    """The hook of the optimizer would average weights from before the step."""
+    trainer = trainer_of(tmp_path, EMACallback(SCHEDULE), kind=type("OnDeepSpeed", (Claims,), {"engine": "DEEPSPEED"}))
+    trainer.model_wrapped, trainer.optimizer = trainer.model, torch.optim.SGD(trainer.model.parameters())
+    with pytest.raises(AttachError, match=r"expected DeepSpeed's engine"):
+        engine_of(trainer)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_on_deepspeeds_engine_nothing_is_lost_either(tmp_path) -> None:
+    """The hook of the optimizer would have seen weights from before the step."""
+    kinds = ("zero2_bf16", "zero3")
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SUPPORT / "launched_engine.py"))
+    ran = launched(sys.executable, *run, str(tmp_path), *kinds)
+    for kind in kinds:
+        assert f"nothing is lost: {kind}" in ran.stdout
+    assert "the average" not in ran.stderr, ran.stderr
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
