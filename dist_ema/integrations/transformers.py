@@ -32,7 +32,12 @@ from dist_ema.integrations.trainer import (
     run_folder,
     trainer_of,
 )
-from dist_ema.integrations.trainer_evaluation import Evaluated, evaluate_averages, is_averaged_metric
+from dist_ema.integrations.trainer_evaluation import (
+    Evaluated,
+    evaluate_averages,
+    is_averaged_metric,
+    tell_at_evaluation,
+)
 from dist_ema.integrations.watch import Watch, is_state_initialisation
 from dist_ema.options import check_names, checked_schedules
 from dist_ema.ranks.calls import ended_for_all
@@ -54,6 +59,11 @@ _TAKEN = ("checkpoint-", "optimizer", "pytorch_model_fsdp")
 _NONE_THERE = (
     "If the run that saved it had no EMACallback, give EMACallback(..., on_missing='live'): the average then begins "
     "with the loaded weights. If it was stopped while the Trainer wrote this checkpoint, resume from an older one"
+)
+
+_ELSEWHERE = (
+    "the EMACallback of this Trainer averages the model of another Trainer by now: this evaluation is one of the live "
+    "weights. Give each Trainer an EMACallback of its own"
 )
 
 
@@ -133,6 +143,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             CheckpointNotFoundError: the checkpoint has no average.
             CheckpointError: its average is of another model or other tracks, or damaged.
         """
+        former = self._trainer
         self._leave()  # a former run, or one that auto_find_batch_size begins again
         exchange = Exchange()
 
@@ -155,9 +166,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         ema.on_detach(self._stop_updates)
 
         def is_wanted() -> bool:
-            return self.ema is ema and any(callback is self for callback in trainer.callback_handler.callbacks)
+            return self.ema is ema and self._is_in(trainer)
 
         evaluate_averages(trainer, ema, ema.tracks[0], self._evaluated, is_wanted)
+        if former is not None and former is not trainer and self._evaluated != "live":
+            tell_at_evaluation(former, _ELSEWHERE, lambda: self._trainer is not former and self._is_in(former))
+
+    def _is_in(self, trainer: Any) -> bool:
+        return any(callback is self for callback in trainer.callback_handler.callbacks)
 
     def _follow(self, optimizer: Any, engine: Any, ema: ShardedEMA, exchange: Exchange) -> Callable[[], None]:
         """Update after each step of the optimizer, or of DeepSpeed's engine, until the returned function is called."""
@@ -235,9 +251,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         try:
             ema.load(os.path.join(best, self._name))
         except CheckpointNotFoundError:
+            is_gone = exchange.on_rank_0("train", lambda: not os.path.isdir(best))
             exchange.warn(
-                f"the best checkpoint {best} has no average {self._name!r}: the live weights that it has stay in the "
-                "model. It is of a part of the run without EMACallback"
+                f"the best checkpoint {best} is not there any more: the model keeps the last live weights, and "
+                "callback.ema the last average"
+                if is_gone
+                else f"the best checkpoint {best} has no average {self._name!r}: the live weights that it has stay in "
+                "the model. It is of a part of the run without EMACallback"
             )
             return
         ema.copy_to_model(ema.tracks[0])
