@@ -107,8 +107,14 @@ def engine_of(trainer: Any) -> Any:
     """
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
-    check_engine(trainer.model_wrapped, inner_optimizer(trainer))
-    return trainer.model_wrapped
+    engine = trainer.model_wrapped
+    if getattr(trainer.accelerator, "deepspeed_engine_wrapped", engine) is None:
+        raise AttachError(
+            "a Trainer under DeepSpeed trains for a second time, which transformers cannot do: its accelerator has "
+            "released the engine. Make a new Trainer, with an EMACallback of its own"
+        )
+    check_engine(engine, inner_optimizer(trainer))
+    return engine
 
 
 def inner_optimizer(trainer: Any) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trained import MOMENTUM, StopAt, assert_alike, folders, trainer_of
 from transformers import Trainer, TrainerCallback
 
-from dist_ema import ConstantSchedule
+from dist_ema import AttachError, ConstantSchedule
 from dist_ema.integrations.transformers import EMACallback
 
 SCHEDULE = ConstantSchedule(momentum=MOMENTUM)
@@ -95,6 +95,12 @@ def main(kind: str, folder: str) -> None:
     of_best = kept_naive.at[put_back.state.best_global_step]
     dtype = next(iter(alone.live.values())).dtype
     assert_alike(read_whole(put_back.model), {name: value.to(dtype) for name, value in of_best.items()})
+    try:
+        put_back.train()
+    except AttachError as raised:
+        assert "transformers cannot do" in str(raised)
+    else:
+        raise AssertionError("transformers trains twice under DeepSpeed: the refusal can go")
     if dist.get_rank() == 0:
         print("nothing is lost:", kind, flush=True)
     dist.barrier()
