@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+import fsspec
 import pytest
 import torch
 from tiny import HALF, averaged_once
@@ -103,6 +104,9 @@ def test_the_refusal_of_a_url_has_the_line_that_uploads_to_the_hub() -> None:
 def test_the_snippet_that_the_refusal_names_saves_to_a_url_and_loads_bit_for_bit(here) -> None:
     page = (Path(__file__).parents[2] / "docs" / "integrations" / "torch.md").read_text()
     (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "FsspecWriter" in code]
+    memory = fsspec.filesystem("memory")  # that of the process: the page's own test has been there
+    if memory.exists("/run"):
+        memory.rm("/run", recursive=True)
     names: dict = {}
     exec(snippet, names)
     saved, loaded = names["ema"].full_state_dict(), names["again"].full_state_dict()
