@@ -80,6 +80,11 @@ class ShardedEMA:
         exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
             live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
             be named here, and is left out of the files.
+        trainable_only: average only the parameters that require a gradient when the average is built, of those that
+            `include` and `exclude` leave in. None: True if PEFT has put adapters into a frozen model, else False.
+            Buffers follow `update_buffers`.
+        averaged_only: have files hold the averaged tensors alone: no frozen weights, no live buffers, no extra state.
+            Nothing else need be storable then (quantised weights). None: as for `trainable_only`.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
             takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
             and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
@@ -124,6 +129,8 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        trainable_only: bool | None = None,
+        averaged_only: bool | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
@@ -144,6 +151,8 @@ class ShardedEMA:
             device=device,
             include=include,
             exclude=exclude,
+            trainable_only=trainable_only,
+            averaged_only=averaged_only,
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
@@ -151,7 +160,7 @@ class ShardedEMA:
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
-        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
@@ -202,7 +211,6 @@ class ShardedEMA:
             found_inf: the overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0
                 if the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has
                 the cost. `attach` passes the flag by itself.
-
             batch_size: the size of the batch of this step over all ranks, in any unit, for `per_batch` schedules; the
                 same on every rank. None for the latest one that was given.
 
@@ -487,25 +495,26 @@ class ShardedEMA:
         self,
         path: PathLike,
         *,
-        num_updates: int = 1,
+        num_updates: int | None = None,
         new: Patterns = None,
         dropped: Patterns = None,
     ) -> None:
-        """Collective: every rank must call it. Begin every track at the weights of a file.
+        """Collective: every rank must call it. Begin every track at weights, or at an average, of another library.
 
         Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
-                or one such file. The values are floating-point ones of any dtype; there is no checksum to compare. Of a
-                checkpoint that holds live weights and an average, the average is read: give the file of the live ones.
+            path: a model folder of transformers, diffusers (of its EMAModel too) or timm, a folder of PEFT, or a file
+                of safetensors or of torch.save, under this model's own names or with a known prefix, such as `module.`
+                (docs/coming_from.md has the forms). Of a file of torch.save tensors are read and nothing else. Of live
+                weights and an average in one place the average is read. There is no checksum to compare.
             num_updates: the counter of the average, where its schedules go on; at least 1, as update number 0 would
-                copy the live weights.
+                copy the live weights. By default the number that the file says, or 1.
             new: as in `load`.
             dropped: as in `load`.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or shapes differ from the model's.
-            CheckpointCorruptError: a file is missing or damaged.
+            CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+            CheckpointCorruptError: a file is missing or damaged, or a pickle of more than tensors.
             CommunicationError: some rank did not make the call.
         """
         self._calls(
@@ -625,6 +634,14 @@ class ShardedEMA:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise habits.no_such_name(self, name)
+
+    def __call__(self, *arguments: object, **keywords: object) -> NoReturn:
+        """Refuse a forward.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(habits.NO_FORWARD)
 
     def __copy__(self) -> ShardedEMA:
         return habits.twin(self, self._copied())

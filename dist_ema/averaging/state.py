@@ -241,14 +241,7 @@ class AveragedState:
         return 1.0 if latest == 0 else self._momentum(self.schedules[track], latest)
 
     def _momentum(self, schedule: Schedule, step: int) -> float:
-        options = self.options
-        return momentum_of_update(
-            schedule,
-            step,
-            interval=options.interval,
-            interval_correction=options.interval_correction,
-            batch_size=self.batch_size,
-        )
+        return momentum_of_update(schedule, step, batch_size=self.batch_size, **self.options.rhythm)
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))

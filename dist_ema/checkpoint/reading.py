@@ -1,6 +1,7 @@
 """Every rank reads the bytes of its own boxes, and no others.
 
-For a rank that cannot see the folder (where every node has its own disk), rank 0 reads, in bounded chunks.
+For a rank that cannot see the folder (where every node has its own disk), rank 0 reads, in bounded chunks. A file of
+torch.save is mapped into memory by each rank that sees it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.disk.formats.byte_ranges import strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
 from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, StoredTensor, open_regular, read_exactly
+from dist_ema.disk.formats.pickles import PartBytes
 from dist_ema.disk.saved_average import damage_text
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.ranks.exchange import Exchange
@@ -38,6 +40,9 @@ _CHUNK_BYTES = 8 * 2**20
 Targets = Sequence[torch.Tensor]
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+# The name of a file, the part that is read of a file of torch.save, and whether it is a file of safetensors.
+_File = tuple[str, str, bool]
 
 
 class ModelReading:
@@ -133,7 +138,7 @@ def read_boxes(
     Raises:
         CommunicationError: other ranks are gone.
     """
-    files = sorted({stored.file for stored in tensors.values()})
+    files = sorted({(stored.file, stored.part or "", stored.part is None) for stored in tensors.values()})
     source: _Disk | _RankZero
     failure: Exception | None = None
     if blind:
@@ -153,7 +158,7 @@ def read_boxes(
 @torch.no_grad()
 def _read(
     source: _Disk | _RankZero,
-    files: Sequence[str],
+    files: Sequence[_File],
     tensors: Mapping[str, StoredTensor],
     wanted: Wanted,
     checksums: PartialChecksums,
@@ -162,6 +167,7 @@ def _read(
         staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu")
         for name, box, values in wanted:
             stored = tensors[name]
+            file = files.index((stored.file, stored.part or "", stored.part is None))
             dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
             direct = values.device.type == "cpu" and values.dtype == dtype
             for index, strip in strips_of_box(stored.start, stored.shape, dtype.itemsize, box):
@@ -170,7 +176,7 @@ def _read(
                     rows: Bytes = host.reshape(-1).view(torch.uint8).numpy().reshape(len(part), -1)
                     row, within = divmod(skipped_bytes, strip.run_bytes)
                     start = strip.start + row * strip.stride_bytes + within
-                    source.fill(files.index(stored.file), start, strip.stride_bytes, rows)
+                    source.fill(file, start, strip.stride_bytes, rows)
                     checksums.add_rows(name, start - stored.start, strip.stride_bytes, rows)
                     if not direct:
                         part.copy_(host)
@@ -202,23 +208,31 @@ def _blocks(values: torch.Tensor, itemsize: int) -> Iterator[tuple[int, torch.Te
 class _Disk:
     """The files, as this rank sees them."""
 
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+    def __init__(self, folder: Path, files: Sequence[_File]) -> None:
         self._folder = folder
         self._files = files
-        self._descriptors: dict[int, int] = {}  # at most one: tensors come nearly file by file
+        self._open: dict[int, int | PartBytes] = {}  # at most one: tensors come nearly file by file
 
     def fill(self, file: int, start: int, stride_bytes: int, rows: Bytes) -> None:
         """Read the rows; a row begins `stride_bytes` after the former one."""
-        if file not in self._descriptors:
+        if file not in self._open:
             self.close()
-            self._descriptors[file] = open_regular(self._folder / self._files[file])
+            name, part, is_safetensors = self._files[file]
+            path = self._folder / name
+            self._open[file] = open_regular(path) if is_safetensors else PartBytes(path, part)
+        source = self._open[file]
+        if isinstance(source, PartBytes):
+            source.fill(start, stride_bytes, rows)
+            return
         for number, row in enumerate(rows):
-            read_exactly(self._descriptors[file], row, start + number * stride_bytes)
+            read_exactly(source, row, start + number * stride_bytes)
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._open:
+            source = self._open.popitem()[1]
+            if not isinstance(source, PartBytes):
+                os.close(source)
 
 
 # A request: file, start, stride_bytes, number of rows, bytes of a row. 0 rows end the service. The answer is the bytes.

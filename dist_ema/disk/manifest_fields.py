@@ -169,9 +169,9 @@ def from_hex(value: object) -> int:
 
 
 def _path(name: str) -> str:
-    """The path of a file in the folder or in the folder of a track; a path that leads out of it is refused."""
+    """The path of a file in the folder, or below it in those of a track and an adapter; none that leads out of it."""
     *folders, file = name.split("/")
-    if len(folders) > 1:
+    if len(folders) > 2:
         raise ValueError(f"a file has the path {name[:80]!r}")
     for folder in folders:
         folder_name("track name", folder)

@@ -157,8 +157,7 @@ def values_in(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
 
 def _averaged_part(plan: Plan) -> Plan:
     """The averaged tensors of a plan, without the further names of tied ones."""
-    divisions = tuple(division for division in plan.divisions if division.averaged)
-    return dataclasses.replace(plan, divisions=divisions, aliases={})
+    return dataclasses.replace(plan.averaged_part(), aliases={})
 
 
 def _held_by_name(plan: Plan) -> dict[str, list[Held]]:

@@ -107,7 +107,7 @@ def whole(call: Call, state: AveragedState) -> dict[str, Any]:
     averaged = {spec.fqn: spec for spec in state.plan.specs if spec.averaged}
     tracks = {}
     for track in state.schedules:
-        pieces = [(box, value) for box, value in state.pieces(track) if box.fqn in averaged]
+        pieces = state.pieces(track, state.plan.averaged_part())
         devices = {box.fqn: value.device for box, value in pieces}
         tracks[track] = tensors = {
             fqn: torch.empty(spec.shape, dtype=state.options.dtype, device=devices.get(fqn))

@@ -8,7 +8,7 @@ draw() { # picture, updates, schedules
     [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]] || return 0
     local arguments=()
     for schedule in "${@:3}"; do arguments+=(--schedule "$schedule"); done
-    python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg"
+    python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg" --force
 }
 
 draw cosine 12000 'CosineSchedule(0.004, total_steps=10_000)' 'CosineSchedule(0.004, 0.001, total_steps=10_000)'
@@ -44,4 +44,4 @@ for step in range(1, 1001):
     if step % 100 == 0:
         ema.snapshot(sys.argv[1])
 RUN
-python -m dist_ema.cli plot "$snapshots" --sigma-rel 0.15 --out profile.svg
+python -m dist_ema.cli plot "$snapshots" --sigma-rel 0.15 --out profile.svg --force

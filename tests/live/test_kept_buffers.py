@@ -20,6 +20,7 @@ from dist_ema import (
     CheckpointMismatchError,
     ConfigError,
     ConstantSchedule,
+    ModelChangedError,
     RankMismatchError,
     ShardedEMA,
     SwapError,
@@ -258,6 +259,16 @@ def test_a_state_dict_has_them_and_a_state_of_dcp_says_that_it_has_not(tmp_path)
     with pytest.warns(UserWarning, match="recalibrated buffers were kept.*are not in it"):
         dcp.load({"ema": other.stateful()}, checkpoint_id=tmp_path / "dcp")
     assert torch.equal(other.full_state_dict()["first.weight"], inside["first.weight"])
+
+
+def test_a_buffer_that_cannot_be_kept_is_an_error_at_the_end_of_the_block_and_the_live_ones_are_back() -> None:
+    net, ema = after_steps()
+    live = copy.deepcopy(net.state_dict())
+    with pytest.raises(ModelChangedError, match="mask"), ema.average_parameters(keep_buffers=True):
+        net.mask = torch.zeros(5, dtype=torch.bool)
+    assert_shows(net.state_dict(), live)
+    assert ema._state.kept_buffers("ema") is None
+    recalibrate(net, ema)
 
 
 def test_what_cannot_keep_them_is_refused() -> None:
