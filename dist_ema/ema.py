@@ -262,11 +262,8 @@ class ShardedEMA:
             CheckpointError: the folder of the start cannot be read, or is of another model; nothing has changed.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        by = self._correction(correct)
+        by = Correction.of(correct, self._state, load_calls.read_start)
         return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers, correct=by)
-
-    def _correction(self, correct: Bema | None) -> Correction | None:
-        return None if correct is None else Correction(correct, self._state, load_calls.read_start)
 
     def copy_to_model(self, track: str | None = None, *, weight: float = 1.0) -> None:
         """Put the averaged weights into the model for good, or blend them in. Collective where `average_parameters` is.
@@ -580,7 +577,7 @@ class ShardedEMA:
             ConfigError: there is no such track, or `dtype` is not a floating-point one.
             CheckpointError: some rank could not write; the same error on all ranks.
         """
-        by = self._correction(correct)
+        by = Correction.of(correct, self._state, load_calls.read_start)
         self._calls(
             "consolidate",
             lambda call: self._saves.consolidate(

@@ -123,6 +123,15 @@ class Correction:
         self._read = read
         self.reads = bema.start is not None
 
+    @classmethod
+    def of(cls, bema: Bema | None, state: AveragedState, read: Reading) -> Correction | None:
+        """The correction that the user asks for; None for none.
+
+        Raises:
+            ConfigError: `bema` is something else.
+        """
+        return None if bema is None else cls(bema, state, read)
+
     def __repr__(self) -> str:
         return repr(self._bema)
 
