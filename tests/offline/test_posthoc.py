@@ -476,7 +476,7 @@ def test_the_command_that_measures_it_on_the_demo_model(tmp_path) -> None:
 def test_the_command_line_synthesizes(snapshots, tmp_path, capsys) -> None:
     assert main(["synthesize", "--sigma-rel", "0.15", str(snapshots), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: PowerSchedule(gamma=3.557" in told and "after 40 updates" in told
+    assert f"{tmp_path / 'out'}: PowerSchedule(sigma_rel=0.15)" in told and "after 40 updates" in told
     assert "from 8 snapshots, profile error" in told
     synthesize(snapshots, tmp_path / "same", WANTED)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "same")]
