@@ -218,7 +218,7 @@ class SaveCalls:
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         if rank == 0 and changes is None:
-            self.warnings.tell_of_lost_buffers(state, names)
+            self.warnings.tell_of_lost_buffers(state, names, part.plan)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)

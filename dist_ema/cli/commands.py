@@ -97,6 +97,7 @@ def diff(options: argparse.Namespace) -> str:
 
     def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
         a, b = map(find_weights, sources, tracks)
+        a, b = a.under_names_of(b), b.under_names_of(a)
         both = [(stored, b.model.tensors[name]) for name, stored in a.model.tensors.items() if name in b.model.tensors]
         with progress_bar(sum(of_a.nbytes + of_b.nbytes for of_a, of_b in both if of_a.shape == of_b.shape)) as bar:
             return a, b, sorted(differences(a, b, bar.update), key=lambda tensor: -tensor.relative)

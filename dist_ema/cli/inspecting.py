@@ -16,7 +16,7 @@ from dist_ema.cli.answers import BadAnswer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.headers import stem_in
-from dist_ema.disk.listing import ListedAverage, averages_below, read_listing
+from dist_ema.disk.listing import ListedAverage, averages_below, bytes_of, read_listing
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.disk.saved_average import check_files
 from dist_ema.disk.sources import find_weights
@@ -63,7 +63,7 @@ def _of_average(folder: Path) -> tuple[dict[str, Any], str]:
         "num_tensors": len(manifest.tensors),
         "num_averaged_tensors": len(averaged),
         "num_averaged_elements": sum(math.prod(saved.shape) for saved in averaged),
-        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "file_bytes": bytes_of(folder, manifest),
         "options": dict(manifest.options),
         "kept_buffers": list(manifest.kept_buffers),
         "written_by": dict(manifest.written_by),
@@ -83,7 +83,7 @@ def _text_of_average(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['folder']}: {facts['num_updates']:,} updates",
         f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "
-        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
+        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes",
     ]
     for name, track in facts["tracks"].items():
         momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"

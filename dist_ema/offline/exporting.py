@@ -16,7 +16,7 @@ from dist_ema.disk.folders.file_copies import clone, give_second_name
 from dist_ema.disk.formats.headers import read_small
 from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, write_all, write_whole
 from dist_ema.disk.forms.card import CARD_NAME, takes_card
-from dist_ema.disk.forms.form import CONFIG_NAME, GENERATION_NAME, PLAIN, TRANSFORMERS, FolderForm
+from dist_ema.disk.forms.form import CONFIG_NAME, GENERATION_NAME, PLAIN, TRANSFORMERS, FolderForm, path_from_top
 from dist_ema.disk.forms.layout import lay_out_form
 from dist_ema.disk.forms.transformers_models import are_described, config_with_dtype
 from dist_ema.disk.saved_average import SavedAverage
@@ -64,7 +64,11 @@ def lay_out_export(
         form = FolderForm(is_described=are_described([*saved.manifest.tensors, *aliases]))
     names = form.small_files or (_CONFIG_NAMES if form.is_described else ())
     of_weights = config_dtype if form.kind in (PLAIN, TRANSFORMERS) else None  # others do not name it
-    return lay_out_form(form, tensors, aliases, max_shard_size, _texts(folder, names, of_weights))
+    texts = _texts(folder, names, of_weights)
+    lifted = form.lifted(saved.manifest.tensors)
+    if lifted is not None:
+        form, texts = form.with_at_top(lifted), {path_from_top(path, lifted): text for path, text in texts.items()}
+    return lay_out_form(form, tensors, aliases, max_shard_size, texts)
 
 
 def write_model_folder(

@@ -226,6 +226,8 @@ def _other_weights(folder: Path) -> str:
     for name in names:
         if name.endswith(_PICKLED_ENDS):
             return f"it has {name}{kind_text(folder / name)}"
+    if inside := [name for name in names if stem_in(folder / name) is not None]:
+        return f"it has folders with weights ({', '.join(inside[:3])}): give one of these"
     return "one of them is missing, or it is another kind of folder"
 
 

@@ -170,6 +170,12 @@ def _more_than_tensors(path: Path, error: str) -> str:
     )
     if any(name.startswith("mmengine.") for name in names):
         return f"{text} (mmengine keeps the averaged weights in state_dict):\n{mmengine_lines(path)}"
+    if names and all(name.startswith("torch.nn.") for name in names):
+        return (
+            f"{text}, which are those of a module:\n"
+            f"    module = torch.load({str(path)!r}, weights_only=False)\n"
+            '    torch.save(module.state_dict(), "average.pt")'
+        )
     return (
         f"{text}, where KEY is that of the averaged weights, such as 'state_dict_ema':\n"
         f"    checkpoint = torch.load({str(path)!r}, weights_only=False)\n"

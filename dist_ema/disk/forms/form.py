@@ -14,7 +14,7 @@ The module loads no torch. No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dist_ema.checks import file_name, folder_name
@@ -34,8 +34,10 @@ __all__ = [
     "TOP",
     "TRANSFORMERS",
     "FolderForm",
+    "adapter_at_top",
     "form_from_json",
     "form_to_json",
+    "path_from_top",
 ]
 
 PLAIN, TRANSFORMERS, DIFFUSERS, TIMM, HUB, PEFT, LORA = (
@@ -58,6 +60,8 @@ _CONFIG_NAMES = (CONFIG_NAME, GENERATION_NAME, ADAPTER_CONFIG_NAME)
 
 # The folder of the form itself; several adapters have folders in it.
 TOP = "."
+# PEFT's own name of an only adapter.
+_DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,38 @@ class FolderForm:
     def folder_of(self, fqn: str) -> str:
         """The sub-folder of a tensor's file; `TOP` for the folder itself."""
         return self.folders.get(fqn, TOP)
+
+    def lifted(self, fqns: Collection[str]) -> str | None:
+        """The adapter that lies in a sub-folder of an average, and at the top of an export; None if there is none.
+
+        An average in a checkpoint of the Trainer has none at its top. An export is to be loaded, so it has one there.
+
+        Args:
+            fqns: the tensors of the average.
+        """
+        folders = {self.folder_of(fqn) for fqn in fqns}
+        return None if self.kind not in (PEFT, LORA) or TOP in folders else adapter_at_top(folders)
+
+    def with_at_top(self, lifted: str) -> FolderForm:
+        """The form in which the files of a sub-folder lie at the top, which is empty."""
+        return dataclasses.replace(
+            self,
+            folders={fqn: folder for fqn, folder in self.folders.items() if folder != lifted},
+            headers={TOP if folder == lifted else folder: header for folder, header in self.headers.items()},
+            small_files=tuple(path_from_top(path, lifted) for path in self.small_files),
+        )
+
+
+def adapter_at_top(adapters: Collection[str]) -> str | None:
+    """The adapter whose files lie at the top: an only one; of several that which PEFT's save_pretrained puts there."""
+    if len(adapters) == 1:
+        return next(iter(adapters))
+    return _DEFAULT if _DEFAULT in adapters else None
+
+
+def path_from_top(path: str, lifted: str) -> str:
+    """The path of a small file when the files of a sub-folder, `lifted`, lie at the top."""
+    return path.removeprefix(f"{lifted}/")
 
 
 def form_to_json(form: FolderForm | None) -> Any:
