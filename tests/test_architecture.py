@@ -244,9 +244,6 @@ PRIVATE_NAMES = {
     "disk.forms.deciding": {"_name_or_path": OF_FORMS},
     # Of the file format: the key under which a safetensors file says what it is.
     "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
-    "disk.formats.model_files": {
-        "__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"
-    },
 }
 # Our own mark on errors of any class.
 OURS = {"errors": {"_agreed"}}

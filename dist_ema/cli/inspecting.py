@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ema.checks import local
-from dist_ema.cli.answers import BadAnswer
+from dist_ema.cli.answers import BadAnswer, json_answer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.headers import stem_in
@@ -30,7 +29,7 @@ def inspect(options: argparse.Namespace) -> str:
     """Tell what lies at a path."""
     source = local(options.src)
     facts, text = steadily([source], lambda check: _look(source))
-    answer = json.dumps(facts, indent=1) if options.json else text
+    answer = json_answer(facts) if options.json else text
     damaged = [row["damaged"] for row in facts.get("averages", ()) if "damaged" in row]
     if damaged:
         raise BadAnswer(answer, f"{len(damaged)} of {len(facts['averages'])} cannot be read: {damaged[0]}")
@@ -105,6 +104,7 @@ def _of_run(folder: Path, listed: Sequence[ListedAverage]) -> tuple[dict[str, An
     for one in listed:
         name = str(one.folder.relative_to(folder))
         row: dict[str, Any] = {"name": name, "folder": str(one.folder)}
+        name = name.replace("\n", "\\n")  # a row is a line
         if one.manifest is None:
             row["damaged"] = one.damage
             cells.append((name, "-", "damaged", "-", "-"))

@@ -252,6 +252,8 @@ def read_summed(folder: Path) -> tuple[Manifest, int]:
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
+        if manifest.form is not None:
+            manifest.form.check_names(manifest.tensors)
         for alias, fqn in manifest.aliases.items():
             if fqn not in manifest.tensors or alias in manifest.tensors:
                 raise ValueError(f"{alias[:80]!r} is tied to {fqn[:80]!r}, expected a further name of a tensor")

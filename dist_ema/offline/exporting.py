@@ -157,7 +157,8 @@ def _texts(folder: Path, names: Sequence[str], dtype: torch.dtype | None) -> dic
     texts = {}
     for name in names:
         path = folder / name
-        if path.is_file() and not path.is_symlink():  # a link of the user may lead to another file of this user
+        # A link of the user may lead to another file of this user; so may that of a sub-folder.
+        if path.is_file() and not (path.is_symlink() or (path.parent != folder and path.parent.is_symlink())):
             content = read_small(path)
             try:
                 texts[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content

@@ -181,3 +181,17 @@ def test_diff_has_a_progress_bar_on_a_terminal_alone(run, capsys, monkeypatch) -
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["diff", average, average]) == 0
     assert "64.0/64.0" in terminal.getvalue() or "64.0" in terminal.getvalue()
+
+
+def test_a_number_that_json_has_not_leaves_the_answer_readable(run, tmp_path, capsys) -> None:
+    save_file({"weight": torch.full((2,), float("nan"))}, tmp_path / "a.safetensors")
+    save_file({"weight": torch.ones(2)}, tmp_path / "b.safetensors")
+    facts = json.loads(answer(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json"))
+    assert facts["relative"] is None and facts["tensors"] == {"weight": None}
+
+
+def test_a_name_with_a_line_break_makes_no_row_of_its_own(run, capsys) -> None:
+    forged = "a\n  checkpoint-9/ema  9,999"
+    shutil.copytree(run / "checkpoint-1" / "ema", run / forged)
+    assert len(answer(capsys, "inspect", run).splitlines()) == 2 + 4
+    assert forged in {row["name"] for row in json.loads(answer(capsys, "inspect", run, "--json"))["averages"]}

@@ -74,7 +74,12 @@ class PickledFile:
         self._path = path
         self._size_bytes = os.path.getsize(path)
         self.content = _load(path)
-        self.parts = dict(_parts(self.content))
+        parts = list(_parts(self.content))
+        self.parts = dict(parts)
+        if len(parts) != len(self.parts):
+            raise CheckpointMismatchError(
+                f"{path} has two dicts of tensors of the same keys, once with a dot: save the one that you mean alone"
+            )
         if not self.parts:
             raise CheckpointMismatchError(f"{path} holds no tensors by name{_instead(self.content)}")
 

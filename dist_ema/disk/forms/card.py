@@ -15,13 +15,11 @@ from typing import Any
 from dist_ema._version import __version__
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import read_small
-from dist_ema.disk.forms.form import DIFFUSERS, HUB, LORA, PEFT, TIMM, TRANSFORMERS, FolderForm
+from dist_ema.disk.forms.form import CARD_NAME, DIFFUSERS, HUB, LORA, PEFT, TIMM, TRANSFORMERS, FolderForm
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.schedules.records import schedule_text
 
 __all__ = ["CARD_NAME", "card_text", "takes_card"]
-
-CARD_NAME = "README.md"
 
 # The names by which the hub knows the libraries.
 _LIBRARY_NAMES = {

@@ -14,15 +14,17 @@ The module loads no torch. No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dist_ema.checks import file_name, folder_name
-from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME
+from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME, OWN_FILE
 from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, LORA_STEM, MODEL_STEM, STEMS
+from dist_ema.disk.formats.headers import METADATA
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
+    "CARD_NAME",
     "CONFIG_NAME",
     "DIFFUSERS",
     "GENERATION_NAME",
@@ -53,6 +55,7 @@ _STEM_OF = {DIFFUSERS: DIFFUSERS_STEM, PEFT: ADAPTER_STEM, LORA: LORA_STEM}
 # The libraries of these kinds read one file of weights, and know no index.
 _ONE_FILE = (TIMM, HUB, PEFT, LORA)
 
+CARD_NAME = "README.md"
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 # Beside weights that they do not describe, a library would take the folder for something that it is not.
@@ -101,6 +104,19 @@ class FolderForm:
         """The names of small files that would be wrong beside these tensors."""
         fit = (CONFIG_NAME, GENERATION_NAME) if self.kind in (PLAIN, TRANSFORMERS) and self.is_described else ()
         return tuple(name for name in _CONFIG_NAMES if name not in fit)
+
+    def check_names(self, fqns: Iterable[str]) -> None:
+        """Refuse names of which a file could not hold all.
+
+        Raises:
+            ValueError: two of these tensors have one name in one file, or a name is reserved.
+        """
+        places: dict[tuple[str, str], str] = {}
+        for fqn in fqns:
+            place = self.folder_of(fqn), self.name_of(fqn)
+            if place in places or place[1] == METADATA:
+                raise ValueError(f"{fqn[:80]!r} is called {place[1][:80]!r} in its file, as another entry is")
+            places[place] = fqn
 
     def name_of(self, fqn: str) -> str:
         """The name of a tensor in its file."""
@@ -216,5 +232,7 @@ def _path(value: object) -> str:
         raise ValueError(f"a small file has the path {_text(value)[:80]!r}")
     for folder in folders:
         folder_name("form", folder)
-    file_name("form", name)
+    # What an export writes itself, or leaves to the user: a checkpoint must not put its own there.
+    if OWN_FILE.fullmatch(file_name("form", name)) or name == CARD_NAME:
+        raise ValueError(f"a small file is called {name[:80]!r}, which is no name of one")
     return _text(value)
