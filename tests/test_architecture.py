@@ -26,6 +26,7 @@ ROOMS = [
     "integrations",
     "ema",
     "construction",
+    "offline.merging",
     "offline",
     "checkpoint",
     "checkpoint.nodes",
@@ -471,6 +472,7 @@ def test_public_names() -> None:
         "attach",
         "consolidate_checkpoint",
         "every",
+        "merge",
         "scaled_batch",
         "synthesize",
     }
