@@ -31,6 +31,8 @@ METADATA_NAME = ".metadata"
 
 # The modules whose records and enumerations a `.metadata` file is made of.
 _RECORD_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+# Functions without an effect beyond what they return.
+_PLAIN = (("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 
 
@@ -164,8 +166,8 @@ class _Unpickler(pickle.Unpickler):
                     return kind
             if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
                 return getattr(torch, name)
-            if (module, name) in (("torch.serialization", "_get_layout"), ("collections", "OrderedDict")):
+            if (module, name) in _PLAIN:
                 return super().find_class(module, name)
-            if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            if module.partition(".")[0] == "pathlib" and name in _PATHS:
                 return Path
         raise pickle.UnpicklingError(f"it has {module}.{name}, which is no part of such a record and may run code")

@@ -82,7 +82,7 @@ def _spelled(source: Mergeable, reference: Mergeable) -> dict[str, str]:
     if reference.saved is not None:  # the names in its files -> its own
         own = {name: fqn for spelling in reference.spellings[1:] for name, fqn in spelling.items()}
         spellings.append({own.get(name, name): stored for name, stored in spellings[0].items()})
-    return dict(max(spellings, key=lambda spelling: len(wanted.intersection(spelling))))
+    return dict(max(spellings, key=lambda spelling: len(wanted.intersection(spelling.keys()))))
 
 
 def _with_aliases(source: Mergeable, names: Mapping[str, str]) -> dict[str, str]:
