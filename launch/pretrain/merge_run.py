@@ -2,11 +2,11 @@
 
     python launch/pretrain/merge_run.py --out runs/merge
 
-One model trains at a constant learning rate. At some steps a decay is wanted: the run is forked `--window` steps before,
-and the fork decays its rate to nothing along the curve, as a real run would. The trunk itself decays nothing. It keeps an
-average by `MergeSchedule` over the same window, and an EMA. All are evaluated on the same text, after equally many steps;
-a fork and the trunk see the same batches. Writes merge.csv, merge.svg and, for `dist-ema merge`, the last values of the
-trunk as safetensors.
+One model trains at a constant learning rate. At some steps a decay is wanted: the run is forked `--window` steps
+before, and the fork decays its rate to nothing along the curve, as a real run would. The trunk itself decays nothing. It
+keeps an average by `MergeSchedule` over the same window, and an EMA. All are evaluated on the same text, after equally
+many steps; a fork and the trunk see the same batches. Writes merge.csv, merge.svg and, for `dist-ema merge`, some of
+the last values of the trunk as safetensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from dist_ema import ConstantSchedule, MergeSchedule, ShardedEMA
 
-CURVES = {
+CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda s: 1 - s,
     "1-sqrt": lambda s: 1 - math.sqrt(s),
     "cosine": lambda s: (1 + math.cos(math.pi * s)) / 2,
