@@ -3,10 +3,10 @@
     python launch/pretrain/merge_run.py --out runs/merge
 
 One model trains at a constant learning rate. At some steps a decay is wanted: the run is forked `--window` steps
-before, and the fork decays its rate to nothing along the curve, as a real run would. The trunk itself decays nothing. It
-keeps an average by `MergeSchedule` over the same window, and an EMA. All are evaluated on the same text, after equally
-many steps; a fork and the trunk see the same batches. Writes merge.csv, merge.svg and, for `dist-ema merge`, some of
-the last values of the trunk as safetensors.
+before, and the fork decays its rate to nothing along the curve, as a real run would. The trunk itself decays nothing.
+It keeps an average by `MergeSchedule` over the same window, and an EMA. All are evaluated on the same text, after
+equally many steps; a fork and the trunk see the same batches. Writes merge.csv, merge.svg and, for `dist-ema merge`,
+some of the last values of the trunk as safetensors.
 """
 
 from __future__ import annotations
