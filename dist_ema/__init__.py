@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dist_ema.integrations.accelerate import attach as attach
     from dist_ema.live.correction import Bema as Bema
     from dist_ema.offline.consolidation import consolidate_checkpoint as consolidate_checkpoint
+    from dist_ema.offline.merging.writing import merge as merge
     from dist_ema.offline.synthesis import synthesize as synthesize
     from dist_ema.options import Experts as Experts
     from dist_ema.schedules.catalog import *  # noqa: F403
@@ -28,6 +29,7 @@ _HOME = {
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
     "consolidate_checkpoint": "dist_ema.offline.consolidation",
+    "merge": "dist_ema.offline.merging.writing",
     "synthesize": "dist_ema.offline.synthesis",
 }
 

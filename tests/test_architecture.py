@@ -26,6 +26,7 @@ ROOMS = [
     "integrations",
     "ema",
     "construction",
+    "offline.merging",
     "offline",
     "checkpoint",
     "checkpoint.nodes",
@@ -156,7 +157,11 @@ def test_only_topology_knows_the_parallelisms() -> None:
 
 def test_only_exchange_and_topology_touch_process_groups() -> None:
     for name, tree in modules().items():
-        uses_groups = any(imported.startswith("torch.distributed") for imported in imports(tree))
+        # The files of DCP are read there without a group.
+        files = ("torch.distributed.checkpoint",) if name == "offline.merging.dcp" else ()
+        uses_groups = any(
+            imported.startswith("torch.distributed") and not imported.startswith(files) for imported in imports(tree)
+        )
         assert not uses_groups or room_of(name).partition(".")[0] in ("ranks", "topology"), name
 
 
@@ -172,7 +177,9 @@ OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
 OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
 OF_FORMS = "test_the_private_names_of_libraries_are_what_their_folders_are_made_with"
+OF_DCP = "test_the_private_names_in_a_record_of_dcp_are_these"
 PRIVATE_NAMES = {
+    "offline.merging.dcp": {"_get_layout": OF_DCP},
     "topology.dtensor": {
         "_get_fsdp_state": OF_FSDP2,
         "_fsdp_param_group": OF_FSDP2,
@@ -469,6 +476,7 @@ def test_public_names() -> None:
         "attach",
         "consolidate_checkpoint",
         "every",
+        "merge",
         "scaled_batch",
         "synthesize",
     }

@@ -186,7 +186,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("more", [{}, {"interval": 3, "interval_correction": True}], ids=["each", "every third"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_synthesized_averages_are_within_2_percent_of_tracked_ones(tmp_path, monkeypatch, dtype, more) -> None:
-    monkeypatch.setattr("dist_ema.offline.synthesis._CHUNK_NUMEL", 500)
+    monkeypatch.setattr("dist_ema.offline.summing._CHUNK_NUMEL", 500)
     truth = run(tmp_path / "snapshots", dtype, **more)
     for sigma in (75, 150, 200):
         made = synthesize(tmp_path / "snapshots", tmp_path / "out", PowerSchedule(sigma_rel=sigma / 1000))
