@@ -25,6 +25,9 @@ from dist_ema.live import distance, gather, sharded, stateful
 from dist_ema.live.distance import Groups
 from dist_ema.live.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
+from dist_ema.live.whole import stream
+from dist_ema.live.whole.ownership import Ownership
+from dist_ema.live.whole.stream import NamedTensors
 from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
@@ -150,6 +153,7 @@ class ShardedEMA:
         self._state, self._replicas = built.state, built.replicas
         self._saves = SaveCalls(built.state, built.replicas, built.small_files)
         self._calls = Calls(exchange, self._state, self._saves.wait)
+        self._ownership = Ownership()
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
         if overlap:
@@ -296,6 +300,43 @@ class ShardedEMA:
         """
         return self._calls(
             "full_state_dict", lambda call: gather.full_state_dict(call, self._state, self._replicas, track)
+        )
+
+    def whole_tensors(
+        self,
+        track: str | None = None,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = 256 * 2**20,
+        ranks: Iterable[int] | None = None,
+    ) -> NamedTensors:
+        """Collective: every rank must call it, and exhaust or close what it returns. A stream of whole tensors.
+
+        Chunks are sent in the default process group, the next while the caller works on one. A rank that ends its
+        stream early (`break`, an error) goes on with the messages that are left, without keeping them; an interrupt is
+        raised after that. Until its stream has ended a rank refuses updates, loads and swaps. See docs/on_demand.md.
+
+        Args:
+            track: the name of the average; may be left out if there is one.
+            dtype: floating-point tensors are sent in it, torch.bfloat16 say; None keeps the averaged dtype.
+            bucket_bytes: bytes of messages that a rank keeps at a time. Besides what the caller keeps, a stream takes
+                this and the largest tensor.
+            ranks: the ranks that get the tensors; None for all. On the others the call returns an empty iterator when
+                what they own has been sent.
+
+        Returns:
+            (name, tensor) of all that `full_state_dict` has, in the model's order, a tied tensor once under each of its
+            names. Each is new memory: in the host's, or on the present GPU where the backend is NCCL.
+
+        Raises:
+            SwapError: the averaged weights are in the model, or another stream is open.
+            ConfigError: there is no such track, or an argument is out of range.
+            CommunicationError: a rank is gone; also while the stream goes on.
+        """
+        return self._calls(
+            "whole_tensors",
+            lambda call: stream.whole_tensors(
+                call, self._state, self._replicas, self._ownership, track, dtype, bucket_bytes, ranks
+            ),
         )
 
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:

@@ -21,7 +21,6 @@ _INSTEAD = {
     "ema_model": "`with average_parameters():`, inside which the model itself shows the average",
     "step": "update(), after each optimizer step",
     "store": "`with average_parameters():`, which keeps the live weights aside",
-    "copy_to": "copy_to_model(), or `with average_parameters():`",
     "restore": "`with average_parameters():`, which puts the live weights back at its end",
     "apply_shadow": "`with average_parameters():`",
 }

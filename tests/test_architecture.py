@@ -30,6 +30,7 @@ ROOMS = [
     "checkpoint",
     "checkpoint.nodes",
     "live",
+    "live.whole",
     "live.holders",
     "averaging",
     "ranks",

@@ -66,6 +66,7 @@ class AveragedState:
         self._updater = Updater((), ())
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
+        self._is_streamed = False
         # It is replaced as a whole by one assignment, so that its fields always agree.
         self._now = _Now()
 
@@ -96,7 +97,7 @@ class AveragedState:
         self.join()
         self._updater.complete()
         _ = self.num_updates  # takes a skipped step back; the event of its flag could not be copied
-        return self.__dict__
+        return self.__dict__ | {"_is_streamed": False}  # a stream goes on with the original
 
     def stop_overlapping(self) -> None:
         """Run further updates in line."""
@@ -338,11 +339,19 @@ class AveragedState:
         self._swapped = None
         self._leave = None
 
+    def stream_begins(self) -> None:
+        """Record that the averages are being streamed, and must stay as they are."""
+        self._is_streamed = True
+
+    def stream_ends(self) -> None:
+        """Record that the averages may move again."""
+        self._is_streamed = False
+
     def refuse_while_swapped(self, call: str) -> None:
-        """Refuse a call that would mix up averaged and live weights.
+        """Refuse a call that would mix up averaged and live weights, or the averages of two updates in a stream.
 
         Raises:
-            SwapError: the averaged weights are in the model.
+            SwapError: the averaged weights are in the model, or are being streamed.
         """
         if self._leave is not None:
             self._leave()
@@ -350,6 +359,11 @@ class AveragedState:
             raise SwapError(
                 f"{call}() was called while the averaged weights of track {self._swapped!r} are in the model: leave "
                 "the average_parameters() block first"
+            )
+        if self._is_streamed:
+            raise SwapError(
+                f"{call}() was called while a stream of whole_tensors() is open on this rank: exhaust it first, or "
+                "call its close()"
             )
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:

@@ -1,0 +1,1 @@
+"""The average as a stream of whole tensors, in bounded memory."""
