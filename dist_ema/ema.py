@@ -21,7 +21,7 @@ from dist_ema.checkpoint.save_calls import SaveCalls
 from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
-from dist_ema.live import distance, gather, sharded, stateful
+from dist_ema.live import copying, distance, gather, sharded, stateful
 from dist_ema.live.distance import Groups
 from dist_ema.live.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
@@ -247,6 +247,38 @@ class ShardedEMA:
             ConfigError: there is no such track.
         """
         self._calls("copy_to_model", lambda call: put_for_good(call, self._state, self._replicas, track))
+
+    def copy_to(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        *,
+        track: str | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        """Collective: every rank must call it. Copy the average into another module of the same names and layout.
+
+        Nothing is gathered. Under FSDP2 every rank writes its own shards, and no values are sent. Where ranks hold the
+        same tensors (DDP, HSDP, what tensor parallelism leaves whole) owners broadcast what they own, in the dtype of
+        the module, and every rank gets the buffers of rank 0. What is not averaged gets the live values.
+
+        Args:
+            module: the other module, wrapped like the model on the same mesh, of any floating dtypes; or a list of
+                parts, as for the model.
+            track: the name of the average; may be left out if there is one.
+            include: glob pattern or patterns of names to copy; None for all.
+            exclude: glob pattern or patterns of names not to copy, such as those that only one of both has.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, a pattern matches nothing, or the module is the model.
+            UnsupportedModelError: names, shapes or layouts do not fit; nothing was written on any rank.
+            RankMismatchError: the ranks did not ask for the same.
+        """
+        self._calls(
+            "copy_to",
+            lambda call: copying.copy_to(call, self._state, self._replicas, module, track, include, exclude),
+        )
 
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.

@@ -86,7 +86,7 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Ca
 def spread_all(
     plan: Plan,
     values: Sequence[torch.Tensor],
-    target: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor | None],
     meeting: Sequence[Callable[[], None]] = (),
     *,
     extra_state: bool = False,
@@ -108,14 +108,15 @@ def spread_all(
 
 
 def spread(
-    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor | None], *, averaged: bool = True
 ) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.
         values: values of `plan.owned(averaged=averaged)`, converted on the way.
-        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it.
+        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it;
+            None to leave it out, on all of them alike.
         averaged: whether the averaged tensors are spread, or those that always show the live values.
     """
     _spread([(plan, values, averaged)], target, ())
@@ -126,7 +127,7 @@ _Given = tuple[Plan, Sequence[torch.Tensor], bool]
 
 
 def _spread(
-    given: Sequence[_Given], target: Callable[[Shard], torch.Tensor], meeting: Sequence[Callable[[], None]]
+    given: Sequence[_Given], target: Callable[[Shard], torch.Tensor | None], meeting: Sequence[Callable[[], None]]
 ) -> None:
     def make(worker: int) -> Steps:
         steps = Steps()
@@ -145,17 +146,20 @@ def _add_spreading(
     steps: Steps,
     plan: Plan,
     values: Sequence[torch.Tensor],
-    target: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor | None],
     averaged: bool,
     room: _Room,
 ) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
-        steps.again(functools.partial(target(shard).copy_, value))
+        own = target(shard)
+        if own is not None:
+            steps.again(functools.partial(own.copy_, value))
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
-            for bucket in _buckets([target(shard) for shard in division.run(position)]):
+            targets = map(target, division.run(position))
+            for bucket in _buckets([of_shard for of_shard in targets if of_shard is not None]):
                 _add_refreshing(steps, bucket, owner, division, room)
 
 

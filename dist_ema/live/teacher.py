@@ -13,14 +13,15 @@ ranks that hold these alike. What is not averaged (buffers, excluded tensors) is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from dist_ema.averaging.averages import Averages, copy_pairwise
 from dist_ema.boxes.plan import Plan, Remains
-from dist_ema.boxes.shards import Box, Held, Shard
+from dist_ema.boxes.shards import Held, Shard
 from dist_ema.errors import ConfigError, UnsupportedModelError
+from dist_ema.live.counterparts import matched, tensors_by_names
 from dist_ema.live.spreading import spread
 
 __all__ = ["Teacher", "TeacherAverages", "copy_pairs"]
@@ -47,10 +48,10 @@ class Teacher:
 
     def __init__(self, student: Plan, teacher: Plan, dtype: torch.dtype) -> None:
         _check_names(student, teacher)
-        names_of_student = _names(student)
+        names_of_student = tensors_by_names(student)
         # Fqn in the teacher -> fqn of the same tensor in the student.
-        student_fqns = {fqn: names_of_student[names] for names, fqn in _names(teacher).items()}
-        self._counterparts = _matched(student, teacher, student_fqns)
+        student_fqns = {fqn: names_of_student[names] for names, fqn in tensors_by_names(teacher).items()}
+        self._counterparts = matched(student, teacher, student_fqns, "into")
         self._drop_gathered = teacher.drop_gathered
 
         def drop_gathered() -> None:
@@ -172,13 +173,8 @@ def _part(plan: Plan, names: Collection[str]) -> Plan:
     )
 
 
-def _names(plan: Plan) -> dict[frozenset[str], str]:
-    """All names of a tensor -> its fqn."""
-    return {frozenset(names): fqn for fqn, names in plan.names_of_tensors.items()}
-
-
 def _check_names(student: Plan, teacher: Plan) -> None:
-    of_student, of_teacher = _names(student), _names(teacher).keys()
+    of_student, of_teacher = tensors_by_names(student), tensors_by_names(teacher).keys()
     averaged = {spec.fqn for spec in student.specs if spec.averaged}
     missing = sorted(sorted(names) for names, fqn in of_student.items() if fqn in averaged and names not in of_teacher)
     extra = sorted(map(sorted, of_teacher - of_student.keys()))
@@ -187,35 +183,6 @@ def _check_names(student: Plan, teacher: Plan) -> None:
             f"into lacks {len(missing)} averaged tensors of the model {missing[:3]} and has {len(extra)} that it has "
             f"not {extra[:3]}, expected a module with the same names, tied alike: exclude= what a teacher need not have"
         )
-
-
-def _matched(student: Plan, teacher: Plan, student_fqns: Mapping[str, str]) -> Mapping[Box, Held]:
-    """Box that this rank holds of the student -> what this rank holds of the teacher there."""
-    by_box = {
-        dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn]): held
-        for division in teacher.divisions
-        for held in division.held
-    }
-    known = set(student_fqns.values())
-    of_student = [held for division in student.divisions if not division.extra_state for held in division.held]
-    for held in of_student:
-        if held.spec.fqn in known and held.box not in by_box:
-            raise UnsupportedModelError(
-                f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
-                f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
-                "(fully_shard both, or keep both whole)"
-            )
-    # Nothing would ever move what a teacher has on this rank beyond that.
-    present = {held.box for held in of_student}
-    for division in teacher.divisions:
-        for held in division.held if not division.extra_state else ():
-            box = dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn])
-            if box.numel and box not in present:
-                raise UnsupportedModelError(
-                    f"into has {held.spec.fqn} on this rank ({box.sizes} at {box.offsets} of {list(held.spec.shape)}), "
-                    "and the model has not: expected a teacher of what this rank trains, such as a copy of its stage"
-                )
-    return by_box
 
 
 def _check_pair(student: Held, teacher: Held, dtype: torch.dtype) -> None:
