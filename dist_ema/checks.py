@@ -129,10 +129,16 @@ def local(path: object) -> Path:
 def _url_refusal(text: str, scheme: str) -> str:
     if scheme.lower() == "file":
         return f"path is {text!r}, which is a URL: give the path alone, without 'file://'"
+    if scheme.lower() == "hf":
+        repository = "/".join([part for part in text.partition(":")[2].split("/") if part][:2])
+        upload = f"huggingface_hub.upload_folder(folder_path=folder, repo_id={repository!r})"
+    else:
+        upload = "fsspec's filesystem(scheme).put(folder, url, recursive=True), or the store's own client"
     return (
-        f"path is {text!r}, which is a URL, expected a folder that the operating system sees: save to a local or "
-        "shared folder and upload that, download before a load, or save sharded_state_dict with DCP's writer for "
-        "such places. A local folder of that name can be given by its absolute path"
+        f"path is {text!r}, which is a URL, expected a folder that the operating system sees. There are two ways: a "
+        f"local or shared folder, and then {upload} (download before a load); or ema.stateful() in "
+        "torch.distributed.checkpoint, whose fsspec writer writes to the URL itself (docs/integrations/torch.md has "
+        "the snippet). A local folder of that name can be given by its absolute path"
     )
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
-from dist_ema.checkpoint.record import dtype_name, manifest_of
-from dist_ema.checkpoint.save_calls import SmallFiles
+from dist_ema.checkpoint.record import dtype_name, in_files, manifest_of
 from dist_ema.checkpoint.saving import model_files
-from dist_ema.disk.formats.model_config import config_files
+from dist_ema.disk.forms.deciding import FormOf, decide
+from dist_ema.disk.forms.models import Model
 from dist_ema.disk.manifest import Agreement
 from dist_ema.errors import ConfigError
 from dist_ema.live.holders.expert_copies import warn_of_expert_copies
@@ -28,11 +28,12 @@ from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.groups import names_of
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.functions import ScheduleLike
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.experts import check_numbers
 from dist_ema.topology.names import class_of, unwrapped
 from dist_ema.topology.parts import whole_model
-from dist_ema.topology.planning import plan_model
+from dist_ema.topology.planning import is_adapted, plan_model
 
 __all__ = ["Built", "build"]
 
@@ -43,18 +44,18 @@ class Built(NamedTuple):
     Attributes:
         state: the averages of this rank.
         replicas: the tensors that several ranks hold alike.
-        small_files: gives the small files that the model wants beside its weights.
+        form_of: gives the form of the folders that this model wants.
     """
 
     state: AveragedState
     replicas: Replicas
-    small_files: SmallFiles
+    form_of: FormOf
 
 
 def build(
     exchange: Exchange,
     model: nn.Module | Sequence[nn.Module],
-    schedule: Schedule | Mapping[str, Schedule],
+    schedule: ScheduleLike | Mapping[str, ScheduleLike],
     into: nn.Module | None,
     **options: Any,
 ) -> Built:
@@ -78,24 +79,18 @@ def build(
 
     def prepare() -> _Prepared:
         checked, schedules, whole = _checked(**options), checked_schedules(schedule), whole_model(model)
-        plans = [
-            plan_model(
-                module,
-                averages=checked.averages,
-                excludes=checked.excludes,
-                update_buffers=checked.update_buffers,
-                masters=checked.masters,
-                experts=checked.experts,
-                rank=exchange.rank,
-                world_size=exchange.world_size,
-            )
-            for module in ([whole] if into is None else [whole, _teacher(into, checked, schedules)])
-        ]
+        checked = checked.resolved(is_adapted=is_adapted(whole))
+        planned = partial(plan_model, options=checked, rank=exchange.rank, world_size=exchange.world_size)
+        plans = [planned(whole)]
+        if into is not None:
+            teacher, student = _teacher(into, checked, schedules), plans[0].averaged_part()
+            # No parameter of a teacher requires a gradient.
+            averaged = {spec.fqn for spec in student.specs}.union(student.aliases) if checked.trainable_only else None
+            plans.append(planned(teacher, averaged=averaged))
         proofs = [
             Proof.of(plan, exchange.rank, exchange.world_size, exchange.channel.drawn, names_of) for plan in plans
         ]
-        inner = unwrapped(whole)
-        return _Prepared(checked, schedules, plans, proofs, partial(config_files, inner, class_of(inner).__name__))
+        return _Prepared(checked, schedules, plans, proofs, partial(decide, Model(unwrapped(whole), class_of)))
 
     with ended_for_all(exchange, "ShardedEMA"):
         exchange.arrive("ShardedEMA")
@@ -111,11 +106,12 @@ def build(
         )
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
-        replicas = Replicas(exchange, state.plan)
+        compared = in_files(state)
+        replicas = Replicas(exchange, compared)
         replicas.check(_ACTION)
         if state.options.experts:
-            warn_of_expert_copies(exchange, _ACTION, state.plan, state.options.declares)
-    return Built(state, replicas, prepared.small_files)
+            warn_of_expert_copies(exchange, _ACTION, compared, state.options.declares)
+    return Built(state, replicas, prepared.form_of)
 
 
 _ACTION = "building the average"
@@ -137,7 +133,7 @@ class _Prepared(NamedTuple):
     schedules: Mapping[str, Schedule]
     plans: list[Plan]
     proofs: list[Proof]
-    small_files: SmallFiles
+    form_of: FormOf
 
 
 def _terms(prepared: _Prepared) -> list[int]:
@@ -166,15 +162,16 @@ def _allocated(prepared: _Prepared, plans: Sequence[Plan], world_size: int) -> A
     options, plan, of_teacher = prepared.options, plans[0], plans[1:]
     options.check_patterns(plan.names)
     check_numbers(plan, options.experts, world_size)
-    plan.check_not_empty()
+    plan.check_not_empty(trainable_only=bool(options.trainable_only))
     if options.overlap:
         _check_overlap(plan, has_teacher=bool(of_teacher))
-    model_files(plan, {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")  # raises if a tensor cannot be stored
     if of_teacher:
         teacher = Teacher(plan, of_teacher[0], options.dtype)
         state: AveragedState = TeacherState(teacher, options, prepared.schedules)
     else:
         state = AveragedState(plan, options, prepared.schedules)
+    # Raises if a tensor cannot be stored.
+    model_files(in_files(state), {spec.fqn: spec.dtype for spec in plan.specs}, "5GB")
     manifest_of(state, world_size).check_size()
     state.allocate()
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
@@ -11,8 +12,7 @@ import torch
 from torch import nn
 
 from dist_ema import habits
-from dist_ema.averaging.standstill import Standstill
-from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.standstill import Standstill, update_and_count
 from dist_ema.averaging.streams import join_all, join_before_steps
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
@@ -21,39 +21,18 @@ from dist_ema.checkpoint.save_calls import SaveCalls
 from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
-from dist_ema.live import copying, distance, gather, sharded, stateful
+from dist_ema.live import distance, gather, sharded, stateful
 from dist_ema.live.distance import Groups
+from dist_ema.live.elsewhere.elsewhere_calls import ElsewhereCalls, NamedTensors
 from dist_ema.live.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
-from dist_ema.live.whole import stream
-from dist_ema.live.whole.ownership import Ownership
-from dist_ema.live.whole.stream import NamedTensors
 from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.base import fraction_between
+from dist_ema.schedules.functions import ScheduleLike
 
 __all__ = ["ShardedEMA"]
-
-
-def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    step, mode = state.num_updates, torch.is_grad_enabled()
-    try:
-        try:
-            state.update(found_inf)
-        except BaseException:
-            torch.set_grad_enabled(mode)  # see ranks/calls.py
-            raise
-    except BaseException:  # a second one, before the first was dealt with
-        torch.set_grad_enabled(mode)
-        raise
-    state.use.num_calls += 1
-    if step >= standstill.next_step:
-        standstill.tell(step)
-
-
-# A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
-_update = torch.compiler.disable(_update_and_count)
 
 
 class ShardedEMA:
@@ -69,7 +48,7 @@ class ShardedEMA:
         model: the prepared (wrapped) model; or a list of the parts of it that this rank has (stages of a pipeline),
             under the names that they have in the whole model. The files hold the union over all ranks.
         schedule: a schedule, or `{track_name: schedule}` for several averages at once. One schedule makes the track
-            "ema".
+            "ema". A function of the number of the update that returns the momentum is a schedule too.
         interval: with n, calls number 0, n, 2n, ... of `update` average; the others only count.
         interval_correction: use 1 - (1 - m)^n in place of m, so that `interval` does not lengthen the average.
         update_buffers: average floating-point buffers too. Without it, and for all other buffers, the averaged side
@@ -80,6 +59,11 @@ class ShardedEMA:
         exclude: glob pattern or patterns of names not to average; wins over `include`. The model and the files show the
             live values of such tensors. What a file cannot have (quantised weights, extra state that is no tensor) must
             be named here, and is left out of the files.
+        trainable_only: average only the parameters that require a gradient when the average is built, of those that
+            `include` and `exclude` leave in. None: True if PEFT has put adapters into a frozen model, else False.
+            Buffers follow `update_buffers`.
+        averaged_only: have files hold the averaged tensors alone: no frozen weights, no live buffers, no extra state.
+            Nothing else need be storable then (quantised weights). None: as for `trainable_only`.
         skip_nonfinite: leave out live values that are infinite or not a number, element by element; the first copy
             takes 0 for them. The device decides, without a host sync, through a bounded scratch. Masks are no overflow
             and are averaged: infinities of frozen parameters, and of buffers if they are minus infinity, or were there
@@ -115,7 +99,7 @@ class ShardedEMA:
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        schedule: Schedule | Mapping[str, Schedule],
+        schedule: ScheduleLike | Mapping[str, ScheduleLike],
         *,
         interval: int = 1,
         interval_correction: bool = False,
@@ -124,6 +108,8 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
+        trainable_only: bool | None = None,
+        averaged_only: bool | None = None,
         skip_nonfinite: bool = False,
         compensated: bool = False,
         overlap: bool = False,
@@ -144,6 +130,8 @@ class ShardedEMA:
             device=device,
             include=include,
             exclude=exclude,
+            trainable_only=trainable_only,
+            averaged_only=averaged_only,
             skip_nonfinite=skip_nonfinite,
             compensated=compensated,
             overlap=overlap,
@@ -151,9 +139,9 @@ class ShardedEMA:
             experts=experts,
         )
         self._state, self._replicas = built.state, built.replicas
-        self._saves = SaveCalls(built.state, built.replicas, built.small_files)
+        self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
-        self._ownership = Ownership()
+        self._elsewhere = ElsewhereCalls(built.state, built.replicas)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
         if overlap:
@@ -192,7 +180,7 @@ class ShardedEMA:
         """The use of the averages so far; for integrations that warn about it."""
         return self._state.use
 
-    def update(self, *, found_inf: torch.Tensor | None = None) -> None:
+    def update(self, *, found_inf: torch.Tensor | None = None, batch_size: float | None = None) -> None:
         """Average the live weights; call it once after every optimizer step. No communication.
 
         There is no host sync, unless the averages are in host memory and do not overlap; the second update waits for
@@ -203,15 +191,30 @@ class ShardedEMA:
             found_inf: the overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0
                 if the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has
                 the cost. `attach` passes the flag by itself.
+            batch_size: the size of the batch of this step over all ranks, in any unit, for `per_batch` schedules; the
+                same on every rank. None for the latest one that was given.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            ConfigError: a schedule gave a momentum outside [0, 1].
+            ConfigError: a schedule gave a momentum outside [0, 1], or wants a batch size and none is given.
         """
         self._state.refuse_while_swapped("update")
-        _update(self._state, self._standstill, found_inf)
+        if batch_size is not None:
+            self.expect_batch_size(batch_size)
+        update_and_count(self._state, self._standstill, found_inf)
 
-    def average_parameters(self, track: str | None = None) -> Swap:
+    def expect_batch_size(self, batch_size: float) -> None:
+        """Give the batch size of the updates from now on, where a hook calls `update`. No communication.
+
+        Args:
+            batch_size: as in `update`.
+
+        Raises:
+            ConfigError: it is not above 0.
+        """
+        self._state.batch_size = fraction_between("batch_size", batch_size, 0.0, math.inf)
+
+    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -222,13 +225,18 @@ class ShardedEMA:
 
         Args:
             track: the name of the average; may be left out if there is one.
+            keep_buffers: keep the persistent buffers that are in the model at the end of the block with this average,
+                for `torch.optim.swa_utils.update_bn` within the block. They fit the averaged weights of now: swaps,
+                state dicts and files show them until an update moves the average. From then on the live buffers are
+                shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
+                replaces its average, which goes on from there. After an exception in the block nothing is kept.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or buffers of a teacher are to be kept.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
 
     def copy_to_model(self, track: str | None = None) -> None:
         """Put the averaged weights into the model for good. Collective where `average_parameters` is.
@@ -275,10 +283,7 @@ class ShardedEMA:
             UnsupportedModelError: names, shapes or layouts do not fit; nothing was written on any rank.
             RankMismatchError: the ranks did not ask for the same.
         """
-        self._calls(
-            "copy_to",
-            lambda call: copying.copy_to(call, self._state, self._replicas, module, track, include, exclude),
-        )
+        self._calls("copy_to", lambda call: self._elsewhere.copy_to(call, module, track, include, exclude))
 
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
@@ -364,12 +369,8 @@ class ShardedEMA:
             ConfigError: there is no such track, or an argument is out of range.
             CommunicationError: a rank is gone; also while the stream goes on.
         """
-        return self._calls(
-            "whole_tensors",
-            lambda call: stream.whole_tensors(
-                call, self._state, self._replicas, self._ownership, track, dtype, bucket_bytes, ranks
-            ),
-        )
+        streamed = functools.partial(self._elsewhere.stream, track=track, dtype=dtype)
+        return self._calls("whole_tensors", functools.partial(streamed, bucket_bytes=bucket_bytes, ranks=ranks))
 
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.
@@ -418,9 +419,10 @@ class ShardedEMA:
 
         `dcp.save({"model": ..., "ema": ema.stateful()}, checkpoint_id=folder)` and `dcp.async_save` write it beside the
         model, and `dcp.load` reads it, on any number of ranks and in any layout that has it. Nothing in it is pickled.
-        What is not averaged is in the model's own entries. DCP calls its `state_dict` on every rank; that takes memory
-        for one copy of what this rank's model holds for each track, and under DDP owners broadcast the whole average,
-        of which DCP writes one copy.
+        What is not averaged is in the model's own entries. Buffers that a swap has kept are in neither, of which a load
+        warns: `save` has them. DCP calls its `state_dict` on every rank; that takes memory for one copy of what this
+        rank's model holds for each track, and under DDP owners broadcast the whole average, of which DCP writes one
+        copy.
 
         Raises:
             UnsupportedModelError: a tensor has no form there: FSDP1, ZeRO-3, packed columns of tensor parallelism.
@@ -432,8 +434,8 @@ class ShardedEMA:
         """`state_dict()`: all tracks, counters and schedules of one process, for `torch.save`. No communication.
 
         A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
-        is the counter. Calling it on several ranks raises a `ConfigError` that names `save` and `stateful`, and so does
-        `accelerator.register_for_checkpointing(ema)`.
+        is the counter, `["kept_buffers"]` has what swaps have kept. Calling it on several ranks raises a `ConfigError`
+        that names `save` and `stateful`, and so does `accelerator.register_for_checkpointing(ema)`.
         """
         habits.refuse_registration()  # a method could not
         return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))
@@ -523,25 +525,26 @@ class ShardedEMA:
         self,
         path: PathLike,
         *,
-        num_updates: int = 1,
+        num_updates: int | None = None,
         new: Patterns = None,
         dropped: Patterns = None,
     ) -> None:
-        """Collective: every rank must call it. Begin every track at the weights of a file.
+        """Collective: every rank must call it. Begin every track at weights, or at an average, of another library.
 
         Args:
-            path: a model folder: `model.safetensors`, or several files and their index, under this model's own names;
-                or one such file. The values are floating-point ones of any dtype; there is no checksum to compare. Of a
-                checkpoint that holds live weights and an average, the average is read: give the file of the live ones.
+            path: a model folder of transformers, diffusers (of its EMAModel too) or timm, a folder of PEFT, or a file
+                of safetensors or of torch.save, under this model's own names or with a known prefix, such as `module.`
+                (docs/coming_from.md has the forms). Of a file of torch.save tensors are read and nothing else. Of live
+                weights and an average in one place the average is read. There is no checksum to compare.
             num_updates: the counter of the average, where its schedules go on; at least 1, as update number 0 would
-                copy the live weights.
+                copy the live weights. By default the number that the file says, or 1.
             new: as in `load`.
             dropped: as in `load`.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            CheckpointMismatchError: names or shapes differ from the model's.
-            CheckpointCorruptError: a file is missing or damaged.
+            CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+            CheckpointCorruptError: a file is missing or damaged, or a pickle of more than tensors.
             CommunicationError: some rank did not make the call.
         """
         self._calls(
@@ -658,6 +661,14 @@ class ShardedEMA:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise habits.no_such_name(self, name)
+
+    def __call__(self, *arguments: object, **keywords: object) -> NoReturn:
+        """Refuse a forward.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(habits.NO_FORWARD)
 
     def __copy__(self) -> ShardedEMA:
         return habits.twin(self, self._copied())

@@ -9,20 +9,29 @@ from typing import Any, TypeVar
 
 from dist_ema.errors import ConfigError
 
-__all__ = ["NO_PICKLE", "no_such_name", "refuse_registration", "twin"]
+__all__ = ["NO_FORWARD", "NO_PICKLE", "no_such_name", "refuse_registration", "twin"]
 
 A = TypeVar("A")
 
 # Name -> what to call instead. The names stay missing (`hasattr` is False): no library shall take an average for a
 # module.
+_SHOWN = "`with average_parameters():`, inside which the model itself shows the average"
+_MOVED = "device= and dtype= when it is built; the averages follow no later move"
+_FOR_GOOD = "copy_to_model(), or `with average_parameters():`"
 _INSTEAD = {
-    "to": "device= and dtype= when it is built; the averages follow no later move",
-    "module": "`with average_parameters():`, inside which the model itself shows the average",
-    "ema_model": "`with average_parameters():`, inside which the model itself shows the average",
-    "step": "update(), after each optimizer step",
+    **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16"), _MOVED),
+    **dict.fromkeys(("module", "ema_model", "averaged_model", "shadow_model", "forward", "eval", "train"), _SHOWN),
+    **dict.fromkeys(("parameters", "named_parameters", "buffers", "named_buffers", "modules"), _SHOWN),
+    **dict.fromkeys(("shadow", "shadow_params"), "full_state_dict(), or sharded_state_dict()"),
+    **dict.fromkeys(("step", "update_parameters", "update_moving_average"), "update(), after each optimizer step"),
+    **dict.fromkeys(("copy_to", "copy_params_from_ema_to_model", "update_model_with_ema"), _FOR_GOOD),
     "store": "`with average_parameters():`, which keeps the live weights aside",
     "restore": "`with average_parameters():`, which puts the live weights back at its end",
     "apply_shadow": "`with average_parameters():`",
+    **dict.fromkeys(("decay", "get_decay", "cur_decay_value"), "metrics(), which has the momentum, 1 - decay"),
+    **dict.fromkeys(("optimization_step", "n_averaged", "num_steps"), "num_updates"),
+    "save_pretrained": "consolidate(path), which writes a folder that from_pretrained reads",
+    "from_pretrained": "start_from(path), which begins the average at the weights of a model folder",
 }
 
 
@@ -37,6 +46,12 @@ _NO_REGISTRATION = (
 NO_PICKLE = (
     "an average cannot be pickled (torch.save): each rank has a slice of it, beside the live model. Use "
     "save(path), which all ranks call and which writes safetensors; in one process torch.save takes state_dict()"
+)
+
+
+NO_FORWARD = (
+    "an average is no module, and has no forward: call the model within `with average_parameters():`. For a second "
+    "module that runs forward at every step, build the average with into= (docs/teachers.md)"
 )
 
 

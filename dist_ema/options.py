@@ -13,6 +13,7 @@ from torch import nn
 from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.functions import ScheduleLike, as_schedule
 
 __all__ = [
     "Experts",
@@ -43,6 +44,8 @@ class OptionArguments(TypedDict, total=False):
     device: torch.device | str | None
     include: str | Iterable[str] | None
     exclude: str | Iterable[str] | None
+    trainable_only: bool | None
+    averaged_only: bool | None
     skip_nonfinite: bool
     compensated: bool
     overlap: bool
@@ -157,6 +160,13 @@ _RECORDED: Mapping[str, Any] = {"recorded": True}
 _NOT_RECORDED: Mapping[str, Any] = {"recorded": False}
 
 
+class Rhythm(TypedDict):
+    """Which updates average."""
+
+    interval: int
+    interval_correction: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of a `ShardedEMA`, all but the schedules and the teacher.
@@ -172,6 +182,8 @@ class Options:
         device: the device of the averaged values; None for the device of the live tensor.
         include: glob patterns of names to average; empty for all.
         exclude: glob patterns of names not to average; wins over `include`.
+        trainable_only: average only the parameters that require a gradient at construction; None until `resolved`.
+        averaged_only: have files hold the averaged tensors alone; None until `resolved`.
         skip_nonfinite: leave out live values that are infinite or not a number.
         compensated: keep what rounding takes from an update, and add it to the next.
         overlap: run updates beside training.
@@ -190,6 +202,8 @@ class Options:
     device: torch.device | None = dataclasses.field(default=None, metadata=_NOT_RECORDED)
     include: tuple[str, ...] = dataclasses.field(default=(), metadata=_RECORDED)
     exclude: tuple[str, ...] = dataclasses.field(default=(), metadata=_RECORDED)
+    trainable_only: bool | None = dataclasses.field(default=None, metadata=_RECORDED)
+    averaged_only: bool | None = dataclasses.field(default=None, metadata=_RECORDED)
     skip_nonfinite: bool = dataclasses.field(default=False, metadata=_RECORDED)
     compensated: bool = dataclasses.field(default=False, metadata=_RECORDED)
     overlap: bool = dataclasses.field(default=False, metadata=_NOT_RECORDED)
@@ -198,9 +212,12 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", positive_integer("interval", self.interval))
-        for name in (field.name for field in dataclasses.fields(self) if field.type == "bool"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        for field in dataclasses.fields(self):
+            value, may_be_none = getattr(self, field.name), field.type == "bool | None"
+            if field.type in ("bool", "bool | None") and not (
+                isinstance(value, bool) or (may_be_none and value is None)
+            ):
+                raise ConfigError(f"{field.name} is {value!r}, expected True or False{', or None' * may_be_none}")
         if self.dtype not in _AVERAGED_DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, expected one of {list(_AVERAGED_DTYPES)}")
         if self.compensated and self.dtype != torch.float32:
@@ -211,10 +228,34 @@ class Options:
                 raise ConfigError(f"experts has {declared!r}, expected a list of dist_ema.Experts(names, dim, group)")
         object.__setattr__(self, "experts", experts)
 
-    def averages(self, fqns: Sequence[str]) -> bool:
-        """Whether a tensor of these names (several if it is tied) is to be averaged, by `include` and `exclude`."""
+    def resolved(self, *, is_adapted: bool) -> Options:
+        """The options with values where None leaves the choice to the model.
+
+        Args:
+            is_adapted: whether the model has adapters beside a frozen backbone.
+        """
+        return dataclasses.replace(
+            self,
+            trainable_only=is_adapted if self.trainable_only is None else self.trainable_only,
+            averaged_only=is_adapted if self.averaged_only is None else self.averaged_only,
+        )
+
+    @property
+    def rhythm(self) -> Rhythm:
+        """Which updates average, as arguments of `momentum_of_update`."""
+        return {"interval": self.interval, "interval_correction": self.interval_correction}
+
+    def averages(self, fqns: Sequence[str], *, is_buffer: bool, requires_grad: bool) -> bool:
+        """Whether a tensor is to be averaged, if its dtype can be.
+
+        Args:
+            fqns: all of its names; several if it is tied.
+            is_buffer: whether it is a buffer, of which `update_buffers` alone decides, and not `trainable_only`.
+            requires_grad: whether it requires a gradient.
+        """
+        of_its_kind = self.update_buffers if is_buffer else requires_grad or not self.trainable_only
         included = not self.include or matches_any(fqns, self.include)
-        return included and not self.excludes(fqns)
+        return of_its_kind and included and not self.excludes(fqns)
 
     def excludes(self, fqns: Sequence[str]) -> bool:
         """Whether `exclude` names a tensor of these names."""
@@ -244,7 +285,12 @@ class Options:
     def arguments_text(self) -> str:
         """The options that are not the default, as arguments: "interval=2, overlap=True, "."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return "".join(f"{name}={value!r}, " for name, (value, default) in values.items() if value != default)
+        # Of an option that None leaves to the model, False is what most models have.
+        return "".join(
+            f"{name}={value!r}, "
+            for name, (value, default) in values.items()
+            if value != (False if default is None and isinstance(value, bool) else default)
+        )
 
     def experts_json(self) -> list[dict[str, Any]]:
         """What the ranks compare of `experts`: all but the groups, of which each rank may have one of its own."""
@@ -325,20 +371,23 @@ def name_patterns(name: str, value: Patterns) -> tuple[str, ...]:
     return patterns
 
 
-def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
-    """Track names and their schedules; a single schedule is the track "ema".
+def checked_schedules(schedule: ScheduleLike | Mapping[str, ScheduleLike]) -> dict[str, Schedule]:
+    """Track names and their schedules; a single schedule is the track "ema", and a function is a schedule.
 
     Raises:
         ConfigError: there is no schedule, one has no `momentum(step)` method, or a name cannot be a folder.
     """
-    tracks = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
-    if not tracks:
+    given = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
+    if not given:
         raise ConfigError("schedule is an empty dict, expected a schedule or {track_name: schedule}")
-    for name, value in tracks.items():
+    tracks = {}
+    for name, own in given.items():
         folder_name("track name", name)
+        value = as_schedule(own)
         if not isinstance(value, Schedule) or isinstance(value, type):
             raise ConfigError(
                 f"the schedule of track {name!r} is {value!r}, expected an object with momentum(step) -> float, "
                 "such as CosineSchedule(total_steps=10_000) or ConstantSchedule(decay=0.999)"
             )
+        tracks[name] = value
     return tracks

@@ -29,8 +29,8 @@ ROOMS = [
     "offline",
     "checkpoint",
     "checkpoint.nodes",
+    "live.elsewhere",
     "live",
-    "live.whole",
     "live.holders",
     "averaging",
     "ranks",
@@ -39,6 +39,7 @@ ROOMS = [
     "topology",
     "topology.seam",
     "disk",
+    "disk.forms",
     "disk.folders",
     "disk.formats",
     "options",
@@ -171,6 +172,7 @@ OF_WRAPPERS = "test_the_child_names_that_wrappers_reserve_are_these"
 OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
 OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
+OF_FORMS = "test_the_private_names_of_libraries_are_what_their_folders_are_made_with"
 PRIVATE_NAMES = {
     "topology.dtensor": {
         "_get_fsdp_state": OF_FSDP2,
@@ -234,6 +236,13 @@ PRIVATE_NAMES = {
         "_save_distributed_checkpoint": "test_the_names_by_which_lightning_writes_folders_are_these",
         "_state_dict_type": "test_the_names_by_which_lightning_writes_folders_are_these",
     },
+    "disk.forms.libraries": {
+        "_class_name": OF_FORMS,
+        "_hub": OF_FORMS,
+        "_hub_mixin_config": OF_FORMS,
+        "_save_pretrained": OF_FORMS,
+    },
+    "disk.forms.deciding": {"_name_or_path": OF_FORMS},
     # Of the file format: the key under which a safetensors file says what it is.
     "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
     "disk.formats.model_files": {

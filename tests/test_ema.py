@@ -615,7 +615,17 @@ def test_a_load_over_averages_in_use_gives_each_track_its_own_values(tmp_path) -
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("to", "device="), ("step", "update"), ("x", None)],
+    [
+        ("to", "device="),
+        ("cuda", "device="),
+        ("step", "update"),
+        ("update_parameters", "update"),
+        ("parameters", "average_parameters"),
+        ("shadow_params", "full_state_dict"),
+        ("save_pretrained", "consolidate"),
+        ("optimization_step", "num_updates"),
+        ("x", None),
+    ],
 )
 def test_what_people_reach_for_by_habit_is_told_where_it_is(name, told) -> None:
     ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(decay=0.9))
@@ -623,6 +633,12 @@ def test_what_people_reach_for_by_habit_is_told_where_it_is(name, told) -> None:
     with pytest.raises(AttributeError, match=name) as caught:
         getattr(ema, name)
     assert ("use " in str(caught.value)) == (told is not None) and (told is None or told in str(caught.value))
+
+
+def test_a_forward_of_an_average_is_refused_with_the_way_to_go() -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(decay=0.9))
+    with pytest.raises(ConfigError, match=r"with average_parameters\(\).*into="):
+        ema(torch.ones(2))
 
 
 def test_a_pickle_is_refused_with_the_way_to_go_and_copies_are_not(tmp_path) -> None:

@@ -37,6 +37,8 @@ OTHERS = {
     "device": ("cpu", torch.device("cpu")),
     "include": ("weight", ("weight",)),
     "exclude": (["bias"], ("bias",)),
+    "trainable_only": (True, True),
+    "averaged_only": (True, True),
     "skip_nonfinite": (True, True),
     "compensated": (True, True),
     "overlap": (True, True),
@@ -81,6 +83,7 @@ def test_an_option_says_whether_it_is_recorded(name) -> None:
     assert set(FIELDS[name].metadata) == {"recorded"}
     assert (name in Options().to_json()) == FIELDS[name].metadata["recorded"]
     assert FIELDS[name].type != "bool" or FIELDS[name].default is False
+    assert FIELDS[name].type != "bool | None" or FIELDS[name].default is None
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "into"])

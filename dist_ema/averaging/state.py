@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.averages import Averages, KeptBuffers, copy_pairwise
 from dist_ema.averaging.skipped_steps import LateFlag
 from dist_ema.averaging.streams import Stream, join_all, stream_beside
 from dist_ema.averaging.update import Updater
@@ -36,12 +36,15 @@ class _Now(NamedTuple):
         last_skipped: the flag of the latest update, while it is not known whether it was skipped; else None.
         not_started: fqns of tensors whose average a checkpoint did not have: their next use copies the live values.
         num_refused_before: how many live values were left out before a checkpoint was loaded; one rank has it for all.
+        is_streamed: whether the averages are being streamed, and must stay as they are.
+        kept: track -> the buffers that a swap has kept with its average, or a checkpoint had; they may be out of date.
     """
 
     num_updates: int = 0
     last_skipped: LateFlag | None = None
     not_started: frozenset[str] = frozenset()
     num_refused_before: int = 0
+    kept: Mapping[str, KeptBuffers] = {}  # never changed in place
 
 
 class AveragedState:
@@ -54,7 +57,10 @@ class AveragedState:
         shards: the boxes whose average this rank keeps.
         averages: track name -> averaged values; empty until `allocate`.
         use: what has been done with the averages.
+        takes_buffers: whether buffers can be kept with the averages.
     """
+
+    takes_buffers = True
 
     def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
         self.plan = plan
@@ -63,10 +69,11 @@ class AveragedState:
         self.shards = plan.owned(averaged=True)
         self.averages: Mapping[str, Averages] = {}
         self.use = Use()
+        self.batch_size: float | None = None  # of the next updates, and of the latest one
         self._updater = Updater((), ())
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
-        self._is_streamed = False
+        self.is_streamed = False
         # It is replaced as a whole by one assignment, so that its fields always agree.
         self._now = _Now()
 
@@ -97,7 +104,7 @@ class AveragedState:
         self.join()
         self._updater.complete()
         _ = self.num_updates  # takes a skipped step back; the event of its flag could not be copied
-        return self.__dict__ | {"_is_streamed": False}  # a stream goes on with the original
+        return self.__dict__ | {"is_streamed": False}  # a stream goes on with the original
 
     def stop_overlapping(self) -> None:
         """Run further updates in line."""
@@ -132,6 +139,8 @@ class AveragedState:
         first = self._begin_update()
         flag = None if found_inf is None else LateFlag(found_inf)
         now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
+        if self._now.not_started:  # these averages move, whether or not this update averages
+            now = now._replace(kept={})
         count = Once(self, "_now", now)
         if step == 0:
             self._copy_live(count, first)
@@ -165,7 +174,7 @@ class AveragedState:
         Before the first update the averages have no value that counts (`values` shows the live weights): they are
         filled in place, and a resume needs no memory. Later a load needs a second copy, on the host, until `restore`.
         """
-        if self.num_updates == 0:
+        if self.num_updates == 0 and not self._now.kept:
             return {name: averages.values for name, averages in self.averages.items()}
         return {name: self._host_copies() for name in self.averages}
 
@@ -180,6 +189,7 @@ class AveragedState:
         num_updates: int,
         *,
         num_refused: int | None = None,
+        buffers: Mapping[str, Mapping[Box, torch.Tensor]] | None = None,
     ) -> None:
         """Take over averages and a counter, whole or not at all.
 
@@ -189,12 +199,15 @@ class AveragedState:
             fqns: the names in the checkpoint; the averages of the others start from the live weights.
             num_updates: the counter of the checkpoint.
             num_refused: how many live values were left out until then, for this rank to count; None to go on counting.
+            buffers: track -> box -> values of the buffers that were saved as kept with its average.
         """
         not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - fqns
         before = self._now.num_refused_before
         if num_refused is not None:
             before = num_refused - self._updater.num_refused
-        self._take(self._replacing_all(filled, not_started), _Now(num_updates, None, not_started, before))
+        kept = {track: KeptBuffers(num_updates, values) for track, values in (buffers or {}).items()}
+        self.use.tracks_with_buffers |= kept.keys()
+        self._take(self._replacing_all(filled, not_started), _Now(num_updates, None, not_started, before, kept))
 
     def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
         """Lanes that set all averages to the filled `targets`; those of the names `not_started` are set later."""
@@ -232,10 +245,7 @@ class AveragedState:
         return 1.0 if latest == 0 else self._momentum(self.schedules[track], latest)
 
     def _momentum(self, schedule: Schedule, step: int) -> float:
-        options = self.options
-        return momentum_of_update(
-            schedule, step, interval=options.interval, interval_correction=options.interval_correction
-        )
+        return momentum_of_update(schedule, step, batch_size=self.batch_size, **self.options.rhythm)
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))
@@ -264,8 +274,9 @@ class AveragedState:
         """
         self.use.is_given = True
         self._updater.complete()
-        averages = self.averages[self.track(track)]
-        self._show_live(averages, fqns)
+        track = self.track(track)
+        averages = self.averages[track]
+        self._show_live(averages, self._not_kept(track, fqns))
         if self.num_updates:
             self._updater.mend()
         return averages.values
@@ -278,6 +289,47 @@ class AveragedState:
         elif not_started:
             averages.copy_live(not_started if fqns is None else not_started.intersection(fqns))
 
+    def _not_kept(self, track: str, fqns: Collection[str] | None) -> Collection[str] | None:
+        """The names, or all (None), without those of averaged buffers whose values a swap has kept."""
+        if self.kept_buffers(track) is None:
+            return fqns
+        shown = {spec.fqn for spec in self.plan.specs if not (spec.averaged and spec.is_buffer)}
+        return shown if fqns is None else shown.intersection(fqns)
+
+    def kept_buffers(self, track: str) -> KeptBuffers | None:
+        """The buffers that are kept with the average of a track; None where it shows the live ones.
+
+        They fit the averaged weights of the moment when they were kept. They count until an update moves these: one
+        that `interval` leaves out does not, nor a step that was skipped.
+        """
+        latest = self.num_updates - 1  # it takes a skipped step back, so these updates were made
+        kept = self._now.kept.get(track)
+        if kept is not None and latest >= 0 and latest - latest % self.options.interval >= kept.num_updates:
+            self._now = self._now._replace(kept={name: it for name, it in self._now.kept.items() if name != track})
+            return None
+        return kept
+
+    def shown_buffers(self, track: str | None) -> Mapping[Box, torch.Tensor]:
+        """Box -> values of the kept buffers of a track, as far as this rank holds them; within its swap the model's."""
+        track = self.track(track)
+        kept = None if self._swapped == track else self.kept_buffers(track)
+        return {} if kept is None else kept.values
+
+    def keep_buffers(
+        self, track: str, values: Mapping[Box, torch.Tensor], averaged: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Keep buffers with the average of a track.
+
+        Args:
+            track: the name of the track.
+            values: box -> the values, which are not changed later, of all that this rank holds and does not average.
+            averaged: pairs of an averaged value of a buffer (or what rounding took of it) and what replaces it.
+        """
+        kept = {**self._now.kept, track: KeptBuffers(self.num_updates, values)}
+        copy = functools.partial(copy_pairwise, [pair[0] for pair in averaged], [pair[1] for pair in averaged])
+        self._updater.set(Job([Lane.of(copy)], Once(self, "_now", self._now._replace(kept=kept))))
+        self.use.tracks_with_buffers.add(track)
+
     def pieces(self, track: str | None, part: Plan | None = None) -> list[tuple[Box, torch.Tensor]]:
         """Every box this rank owns and its values: the averaged boxes, then those that always show the live values.
 
@@ -288,11 +340,12 @@ class AveragedState:
         join_all()
         fqns = {spec.fqn for spec in (part or self.plan).specs}
         dtypes = self.dtypes()
+        kept = self.shown_buffers(track)
         averaged = zip(self.shards, self.values(track, fqns), strict=True)
         with torch.no_grad():
             # The live dtype may have changed since the plan was made (`model.to(...)`); files keep the planned one.
             live = [
-                (shard.box, shard.live().to(dtypes[shard.fqn]))
+                (shard.box, shard.within(kept.get(shard.held.box, shard.held.values())).to(dtypes[shard.fqn]))
                 for shard in self.plan.owned(averaged=False)
                 if shard.fqn in fqns
             ]
@@ -339,14 +392,6 @@ class AveragedState:
         self._swapped = None
         self._leave = None
 
-    def stream_begins(self) -> None:
-        """Record that the averages are being streamed, and must stay as they are."""
-        self._is_streamed = True
-
-    def stream_ends(self) -> None:
-        """Record that the averages may move again."""
-        self._is_streamed = False
-
     def refuse_while_swapped(self, call: str) -> None:
         """Refuse a call that would mix up averaged and live weights, or the averages of two updates in a stream.
 
@@ -360,11 +405,8 @@ class AveragedState:
                 f"{call}() was called while the averaged weights of track {self._swapped!r} are in the model: leave "
                 "the average_parameters() block first"
             )
-        if self._is_streamed:
-            raise SwapError(
-                f"{call}() was called while a stream of whole_tensors() is open on this rank: exhaust it first, or "
-                "call its close()"
-            )
+        if self.is_streamed:
+            raise SwapError(f"{call}() was called within a stream of whole_tensors(): exhaust it, or call its close()")
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""

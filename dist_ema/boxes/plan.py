@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_ema.boxes.owners import Division
-from dist_ema.boxes.shards import Shard, TensorSpec
+from dist_ema.boxes.shards import EXTRA_STATE, Shard, TensorSpec
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 
 __all__ = ["Plan", "Remains"]
@@ -37,7 +37,8 @@ class Plan:
         specs: all persistent tensors that any rank has, tied ones once; the same on every rank when the ranks have
             compared their plans. A rank need not hold any part of a tensor.
         aliases: further names of tied tensors -> the name in `specs`.
-        left_out: names in the model's state dict that the user excluded and that the files do not have.
+        left_out: names of the model's tensors, and of other entries of its state dict, that are not in the plan: by the
+            user's choice the files do not have them.
         divisions: the divisions of what this rank holds.
         nearby: process groups of this rank that training has made, for divisions whose ranks no layout names.
         has_replicas: whether putting averages into the model communicates. It does on all ranks if several ranks, any,
@@ -56,6 +57,24 @@ class Plan:
     drop_gathered: Callable[[], None]
     check_model: Callable[[], None]
     remains: Callable[[], Remains]
+
+    def averaged_part(self, *, with_buffers: bool = False) -> Plan:
+        """The part of the plan that is averaged; who owns what stays as it is.
+
+        Args:
+            with_buffers: whether the other buffers are in it too, without extra state.
+        """
+        buffers = self.live_buffers(extra_state=False).divisions if with_buffers else ()
+        fqns = {spec.fqn for spec in self.specs if spec.averaged}
+        if with_buffers:
+            fqns |= {spec.fqn for spec in self.specs if spec.is_buffer and not spec.fqn.endswith(EXTRA_STATE)}
+        specs = tuple(spec for spec in self.specs if spec.fqn in fqns)
+        return dataclasses.replace(
+            self,
+            specs=specs,
+            aliases={alias: fqn for alias, fqn in self.aliases.items() if fqn in fqns},
+            divisions=(*(division for division in self.divisions if division.averaged), *buffers),
+        )
 
     def live_buffers(self, *, extra_state: bool) -> Plan:
         """The part of the plan of which all ranks show the owner's values: the buffers that are not averaged.
@@ -79,7 +98,12 @@ class Plan:
     @property
     def names(self) -> list[str]:
         """Every name that a pattern may mean."""
-        return [*(spec.fqn for spec in self.specs), *self.aliases, *self.left_out]
+        return [*self.names_in_plan, *self.left_out]
+
+    @property
+    def names_in_plan(self) -> list[str]:
+        """Every name of a tensor in the plan."""
+        return [*(spec.fqn for spec in self.specs), *self.aliases]
 
     def lost(self, remains: Remains) -> dict[str, list[str]]:
         """Fqn -> the names that do not remain, of the tensors that this rank holds a part of and that have changed."""
@@ -134,17 +158,28 @@ class Plan:
             divisions=tuple(divisions),
         )
 
-    def check_not_empty(self) -> None:
+    def check_not_empty(self, *, trainable_only: bool) -> None:
         """Refuse a plan that averages nothing.
+
+        Args:
+            trainable_only: whether what requires no gradient was not to be averaged.
 
         Raises:
             UnsupportedModelError: no tensor is averaged.
         """
-        if not any(spec.averaged for spec in self.specs):
+        if any(spec.averaged for spec in self.specs):
+            return
+        if trainable_only:
             raise UnsupportedModelError(
-                f"the model has no floating-point parameter to average among its {len(self.specs)} tensors, expected "
-                "at least one: check the model, and include= and exclude="
+                f"trainable_only=True (the default with adapters of PEFT), but of the {len(self.specs)} tensors of the "
+                "model none that include= and exclude= leave in requires a gradient, expected at least one floating-"
+                "point parameter: build the average when the parameters to train are marked (requires_grad_(True); "
+                "PeftModel.from_pretrained(..., is_trainable=True)), or give trainable_only=False"
             )
+        raise UnsupportedModelError(
+            f"the model has no floating-point parameter to average among its {len(self.specs)} tensors, expected "
+            "at least one: check the model, and include= and exclude="
+        )
 
     def owned(self, *, averaged: bool) -> tuple[Shard, ...]:
         """The shards this rank owns: of averaged tensors, or of those that always show the live values."""

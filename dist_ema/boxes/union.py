@@ -88,6 +88,13 @@ def _check_names(tensors: _Tensors) -> None:
 
 
 def _other_tensor(own: TensorSpec, other: TensorSpec, rank: int, lowest: int) -> str:
+    if dataclasses.replace(own, averaged=other.averaged) == other:
+        averaging, not_averaging = (rank, lowest) if own.averaged else (lowest, rank)
+        return (
+            f"{own.fqn} is averaged on rank {averaging} and not on rank {not_averaging}, expected the same on all "
+            "ranks: with trainable_only=True (the default with adapters of PEFT) it must require a gradient on all of "
+            "them, or on none"
+        )
     return (
         f"{own.fqn} is {_shown(other)} on rank {lowest} and {_shown(own)} on rank {rank}: two tensors of one name, "
         "expected the same tensor, or names of their own. If ranks hold different experts under one name, declare them "

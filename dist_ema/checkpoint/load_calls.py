@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from dist_ema.averaging.state import AveragedState
-from dist_ema.checkpoint.loading import Escapes, load_average, load_model
+from dist_ema.boxes.shards import EXTRA_STATE
+from dist_ema.checkpoint.fitting import Escapes
+from dist_ema.checkpoint.loading import load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
 from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
+from dist_ema.disk.manifest import Manifest
+from dist_ema.errors import CheckpointMismatchError, agreed
 from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
+from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["load", "start_from"]
 
@@ -19,27 +25,71 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
     """Collective: every rank must call it. See `ShardedEMA.load`."""
     source, escapes = _agreed(call, path, new, dropped, verify=verify)
     exchange = call.exchange
-    now = manifest_of(state, exchange.world_size)
+    now = manifest_of(state, exchange.world_size, part=state.plan)
     filled = exchange.agree(call.name, state.targets)
-    saved, loaded = load_average(
-        exchange, source, state.to_load, state.fqns_to_load, now, escapes, filled, verify=verify
+    kept = state.plan.live_buffers(extra_state=False) if state.takes_buffers else None
+    saved, loaded, buffers = load_average(
+        exchange,
+        source,
+        state.to_load,
+        state.fqns_to_load,
+        now,
+        state.plan.left_out,
+        escapes,
+        filled,
+        kept,
+        verify=verify,
     )
+    _warn_of_other_tensors(exchange, source, saved, now, state.plan.left_out)
     for change in now.changes_since(saved):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(filled, loaded, saved.num_updates, num_refused=refused)
+    state.restore(filled, loaded, saved.num_updates, num_refused=refused, buffers=buffers)
 
 
 def start_from(
-    call: Call, state: AveragedState, path: PathLike, num_updates: int, new: Patterns, dropped: Patterns
+    call: Call, state: AveragedState, path: PathLike, num_updates: int | None, new: Patterns, dropped: Patterns
 ) -> None:
     """Collective: every rank must call it. See `ShardedEMA.start_from`."""
     source, escapes = _agreed(call, path, new, dropped, num_updates=num_updates)
-    start = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
+    if num_updates is not None:
+        num_updates = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
     filled = call.exchange.agree(call.name, state.targets)
     first = next(iter(filled.values()))
-    loaded = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
-    state.restore(dict.fromkeys(filled, first), loaded, start)
+    loaded, stored = load_model(call.exchange, source, state.plan, state.shards, escapes, first[: len(state.shards)])
+    if num_updates is None and stored == 0:  # the same on all ranks
+        raise agreed(
+            CheckpointMismatchError(
+                f"{source} is an average of 0 updates: its next update would copy the live weights. Begin without it, "
+                "or give num_updates=1 to average from its weights on"
+            )
+        )
+    state.restore(dict.fromkeys(filled, first), loaded, num_updates or stored or 1)
+
+
+def _warn_of_other_tensors(
+    exchange: Exchange, source: Path, saved: Manifest, now: Manifest, left_out: Collection[str]
+) -> None:
+    """Collective: every rank must call it. Warn of tensors that are not averaged, and that one side alone writes."""
+    live = {fqn for fqn, tensor in now.tensors.items() if not tensor.averaged and not fqn.endswith(EXTRA_STATE)}
+    writes_less = bool(now.options["averaged_only"]) and not saved.options.get("averaged_only")
+    not_read = [
+        fqn
+        for fqn, stored in saved.tensors.items()
+        if not fqn.endswith(EXTRA_STATE) and (fqn in left_out or (fqn in live and (stored.averaged or writes_less)))
+    ]
+    if not_read:
+        exchange.warn(
+            f"{source} has {len(not_read)} tensors that this run does not average ({not_read[0]}, ...), as it was "
+            "saved with other options (trainable_only, averaged_only, exclude): they are not read. Files of this run "
+            "have their live values, or with averaged_only=True nothing of them"
+        )
+    missing = [fqn for fqn in now.tensors if fqn in live and fqn not in saved.tensors]
+    if missing and saved.options.get("averaged_only") and not now.options["averaged_only"]:
+        exchange.warn(
+            f"{source} was saved with averaged_only=True, without {len(missing)} tensors that are not averaged "
+            f"({missing[0]}, ...): they keep their live values, which files of this run have"
+        )
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

@@ -12,7 +12,6 @@ A load that fails changes no average: the caller gives tensors that are not in u
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import operator
 import os
@@ -24,38 +23,23 @@ import torch
 
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
-from dist_ema.boxes.shards import EXTRA_STATE, Shard
+from dist_ema.boxes.shards import EXTRA_STATE, Box, Shard
+from dist_ema.checkpoint.fitting import Escapes, fit_model, matches, other_model
 from dist_ema.checkpoint.nodes.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
 from dist_ema.checkpoint.nodes.views import blind_ranks
-from dist_ema.checkpoint.reading import read_boxes
+from dist_ema.checkpoint.reading import ModelReading, Targets
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
-from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, read_header, read_small
+from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.headers import StoredModel, read_small
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedTensor
-from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, was_replaced
-from dist_ema.disk.sources import find_start
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, DistEMAError
+from dist_ema.disk.saved_average import SavedAverage, read_saved, was_replaced
+from dist_ema.disk.starts import find_starts, sees_model
+from dist_ema.errors import CheckpointError, CheckpointMismatchError, DistEMAError
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["Escapes", "load_average", "load_model"]
+__all__ = ["load_average", "load_model"]
 
 T = TypeVar("T")
-
-# One tensor per shard to be filled. A tensor that the checkpoint does not have stays as it is.
-Targets = Sequence[torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Escapes:
-    """Differences that are allowed.
-
-    Attributes:
-        new: glob patterns of names in this model that need not be in the checkpoint as they are now.
-        dropped: glob patterns of names in the checkpoint that need not be in this model.
-    """
-
-    new: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
 
 
 def load_average(
@@ -64,11 +48,13 @@ def load_average(
     shards: Sequence[Shard],
     fqns: Collection[str],
     now: Manifest,
+    left_out: Collection[str],
     escapes: Escapes,
     targets: Mapping[str, Targets],
+    buffers: Plan | None,
     *,
     verify: bool,
-) -> tuple[Manifest, set[str]]:
+) -> tuple[Manifest, set[str], Mapping[str, Mapping[Box, torch.Tensor]]]:
     """Collective: every rank must call it. Read the averaged values of this rank's shards.
 
     Args:
@@ -76,13 +62,17 @@ def load_average(
         target: the folder that `write_average` wrote, on any layout and number of ranks, or the one that holds it.
         shards: the shards of this rank.
         fqns: the names in the shards of all ranks, which together have every element of these tensors.
-        now: the manifest that this run would write; tracks and tensors must be the same in the checkpoint.
+        now: the manifest of all tensors of this run's plan; tracks and tensors must be the same in the checkpoint,
+            except where an option leaves out what is not averaged.
+        left_out: the names in the model that are not in the plan; the checkpoint may have them.
         escapes: the differences that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
+        buffers: the buffers to read besides, of the tracks with which they were kept; None for none.
         verify: whether the checksums of what is read are compared.
 
     Returns:
-        The checkpoint's manifest, and the fqns whose values it has.
+        The checkpoint's manifest, the fqns whose values it has, and per track what this rank holds of the buffers that
+        were kept with its average.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -95,17 +85,23 @@ def load_average(
     def find() -> SavedAverage:
         saved = read_saved(target)
         _check_tracks(saved, list(now.tracks))
-        _common_tensors(saved, now.tensors, escapes)
+        _common_tensors(saved, now, left_out, escapes)
         return saved
 
+    kept: dict[str, Mapping[Box, torch.Tensor]] = {}
+
     def fill(saved: SavedAverage, blind: RankRuns) -> None:
-        wanted = _common_tensors(saved, now.tensors, escapes).intersection(fqns)
+        common = _common_tensors(saved, now, left_out, escapes)
+        wanted = common.intersection(fqns)
+        kept.clear()
         for track in now.tracks:
             names = {fqn: fqn for fqn in wanted}
             checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
             expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
-            loading = _Loading(exchange, action, saved.folder_of(track), saved.models[track], blind)
+            loading = ModelReading(exchange, action, saved.folder_of(track), saved.models[track], blind)
             loading.run(shards, names, targets[track], expected)
+            if buffers is not None and track in saved.manifest.kept_buffers:
+                kept[track] = loading.kept(buffers, common, checksums if verify else {})
 
     saved = _steadily(
         exchange,
@@ -117,7 +113,7 @@ def load_average(
         fill=fill,
         replaced=was_replaced,
     )
-    return saved.manifest, _common_tensors(saved, now.tensors, escapes)
+    return saved.manifest, _common_tensors(saved, now, left_out, escapes), kept
 
 
 def load_model(
@@ -127,30 +123,31 @@ def load_model(
     shards: Sequence[Shard],
     escapes: Escapes,
     targets: Targets,
-) -> set[str]:
-    """Collective: every rank must call it. Read this rank's shards from a folder of safetensors without a manifest.
+) -> tuple[set[str], int | None]:
+    """Collective: every rank must call it. Read this rank's shards from weights of any library, without a manifest.
 
     Args:
         exchange: the control traffic of all ranks.
-        source: a model folder, a file, or a checkpoint that holds an average, which is read then.
+        source: a model folder, a file, or a checkpoint that holds an average, which is read then; see
+            `disk/starts.py`.
         plan: the model as boxes; a tied tensor may be stored under any of its names.
         shards: the averaged shards this rank owns.
         escapes: the differences that are allowed.
         targets: one contiguous tensor per shard to be filled, converted to its dtype.
 
     Returns:
-        The fqns whose values the folder has.
+        The fqns whose values the files have, and the number of updates of the average, where the files say it.
 
     Raises:
-        CheckpointMismatchError: names or shapes differ from the model's.
-        CheckpointCorruptError: files are missing or damaged.
+        CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
+        CheckpointCorruptError: files are missing or damaged, or hold more than tensors.
     """
     action = f"loading {source}"
 
     def find(check: Callable[[], None]) -> _ModelRecord:
         state = generation([source])
-        start = find_start(source)
-        return _ModelRecord(start.folder, start.model, _stored_names(start.path, start.model, plan, escapes), state)
+        fit = fit_model(source, find_starts(source), plan, escapes)
+        return _ModelRecord(fit.start.folder, fit.start.model, fit.names, fit.num_updates, state)
 
     record = _steadily(
         exchange,
@@ -164,33 +161,40 @@ def load_model(
             _ModelRecord.from_json,
             lambda: 0 if os.path.lexists(source) else None,
         ),
-        sees=lambda record: _sees_model(record.folder, record.model),
-        fill=lambda record, blind: _Loading(exchange, action, record.folder, record.model, blind).run(
+        sees=lambda record: sees_model(record.folder, record.model),
+        fill=lambda record, blind: ModelReading(exchange, action, record.folder, record.model, blind).run(
             shards, record.names, targets, {}
         ),
         # The headers may be alike before and after: only rank 0 can see a replacement, by the generation of the folder.
         replaced=lambda record: exchange.rank == 0 and generation([source]) != record.state,
     )
-    return set(record.names)
+    return set(record.names), record.num_updates
 
 
 @dataclasses.dataclass(frozen=True)
 class _ModelRecord:
-    """A model folder, or a file, as rank 0 sees it; `state` is its generation, and stays on rank 0."""
+    """Weights as rank 0 sees them; `state` is the generation of their files, and stays on rank 0."""
 
     folder: Path
     model: StoredModel
     names: Mapping[str, str]
+    num_updates: int | None
     state: object = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, for the other ranks."""
-        return {"folder": str(self.folder), "model": self.model.to_json(), "names": dict(self.names)}
+        return {
+            "folder": str(self.folder),
+            "model": self.model.to_json(),
+            "names": dict(self.names),
+            "num_updates": self.num_updates,
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> _ModelRecord:
         """The record, of what `to_json` returned."""
-        return cls(Path(record["folder"]), StoredModel.from_json(record["model"]), record["names"])
+        model = StoredModel.from_json(record["model"])
+        return cls(Path(record["folder"]), model, record["names"], record["num_updates"])
 
 
 def _steadily(
@@ -243,49 +247,6 @@ def _steadily(
             raise attempts.refusal() from failure
 
 
-class _Loading:
-    """Reading one model folder into the shards of all ranks."""
-
-    def __init__(self, exchange: Exchange, action: str, folder: Path, model: StoredModel, blind: RankRuns) -> None:
-        self._exchange = exchange
-        self._action = action
-        self._folder = folder
-        self._model = model
-        self._blind = blind
-        self._sizes_bytes = {name: stored.nbytes for name, stored in model.tensors.items()}
-
-    def run(
-        self, shards: Sequence[Shard], names: Mapping[str, str], values: Targets, expected: Mapping[str, int]
-    ) -> None:
-        """Collective. Fill the tensors of the shards.
-
-        Args:
-            shards: the shards of this rank.
-            names: fqn of a shard -> its stored name, where there is one.
-            values: one tensor per shard.
-            expected: stored name -> checksum to compare; the ranks together read each byte of these tensors once.
-        """
-        tensors = self._model.tensors
-        wanted = [
-            (names[shard.fqn], dataclasses.replace(shard.box, fqn=names[shard.fqn]), value)
-            for shard, value in zip(shards, values, strict=True)
-            if shard.fqn in names
-        ]
-        partial = PartialChecksums(self._sizes_bytes)
-        failure = read_boxes(self._exchange, self._folder, tensors, wanted, self._blind, partial)
-        self._exchange.raise_together(self._action, failure)
-        if expected:
-            combined = self._exchange.xor_on_rank_0(partial.partial())
-
-            def check() -> None:
-                checksums = whole_checksums(self._sizes_bytes, combined or [])
-                damaged = [name for name, value in expected.items() if checksums[name] != value]
-                if damaged:
-                    raise CheckpointCorruptError(damage_text(self._folder, damaged))
-
-            self._exchange.on_rank_0(self._action, check)
-
-
 def _sees_average(saved: SavedAverage) -> bool:
     try:
         if checksum(read_small(saved.folder / MANIFEST_NAME)) != saved.manifest_checksum:
@@ -299,13 +260,6 @@ def _sees_average(saved: SavedAverage) -> bool:
         return False
 
 
-def _sees_model(folder: Path, model: StoredModel) -> bool:
-    try:
-        return all(read_header(folder / name) == file for name, file in model.files.items())
-    except (OSError, DistEMAError):
-        return False
-
-
 def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
     if set(saved.manifest.tracks) != set(tracks):
         raise CheckpointMismatchError(
@@ -314,70 +268,49 @@ def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
         )
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _common_tensors(saved: SavedAverage, expected: Mapping[str, SavedTensor], escapes: Escapes) -> set[str]:
+def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str], escapes: Escapes) -> set[str]:
     """The tensors of this run that the checkpoint has as this run expects them.
 
-    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it.
+    Extra state is not compared: it is never loaded, may change its shape, and older versions did not store it. Neither
+    is what is not averaged, if this run does not write it.
     """
     tensors = {fqn: tensor for fqn, tensor in saved.manifest.tensors.items() if not fqn.endswith(EXTRA_STATE)}
-    expected = {fqn: tensor for fqn, tensor in expected.items() if not fqn.endswith(EXTRA_STATE)}
-    missing = [fqn for fqn in expected if fqn not in tensors and not _matches(fqn, escapes.new)]
+    expected = {fqn: tensor for fqn, tensor in now.tensors.items() if not fqn.endswith(EXTRA_STATE)}
+    averaged_only, saved_averaged_only = (bool(record.options.get("averaged_only")) for record in (now, saved.manifest))
+    only_averaged = averaged_only or saved_averaged_only
+    trains_less = now.options["trainable_only"] and not saved.manifest.options.get("trainable_only")
+    missing = [
+        fqn
+        for fqn, wanted in expected.items()
+        if fqn not in tensors and (wanted.averaged or not only_averaged) and not matches(fqn, escapes.new)
+    ]
     different = []
-    extra = [fqn for fqn in tensors if fqn not in expected and not _matches(fqn, escapes.dropped)]
+    extra = [
+        fqn for fqn in tensors if fqn not in expected and fqn not in left_out and not matches(fqn, escapes.dropped)
+    ]
     if missing or extra:
-        raise CheckpointMismatchError(_other_model(saved.folder, missing, extra))
+        raise CheckpointMismatchError(other_model(saved.folder, missing, extra))
     common = set()
-    for fqn, wanted in expected.items():
-        stored = tensors.get(fqn)
+    for fqn, stored in tensors.items():
+        wanted = expected.get(fqn)
+        if wanted is None:
+            continue
         # A tensor that is not averaged may have another dtype: FSDP1 casts buffers at its first forward.
-        alike = stored is not None and (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
-        if stored is not None and alike and (stored.dtype == wanted.dtype or not wanted.averaged):
+        alike = (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
+        if alike and (stored.dtype == wanted.dtype or not wanted.averaged):
             common.add(fqn)
-        elif stored is not None and not _matches(fqn, escapes.new):
-            different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
+        elif wanted.averaged or not (averaged_only or (stored.averaged and trains_less)):
+            if not matches(fqn, escapes.new):
+                different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
             f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
             "tensors differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
-            "exclude). To start the averages of such tensors from the live weights, name them: load(..., new='head.*')"
+            "exclude, trainable_only). To start the averages of such tensors from the live weights, name them: "
+            "load(..., new='head.*')"
         )
     return common
 
 
-def _other_model(folder: Path, missing: Sequence[str], extra: Sequence[str]) -> str:
-    return (
-        f"{folder} is of another model: {len(missing)} tensors of this model are not in it {list(missing[:3])}, "
-        f"{len(extra)} of its tensors are not in this model {list(extra[:3])}. If that is intended, name them by "
-        "patterns: load(..., new='head.*') starts those from the live weights, dropped='old_head.*' leaves those out"
-    )
-
-
 def _shown(saved: SavedTensor) -> str:
     return f"{saved.dtype}{list(saved.shape)}, {'averaged' if saved.averaged else 'live'}"
-
-
-def _stored_names(folder: Path, model: StoredModel, plan: Plan, escapes: Escapes) -> dict[str, str]:
-    """Fqn -> stored name of the averaged tensors that do not start from the live weights."""
-    other_names = plan.names_of_tensors
-    names, missing = {}, []
-    for spec in plan.specs:
-        if not spec.averaged:
-            continue
-        name = next((name for name in other_names[spec.fqn] if name in model.tensors), None)
-        if name is not None and model.tensors[name].shape == spec.shape:
-            if not getattr(torch, TORCH_DTYPES[model.tensors[name].dtype]).is_floating_point:
-                raise CheckpointMismatchError(f"{folder} has {name} as {model.tensors[name].dtype}, expected floats")
-            names[spec.fqn] = name
-        elif not _matches(spec.fqn, escapes.new):
-            existing = "nothing" if name is None else f"{list(model.tensors[name].shape)}"
-            missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
-    known = {name for of_tensor in other_names.values() for name in of_tensor}
-    known.update(name for name in model.tensors if name.endswith(EXTRA_STATE))
-    extra = [name for name in model.tensors if name not in known and not _matches(name, escapes.dropped)]
-    if missing or extra:
-        raise CheckpointMismatchError(_other_model(folder, missing, extra))
-    return names

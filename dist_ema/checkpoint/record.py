@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint that is written now. No communication."""
+"""What files would hold now, and the manifest that says it. No communication."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from dist_ema.boxes.plan import Plan
 from dist_ema.disk.manifest import Manifest, SavedTensor
 from dist_ema.schedules.records import schedule_to_json
 
-__all__ = ["dtype_name", "manifest_of"]
+__all__ = ["dtype_name", "in_files", "manifest_of"]
+
+
+def in_files(state: AveragedState) -> Plan:
+    """The part of the plan that files hold now; who owns what is as in the whole plan.
+
+    With `averaged_only` these are the averaged tensors. Buffers that are kept with an average belong to it.
+    """
+    if not state.options.averaged_only:
+        return state.plan
+    with_buffers = any(state.kept_buffers(track) is not None for track in state.schedules)
+    return state.plan.averaged_part(with_buffers=with_buffers)
 
 
 def manifest_of(
@@ -22,9 +33,9 @@ def manifest_of(
         state: the averages of this rank.
         world_size: the number of ranks that write them.
         floating: the dtype that every floating-point tensor gets; None keeps its own.
-        part: the part of the plan that is written (`Plan.only`); None for the whole plan.
+        part: the part of the plan that is written (`Plan.only`); None for all that files hold.
     """
-    plan = part or state.plan
+    plan = part or in_files(state)
     dtypes = state.dtypes(floating)
     stored = {} if floating is None else {"dtype": dtype_name(floating)}
     return Manifest(
@@ -33,6 +44,7 @@ def manifest_of(
         tracks={name: schedule_to_json(schedule) for name, schedule in state.schedules.items()},
         tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
         aliases=plan.aliases,
+        kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
         written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
     )
 

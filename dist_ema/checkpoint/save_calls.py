@@ -12,23 +12,26 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.checkpoint.background import Background
-from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checkpoint.record import in_files, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
+from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.model_files import ModelFiles
+from dist_ema.disk.forms.card import card_text
+from dist_ema.disk.forms.deciding import PLAIN_FORM, Decided, FormOf
+from dist_ema.disk.forms.form import form_from_json, form_to_json
+from dist_ema.disk.forms.models import Tensors
 from dist_ema.disk.manifest import Manifest
 from dist_ema.live.distance import sum_refused
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.options import floating_dtype
 from dist_ema.ranks.calls import Call, ended_for_all
+from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["SaveCalls", "SmallFiles"]
-
-# Dtype of the weights in a folder -> name -> content of the small files that the model wants beside them.
-SmallFiles = Callable[[torch.dtype], Mapping[str, bytes]]
+__all__ = ["SaveCalls"]
 
 # The order of the names is the order of the numbers of updates.
 _SNAPSHOT = "updates-{:09d}"
@@ -68,6 +71,7 @@ class _Prepared(NamedTuple):
     tracks: dict[str, Pieces]
     files: ModelFiles
     part: Part
+    decided: Decided
 
 
 class SaveCalls:
@@ -80,15 +84,15 @@ class SaveCalls:
     Args:
         state: the averages of this rank.
         replicas: the tensors that several ranks hold alike.
-        small_files: gives the small files that the model wants beside its weights.
+        form_of: gives the form of the folders that this model wants.
     """
 
-    def __init__(self, state: AveragedState, replicas: Replicas, small_files: SmallFiles) -> None:
+    def __init__(self, state: AveragedState, replicas: Replicas, form_of: FormOf) -> None:
         self.background = Background()
         self.warnings = SaveWarnings()
         self._state = state
         self._replicas = replicas
-        self._small_files = small_files
+        self._form_of = form_of
         self._warned_of_later_in: int | None = None  # an epoch of the exchange
 
     def wait(self) -> None:
@@ -173,14 +177,15 @@ class SaveCalls:
                 prepared = exchange.agree(
                     call.name, lambda: self._prepared(request, exchange.rank, exchange.world_size, changes)
                 )
-        background, target, manifest, tracks, files, part = prepared
+        background, target, manifest, tracks, files, part = self._in_form_of_rank_0(request, prepared, exchange)
         part.warn(exchange)
         if not part.has_changed:
             self.warnings.warn_of_no_updates(exchange, part.plan, manifest.num_updates)
         self._replicas.check(call.name, part.plan)
         if request.is_export:
             (pieces,) = tracks.values()
-            write_export(exchange, target, files, pieces)
+            card = card_text(manifest.form, manifest.tracks[next(iter(tracks))], manifest.num_updates)
+            write_export(exchange, target, files, pieces, card)
             return
         if self._state.options.skip_nonfinite:
             manifest = dataclasses.replace(manifest, num_refused=sum_refused(exchange, self._state))
@@ -191,21 +196,50 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
-        part = Part.of(state.plan, only_unchanged=bool(request.only_unchanged), of_all=changes)
-        texts = part.texts(lambda: self._small_files(dtype or state.options.dtype))
-        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, texts, in_part=part.has_changed)
+        part = Part.of(state.plan, in_files(state), only_unchanged=bool(request.only_unchanged), of_all=changes)
+        # Rank 0 decides, and writes the small files: the module of another stage of a pipeline has no configuration.
+        decided = self._decided(request, part, dtype) if rank == 0 else PLAIN_FORM
+        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, decided)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
+        if rank == 0 and changes is None:
+            self.warnings.tell_of_lost_buffers(state, names)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
-        return _Prepared(bool(request.background), target, manifest, tracks, files, part)
+        return _Prepared(bool(request.background), target, manifest, tracks, files, part, decided)
+
+    def _decided(self, request: _Request, part: Part, dtype: torch.dtype | None) -> Decided:
+        """The form of the folder, as the model of this rank wants it."""
+        dtypes = self._state.dtypes(dtype)
+        return self._form_of(
+            Tensors(
+                written={spec.fqn: (spec.shape, dtypes[spec.fqn]) for spec in part.plan.specs},
+                aliases=part.plan.aliases,
+                names=self._state.plan.names,
+                is_part=not part.is_whole,
+                dtype=dtype or self._state.options.dtype,
+                is_beside_adapters=not request.is_export and contents.takes_adapters(request.target().parent),
+            )
+        )
+
+    def _in_form_of_rank_0(
+        self, request: _Request, prepared: _Prepared, exchange: Exchange
+    ) -> tuple[bool, Path, Manifest, dict[str, Pieces], ModelFiles, Part]:
+        """Collective: every rank must call it. What was prepared, with the files and the manifest in rank 0's form."""
+        background, target, manifest, tracks, files, part, decided = prepared
+        form = form_from_json(exchange.broadcast_object(form_to_json(decided.form)))
+        if form is not None and form != decided.form:
+            dtypes = self._state.dtypes(floating_dtype("dtype", request.dtype))
+            files = model_files(part.plan, dtypes, request.max_shard_size, Decided(form, {}))
+        return background, target, dataclasses.replace(manifest, form=form), tracks, files, part
 
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {
             "path": str(prepared.target),
             "tracks": list(prepared.tracks),
             "num_updates": prepared.manifest.num_updates,
+            "kept_buffers": list(prepared.manifest.kept_buffers),
             "dtype": str(request.dtype),
             "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),

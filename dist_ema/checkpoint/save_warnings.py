@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.plan import Plan
 from dist_ema.disk.folders import commit
@@ -30,6 +32,7 @@ class SaveWarnings:
     def __init__(self) -> None:
         self._warned_of_better = False
         self._warned_of_no_updates_in: int | None = None  # an epoch of the exchange
+        self._warned_of_buffers = False
         self._sample: bytes | None = None
 
     def expect_updates(self, plan: Plan) -> None:
@@ -68,6 +71,21 @@ class SaveWarnings:
                 "is written are the live weights. The step() of the attached optimizer was never called (first_step "
                 "and second_step of a SAM optimizer do not call it; or another optimizer has stepped): call "
                 "ema.update() after each of its steps. If you have only loaded weights, all is well"
+            )
+
+    def tell_of_lost_buffers(self, state: AveragedState, tracks: Sequence[str]) -> None:
+        """On rank 0: warn if buffers were kept with one of these averages, which has moved since. No communication."""
+        if self._warned_of_buffers or not any(
+            spec.is_buffer and not spec.averaged and spec.dtype.is_floating_point for spec in state.plan.specs
+        ):
+            return
+        lost = [name for name in tracks if name in state.use.tracks_with_buffers and state.kept_buffers(name) is None]
+        if lost:
+            self._warned_of_buffers = True
+            tell(
+                f"the buffers that were kept with the average (track {', '.join(lost)}) fitted its former weights, and "
+                "an update has moved it since: what is written has the live buffers. To write recalibrated ones, run "
+                "update_bn in average_parameters(keep_buffers=True) after the last update before the save"
             )
 
 

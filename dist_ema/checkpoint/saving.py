@@ -24,8 +24,10 @@ from dist_ema.checkpoint.nodes.views import blind_ranks, node_name
 from dist_ema.checkpoint.writing import Pieces, write_tensors
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.formats.checksums import PartialChecksums, checksum, whole_checksums
-from dist_ema.disk.formats.model_config import CONFIG_NAMES, are_described
-from dist_ema.disk.formats.model_files import ModelFiles, lay_out_files, write_whole
+from dist_ema.disk.formats.model_files import ModelFiles, write_whole
+from dist_ema.disk.forms.card import CARD_NAME, takes_card
+from dist_ema.disk.forms.deciding import PLAIN_FORM, Decided
+from dist_ema.disk.forms.layout import lay_out_form
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile
 from dist_ema.ranks.exchange import Exchange
 
@@ -37,12 +39,7 @@ _LOOKING_SECONDS = 1.0
 
 
 def model_files(
-    plan: Plan,
-    dtypes: Mapping[str, torch.dtype],
-    max_shard_size: int | str,
-    texts: Mapping[str, bytes] | None = None,
-    *,
-    in_part: bool = False,
+    plan: Plan, dtypes: Mapping[str, torch.dtype], max_shard_size: int | str, decided: Decided = PLAIN_FORM
 ) -> ModelFiles:
     """The files of one track, the same on every rank. No communication.
 
@@ -50,18 +47,14 @@ def model_files(
         plan: the model as boxes.
         dtypes: fqn -> dtype in the files.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
-        texts: name -> content of further small files.
-        in_part: whether tensors of the model are left out, so that no configuration describes the files.
+        decided: the form of the folder, and the small files in it; the ranks must have the same form.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
         UnsupportedModelError: a dtype has no name in the format.
     """
     tensors = [(spec.fqn, dtypes[spec.fqn], spec.shape) for spec in plan.specs]
-    metadata = {**plan.aliases, contents.MARK: contents.MARK_VALUE}
-    files = lay_out_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
-    described = not in_part and are_described([spec.fqn for spec in plan.specs])
-    return dataclasses.replace(files, texts=texts or {}, unfit=() if described else CONFIG_NAMES)
+    return lay_out_form(decided.form, tensors, plan.aliases, max_shard_size, decided.texts)
 
 
 def write_average(
@@ -82,7 +75,7 @@ def write_average(
     _Save(exchange, target, files, {manifest.folder_of(name): name for name in tracks}, manifest).run(tracks)
 
 
-def write_export(exchange: Exchange, target: Path, files: ModelFiles, pieces: Pieces) -> None:
+def write_export(exchange: Exchange, target: Path, files: ModelFiles, pieces: Pieces, card: bytes) -> None:
     """Collective: every rank must call it. Write one track as a plain model folder, without a manifest.
 
     Args:
@@ -90,11 +83,12 @@ def write_export(exchange: Exchange, target: Path, files: ModelFiles, pieces: Pi
         target: the folder to write, replaced atomically if it is there.
         files: the layout of the folder.
         pieces: every box this rank owns, and its values, converted to the files' dtypes on the way.
+        card: the content of the model card; it is written where the user has none.
 
     Raises:
         CheckpointError: some rank failed; the same on all ranks, and the former content stays.
     """
-    _Save(exchange, target, files, {".": ""}, None).run({"": pieces})
+    _Save(exchange, target, files, {".": ""}, None, card).run({"": pieces})
 
 
 class _Save:
@@ -103,6 +97,7 @@ class _Save:
     Attributes:
         folders: sub-folder of the target -> the track in it.
         manifest: the manifest of an average; None for an export.
+        card: the model card of an export.
     """
 
     def __init__(
@@ -112,9 +107,11 @@ class _Save:
         files: ModelFiles,
         folders: Mapping[str, str],
         manifest: Manifest | None,
+        card: bytes = b"",
     ) -> None:
         self._exchange = exchange
         self._target = target
+        self._card = card
         self._staged: commit.Staged | None = None  # on rank 0
         self._files = files
         self._sizes_bytes = {fqn: entry.nbytes for fqn, (_, entry) in files.locate().items()}
@@ -141,13 +138,16 @@ class _Save:
         self._staged = commit.stage(self._target, replaceable, self._needed_bytes())
         staging = self._staged.folder
         for folder in self._folders:
-            (staging / folder).mkdir(exist_ok=True)
+            for below in self._files.sub_folders:
+                (staging / folder / below).mkdir(parents=True, exist_ok=True)
             for file in self._files.files:
                 write_whole(staging / folder / file.name, b"", size_bytes=file.size_bytes)
             if self._files.index is not None:
                 write_whole(staging / folder / self._files.index_name, self._files.index)
             for name, content in self._files.texts.items():
                 write_whole(staging / folder / name, content)
+        if self._card and takes_card(commit.former_of(self._target)):
+            write_whole(staging / CARD_NAME, self._card)
         return staging
 
     def _needed_bytes(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dist_ema.boxes.plan import Plan
@@ -42,22 +41,25 @@ class Part:
 
     Attributes:
         plan: the plan of these tensors; it does not show who owns them (`Plan.only`).
+        is_whole: whether these are all tensors of the planned model.
         left_out: fqns of the planned tensors that have changed or are gone.
         others: fqns of the tensors that the model has now instead.
         own: the changes of this rank.
     """
 
     plan: Plan
+    is_whole: bool
     left_out: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     own: Changes = _NOTHING
 
     @staticmethod
-    def of(plan: Plan, *, only_unchanged: bool, of_all: Changes | None = None) -> Part:
+    def of(plan: Plan, in_files: Plan, *, only_unchanged: bool, of_all: Changes | None = None) -> Part:
         """The whole plan, or what remains of it. No communication.
 
         Args:
             plan: the plan.
+            in_files: the part of the plan that files hold.
             only_unchanged: whether the model may have changed.
             of_all: the changes of all ranks; None for those of this rank alone.
 
@@ -65,9 +67,10 @@ class Part:
             ModelChangedError: the model has changed, and `only_unchanged` is False or nothing remains.
             RankMismatchError: a tensor has changed on some of the ranks that hold it.
         """
+        is_whole = in_files is plan or (len(in_files.specs) == len(plan.specs) and not plan.left_out)
         if not only_unchanged:
             plan.check_model()
-            return Part(plan)
+            return Part(in_files, is_whole)
         present = plan.remains()
         own = Changes(plan.lost(present), list(present.others))
         changes = own if of_all is None else Changes(*of_all)
@@ -79,16 +82,16 @@ class Part:
                     "the same change on all of them"
                 )
         remains = plan.without(*changes)
-        return Part(plan.only(remains), plan.gone(remains), remains.others, own)
+        # A tensor that files do not hold is not missing there, whatever has become of it.
+        absent = {*plan.names}.difference(in_files.names_in_plan)
+        others = tuple(fqn for fqn in remains.others if fqn not in absent)
+        left_out = in_files.gone(remains)
+        return Part(in_files.only(remains), is_whole and not (left_out or others), left_out, others, own)
 
     @property
     def has_changed(self) -> bool:
         """Whether the model differs from the planned one."""
         return bool(self.left_out or self.others)
-
-    def texts(self, whole: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
-        """The small files of a whole model; of a part none, as a reader of a config.json makes the rest at random."""
-        return {} if self.has_changed else whole()
 
     def warn(self, exchange: Exchange) -> None:
         """Collective: every rank must call it. Warn on rank 0 of the tensors that are not written."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_ema._version import __version__
-from dist_ema.cli import commands
+from dist_ema.cli import commands, inspecting
+from dist_ema.cli.answers import BadAnswer
 from dist_ema.errors import DistEMAError
 from dist_ema.schedules.records import SCHEDULES
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         text = options.run(options)
-    except commands.BadAnswer as answer:
+    except BadAnswer as answer:
         return _print(answer.text) or _complain(answer)
     except (DistEMAError, OSError) as error:
         return _complain(error)
@@ -77,10 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(
         known,
         "inspect",
-        commands.inspect,
-        "tell what a saved average is",
-        "Tell what a saved average is: updates, tracks, schedules, tensors, bytes.",
+        inspecting.inspect,
+        "tell what a saved average is, or list those of a run",
+        "Tell what a saved average is: updates, tracks, schedules, tensors, bytes. Of the folder of a run or of\n"
+        "snapshots: a table with a row for each average, from their manifests alone. Of an export, another model\n"
+        "folder or a file of weights: tensors, dtypes, files.",
         "dist-ema inspect checkpoint-400 --json",
+        source_help="folder of an average, of a checkpoint, run or snapshots that hold some, or of weights",
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     _command(
@@ -88,8 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         commands.verify,
         "read all of it and compare the checksums",
-        "Read every tensor of a saved average and compare it with its checksum.",
+        "Read every tensor of a saved average and compare it with its checksum. An export or another model folder has\n"
+        "no checksums: there the headers, the sizes of the files and the index are compared, and the answer says so.",
         "dist-ema verify checkpoint-400",
+        source_help="folder of an average, of the checkpoint that holds it, or of weights",
     )
     diff = _command(
         known,
@@ -119,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         optional=True,
     )
     plot.add_argument("--out", type=Path, default=Path("schedule.png"), help="the picture (default: schedule.png)")
+    plot.add_argument("--force", action="store_true", help="replace a picture that is there")
     plot.add_argument("--steps", type=int, help="updates along the axis (default: as long as the schedules tell)")
     plot.add_argument(
         "--schedule",
@@ -182,7 +189,8 @@ def _add_export_options(command: argparse.ArgumentParser, kept: str) -> None:
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="size of a file, such as 2GB (default: 5GB)",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="size of a file, such as 2GB, or in bytes (default: 5GB)",
     )
 
 

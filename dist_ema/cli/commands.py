@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from dist_ema.checks import absolute, local, target_folder
+from dist_ema.cli.answers import BadAnswer, progress_bar
+from dist_ema.cli.inspecting import kind_of_weights
+from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
-from dist_ema.disk.manifest import Manifest, find_saved, read_manifest
-from dist_ema.disk.saved_average import check_files, damage_text, damaged_tensors, read_saved
+from dist_ema.disk.formats.headers import stem_in
+from dist_ema.disk.listing import holds_average
+from dist_ema.disk.manifest import find_saved, read_manifest
+from dist_ema.disk.saved_average import damage_text, damaged_tensors, read_saved
 from dist_ema.disk.sources import Weights, find_weights
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError, DistEMAError
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.nesting import horizon_of
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
 
-__all__ = ["BadAnswer", "consolidate", "diff", "inspect", "plot", "synthesize", "verify"]
+__all__ = ["consolidate", "diff", "plot", "synthesize", "verify"]
 
 
 def verify(options: argparse.Namespace) -> str:
@@ -32,6 +34,8 @@ def verify(options: argparse.Namespace) -> str:
 
 
 def _verify(source: Path) -> str:
+    if source.is_file() or (not holds_average(source) and stem_in(contents.resolve(source)) is not None):
+        return _verify_weights(source)
     saved = read_saved(source)
     if not saved.manifest.checksums:
         raise CheckpointMismatchError(
@@ -39,7 +43,7 @@ def _verify(source: Path) -> str:
             "be told. Load it and save it again to add them"
         )
     damaged, num_bytes = [], 0
-    with _progress(sum(t.nbytes for model in saved.models.values() for t in model.tensors.values())) as bar:
+    with progress_bar(sum(t.nbytes for model in saved.models.values() for t in model.tensors.values())) as bar:
         for name, size, is_damaged in damaged_tensors(saved):
             num_bytes += size
             bar.update(size)
@@ -47,6 +51,18 @@ def _verify(source: Path) -> str:
     if damaged:
         raise CheckpointCorruptError(damage_text(saved.folder, damaged))
     return f"{saved.folder}: sound, {len(saved.manifest.tensors) * len(saved.models)} tensors, {num_bytes:,} bytes"
+
+
+def _verify_weights(source: Path) -> str:
+    """What can be said of weights without checksums."""
+    model = find_weights(source, None).model
+    index = "" if model.index_checksum is None else ", and the index"
+    files = f"{len(model.files)} file{'s' * (len(model.files) > 1)}"
+    file_bytes = sum(file.size_bytes for file in model.files.values())
+    return (
+        f"{source}: {kind_of_weights(source)}, {len(model.tensors)} tensors in {files}, {file_bytes:,} bytes. The "
+        f"headers are in order, and fit the sizes of the files{index}. There are no checksums: no value was checked"
+    )
 
 
 def consolidate(options: argparse.Namespace) -> str:
@@ -58,7 +74,7 @@ def consolidate(options: argparse.Namespace) -> str:
     saved = read_saved(local(options.src))
     track = saved.track(options.track)
     total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
-    with _progress(total) as bar:
+    with progress_bar(total) as bar:
         consolidate_checkpoint(
             options.src,
             options.dst,
@@ -81,7 +97,9 @@ def diff(options: argparse.Namespace) -> str:
 
     def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
         a, b = map(find_weights, sources, tracks)
-        return a, b, sorted(differences(a, b), key=lambda tensor: -tensor.relative)
+        both = [(stored, b.model.tensors[name]) for name, stored in a.model.tensors.items() if name in b.model.tensors]
+        with progress_bar(sum(of_a.nbytes + of_b.nbytes for of_a, of_b in both if of_a.shape == of_b.shape)) as bar:
+            return a, b, sorted(differences(a, b, bar.update), key=lambda tensor: -tensor.relative)
 
     a, b, compared = steadily(sources, read)
     total = relative_distance(
@@ -130,7 +148,7 @@ def synthesize(options: argparse.Namespace) -> str:
 
     def work(check: Callable[[], None]) -> tuple[Synthesis, list[warnings.WarningMessage]]:
         weighed = weigh(options.snapshots, wanted, options.num_updates)
-        with warnings.catch_warnings(record=True) as warned, _progress(weighed.nbytes) as bar:
+        with warnings.catch_warnings(record=True) as warned, progress_bar(weighed.nbytes) as bar:
             warnings.simplefilter("always")
             made = write(
                 weighed,
@@ -169,7 +187,9 @@ def synthesize(options: argparse.Namespace) -> str:
 
 def plot(options: argparse.Namespace) -> str:
     """Draw schedules, or the profile that snapshots can express."""
-    local(options.out)
+    from dist_ema.offline.plots import check_free, draw_schedules
+
+    check_free(local(options.out), options.force)
     if options.sigma_rel is not None:
         if options.src is None or options.schedule or options.steps is not None:
             options.refuse(
@@ -178,8 +198,6 @@ def plot(options: argparse.Namespace) -> str:
         return _plot_profiles(options)
     if options.src is None and not options.schedule:
         options.refuse("nothing to draw: give SRC, a saved average, or --schedule, or both")
-    from dist_ema.offline.plots import draw_schedules
-
     manifest = None
     if options.src is not None:
         source = local(options.src)
@@ -194,15 +212,14 @@ def plot(options: argparse.Namespace) -> str:
     steps = options.steps
     if steps is None:
         steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)
-    draw_schedules(schedules, steps, options.out, now=now)
+    draw_schedules(schedules, steps, options.out, now=now, replace=options.force)
     text = f"{options.out}: {len(schedules)} schedule{'s' * (len(schedules) > 1)} over {steps:,} updates"
     return text if now is None else f"{text}, now at {now:,}"
 
 
 def _total_steps(schedule: Schedule) -> int:
-    """The `total_steps` of a schedule, or of the schedule within it; 0 if there are none."""
-    inner = getattr(schedule, "schedule", None)
-    return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
+    """The number of updates after which a schedule has nothing new; 0 if there is none."""
+    return horizon_of(schedule) or 0
 
 
 def _plot_profiles(options: argparse.Namespace) -> str:
@@ -222,75 +239,9 @@ def _plot_profiles(options: argparse.Namespace) -> str:
         (f"sum of snapshots, profile error {weighed.fit.error:.2e}", achieved.tolist()),
         [profile.tolist() for profile in profiles],
         options.out,
+        replace=options.force,
     )
     return (
         f"{options.out}: sigma_rel {options.sigma_rel:g} over {end:,} updates from {len(weighed.parts)} saved "
         f"averages, profile error {weighed.fit.error:.2e}"
     )
-
-
-class BadAnswer(DistEMAError):
-    """An answer to print all the same; the message of the error says what is bad about it."""
-
-    def __init__(self, text: str, bad: str) -> None:
-        super().__init__(bad)
-        self.text = text
-
-
-def _progress(total_bytes: int) -> tqdm[Any]:
-    """A progress bar on stderr, if that is a terminal."""
-    return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
-
-
-def inspect(options: argparse.Namespace) -> str:
-    """Tell what a saved average is."""
-    source = local(options.src)
-
-    def read(check: Callable[[], None]) -> dict[str, Any]:
-        folder = find_saved(source)
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
-        return _facts(folder, manifest)
-
-    facts = steadily([source], read)
-    return json.dumps(facts, indent=1) if options.json else _facts_text(facts)
-
-
-def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    averaged = [saved for saved in manifest.tensors.values() if saved.averaged]
-    return {
-        "folder": str(folder),
-        "num_updates": manifest.num_updates,
-        "tracks": {
-            name: {"schedule": schedule, "momentum": _momentum(schedule, manifest.num_updates)}
-            for name, schedule in manifest.tracks.items()
-        },
-        "num_tensors": len(manifest.tensors),
-        "num_averaged_tensors": len(averaged),
-        "num_averaged_elements": sum(math.prod(saved.shape) for saved in averaged),
-        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "options": dict(manifest.options),
-        "written_by": dict(manifest.written_by),
-    }
-
-
-def _momentum(schedule: Mapping[str, Any], num_updates: int) -> float | None:
-    """The momentum of the next update; None for a schedule that only its author can rebuild."""
-    try:
-        return schedule_from_json(schedule).momentum(num_updates)
-    except (ConfigError, ArithmeticError):
-        return None
-
-
-def _facts_text(facts: dict[str, Any]) -> str:
-    lines = [
-        f"{facts['folder']}: {facts['num_updates']:,} updates",
-        f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "
-        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
-    ]
-    for name, track in facts["tracks"].items():
-        momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
-        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}")
-    lines.append("  options: " + ", ".join(f"{key}={value}" for key, value in facts["options"].items()))
-    lines.append("  written by: " + ", ".join(f"{key} {value}" for key, value in facts["written_by"].items()))
-    return "\n".join(lines)

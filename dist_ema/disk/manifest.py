@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dist_ema.disk.folders.contents import MANIFEST_NAME
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import kind_text
 from dist_ema.disk.formats.headers import LARGEST_RECORD_BYTES, read_small
+from dist_ema.disk.forms.form import FolderForm, form_from_json, form_to_json
 from dist_ema.disk.manifest_fields import Agreement, SavedFile, SavedTensor
 from dist_ema.errors import (
     CheckpointCorruptError,
@@ -55,8 +56,10 @@ class Manifest:
         aliases: further names of tied tensors -> the name in `tensors`.
         written_by: the versions of the packages and the number of ranks, which ranks compare; to a reader they are
             information.
+        kept_buffers: the tracks whose buffers belong to the averaged weights, and are not copies of the live ones.
         files: path below the folder -> size and checksum of the file; empty in format version 1.
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
+        form: the form of the folder of a track; None in folders of versions that knew one form.
     """
 
     num_updates: int = field(metadata=fields.rule(fields.counter, since=1, compared=Agreement.NONE))
@@ -70,6 +73,9 @@ class Manifest:
     aliases: Mapping[str, str] = field(metadata=fields.rule(fields.aliases, since=1, compared=Agreement.MODEL))
     written_by: Mapping[str, Any] = field(metadata=fields.rule(fields.json_object, since=1, compared=Agreement.RUN))
     num_refused: int = field(default=0, metadata=fields.rule(fields.counter, since=None, compared=Agreement.NONE))
+    kept_buffers: Sequence[str] = field(
+        default=(), metadata=fields.rule(fields.names, write=list, since=None, compared=Agreement.NONE)
+    )
     files: Mapping[str, SavedFile] = field(
         default_factory=dict,
         metadata=fields.rule(fields.files, write=fields.written_files, since=2, compared=Agreement.NONE),
@@ -77,6 +83,11 @@ class Manifest:
     checksums: Mapping[str, Mapping[str, int]] = field(
         default_factory=dict,
         metadata=fields.rule(fields.checksums, write=fields.written_checksums, since=2, compared=Agreement.NONE),
+    )
+
+    form: FolderForm | None = field(
+        default=None,
+        metadata=fields.rule(form_from_json, write=form_to_json, since=None, compared=Agreement.NONE),
     )
 
     def folder_of(self, track: str) -> str:
@@ -97,7 +108,7 @@ class Manifest:
         return sentences + [
             f"it was saved with {key}={saved.options[key]!r}; this run goes on with {key}={value!r}"
             for key, value in self.options.items()
-            if key in saved.options and saved.options[key] != value
+            if key in saved.options and saved.options[key] != value and key not in _OF_TENSORS
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -282,3 +293,5 @@ def _total_steps(schedule: Mapping[str, Any]) -> int | None:
 
 
 _DEEPEST = 32
+# The options that leave tensors out. A load compares the tensors, and speaks of these.
+_OF_TENSORS = ("trainable_only", "averaged_only")

@@ -28,6 +28,7 @@ __all__ = [
     "from_hex",
     "hexadecimal",
     "json_object",
+    "names",
     "rule",
     "rule_of",
     "tensors",
@@ -123,6 +124,13 @@ def aliases(value: object) -> dict[str, str]:
     return {_name(alias): _name(fqn) for alias, fqn in json_object(value).items()}
 
 
+def names(value: object) -> tuple[str, ...]:
+    """A list of names."""
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list of names, found {type(value).__name__}")
+    return tuple(map(_name, value))
+
+
 def files(value: object) -> dict[str, SavedFile]:
     """Paths in the folder and the files there."""
     return {_path(name): _file(saved) for name, saved in json_object(value).items()}
@@ -161,9 +169,9 @@ def from_hex(value: object) -> int:
 
 
 def _path(name: str) -> str:
-    """The path of a file in the folder or in the folder of a track; a path that leads out of it is refused."""
+    """The path of a file in the folder, or below it in those of a track and an adapter; none that leads out of it."""
     *folders, file = name.split("/")
-    if len(folders) > 1:
+    if len(folders) > 2:
         raise ValueError(f"a file has the path {name[:80]!r}")
     for folder in folders:
         folder_name("track name", folder)

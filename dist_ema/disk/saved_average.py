@@ -16,6 +16,7 @@ from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_names import index_name
 from dist_ema.disk.formats.headers import (
     TORCH_DTYPES,
+    StoredFile,
     StoredModel,
     StoredTensor,
     open_regular,
@@ -23,6 +24,7 @@ from dist_ema.disk.formats.headers import (
     read_model_folder,
     read_small,
 )
+from dist_ema.disk.forms.form import TOP
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, SavedFile, find_saved, read_summed
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 
@@ -118,10 +120,32 @@ def _read_saved(source: Path, tracks: Sequence[str] | None) -> SavedAverage:
     check_files(folder, manifest)
     for track in manifest.tracks if tracks is None else tracks:
         below = manifest.folder_of(track)
-        models[track] = read_model_folder(folder / below)
+        models[track] = _read_model(folder / below, manifest)
         _check_tensors(folder / below, manifest, models[track])
         _check_files(folder, below, manifest, models[track])
     return SavedAverage(folder, manifest, manifest_checksum, models)
+
+
+def _read_model(folder: Path, manifest: Manifest) -> StoredModel:
+    """The files of a track, by the names of the manifest."""
+    form = manifest.form
+    if form is None:
+        return read_model_folder(folder)
+    places = {(form.folder_of(fqn), form.name_of(fqn)): fqn for fqn in manifest.tensors}
+    files: dict[str, StoredFile] = {}
+    tensors: dict[str, StoredTensor] = {}
+    index_checksum = None
+    for below in dict.fromkeys(sub_folder for sub_folder, _ in places):
+        model = read_model_folder(folder / below, form.stem)
+        above = "" if below == TOP else f"{below}/"
+        index_checksum = model.index_checksum
+        for file, header in model.files.items():
+            renamed = {name: dataclasses.replace(at, file=above + file) for name, at in header.tensors.items()}
+            files[above + file] = dataclasses.replace(header, tensors=renamed)
+        for name, stored in model.tensors.items():
+            fqn = places.get((below, name), name)
+            tensors[fqn] = files[above + stored.file].tensors[name]
+    return StoredModel(files, tensors, index_checksum, form.stem, form.names)
 
 
 def was_replaced(saved: SavedAverage) -> bool:

@@ -7,18 +7,16 @@ in it. The path of such a checkpoint means the average here; only the path of th
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
 from dist_ema.disk.formats.headers import StoredModel, read_header, read_model_folder, stem_in
-from dist_ema.disk.manifest import read_manifest
 from dist_ema.disk.saved_average import read_saved
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from dist_ema.errors import CheckpointNotFoundError
 
-__all__ = ["Weights", "find_start", "find_weights"]
+__all__ = ["Weights", "averaged_side", "find_weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ def find_weights(source: Path, track: str | None) -> Weights:
     """
     if source.is_file():
         return _of_file(source)
-    folder = _averaged_side(contents.resolve(source))
+    folder = averaged_side(contents.resolve(source))
     if not contents.has_manifest(folder) and _has_weights(folder):
         return Weights(folder, folder, read_model_folder(folder))
     try:
@@ -69,31 +67,6 @@ def find_weights(source: Path, track: str | None) -> Weights:
     return Weights(path, path, saved.models[name], checksums)
 
 
-def find_start(source: Path) -> Weights:
-    """The weights at which an average can begin: as `find_weights`, but without a comparison with the manifest.
-
-    Raises:
-        CheckpointNotFoundError: there are several averages to choose from.
-        CheckpointMismatchError: the average has several tracks to choose from.
-        CheckpointCorruptError: files are missing or damaged.
-    """
-    if not os.path.lexists(source):
-        raise CheckpointCorruptError(
-            f"{source} is missing, expected a model folder or a safetensors file: check the path"
-        )
-    if source.is_file():
-        return _of_file(source)
-    folder = _averaged_side(source)
-    if contents.has_manifest(folder) and not _has_weights(folder):
-        tracks = list(read_manifest(folder).tracks)
-        if len(tracks) > 1:
-            raise CheckpointMismatchError(
-                f"{folder} holds {len(tracks)} tracks, expected the weights of one: give the folder of one of them, "
-                f"{', '.join(str(folder / track) for track in tracks)}"
-            )
-    return Weights(folder, folder, read_model_folder(folder))
-
-
 def _of_file(source: Path) -> Weights:
     if source.name in map(index_name, STEMS):
         return Weights(source, source.parent, read_model_folder(source.parent))
@@ -101,8 +74,12 @@ def _of_file(source: Path) -> Weights:
     return Weights(source, source.parent, StoredModel({source.name: file}, file.tensors, None))
 
 
-def _averaged_side(folder: Path) -> Path:
-    """The average in a folder that has one; else the folder."""
+def averaged_side(folder: Path) -> Path:
+    """The average in a folder that has one; else the folder.
+
+    Raises:
+        CheckpointNotFoundError: there are several averages to choose from.
+    """
     if not folder.is_dir() or contents.has_manifest(folder):
         return folder
     inside = [path for path in contents.averages_in(folder) if contents.is_average(path)]

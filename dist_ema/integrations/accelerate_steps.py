@@ -44,7 +44,7 @@ def around(
     *,
     before: Callable[[], None] | None,
     after: Callable[[], None],
-) -> None:
+) -> Callable[[], None]:
     """Extend a method of an object that has no hooks there, for as long as `ema` is attached.
 
     Args:
@@ -53,6 +53,9 @@ def around(
         ema: the average whose `detach` undoes it.
         before: what to call first.
         after: what to call when the method has returned.
+
+    Returns:
+        What undoes it earlier.
     """
     of_class = method not in vars(target)
     former = getattr(target, method)
@@ -81,6 +84,7 @@ def around(
 
     setattr(target, method, with_more)
     ema.on_detach(undo)
+    return undo
 
 
 class _Rounds:
@@ -161,14 +165,18 @@ def follow_optimizers(
             around(optimizer, "step", ema, before=None, after=after_call)
 
 
-def follow_engine(engine: Any, ema: ShardedEMA, after_step: Callable[[], None]) -> None:
-    """Call `after_step` after each step of the engine that has changed the live weights, until `ema.detach()`."""
+def follow_engine(engine: Any, ema: ShardedEMA, after_step: Callable[[], None]) -> Callable[[], None]:
+    """Call `after_step` after each step of the engine that has changed the live weights, until `ema.detach()`.
+
+    Returns:
+        What ends it earlier.
+    """
 
     def after() -> None:
         if engine.was_step_applied():
             after_step()
 
-    around(engine, "step", ema, before=None, after=after)
+    return around(engine, "step", ema, before=None, after=after)
 
 
 def check_engine(engine: nn.Module, optimizer: object) -> None:

@@ -146,7 +146,7 @@ class EMACallback(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the number of updates into a checkpoint, which ties the average to it. No communication."""
-        if self.ema is not None:
+        if self.ema is not None and self._average.is_of(pl_module):
             checkpoint.setdefault("callbacks", {})[self.state_key] = {"num_updates": self.ema.num_updates}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
-from dist_ema.integrations.lightning_saves import place_of
+from dist_ema.integrations.lightning_saves import near, place_of
+from dist_ema.integrations.resume import named_otherwise
 from dist_ema.integrations.watch import Watch
+from dist_ema.messages import tell
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_from_json, schedule_to_json
@@ -28,6 +30,11 @@ __all__ = ["AverageOfRuns", "Schedules"]
 _log = logging.getLogger(__name__)
 
 Schedules = Schedule | Mapping[str, Schedule]
+
+_OF_ANOTHER = (
+    "the average {name!r} is that of another module than the Trainer evaluates here: this evaluation is one of the "
+    "live weights. Give ckpt_path= of a checkpoint that has an average, or evaluate the module that was trained"
+)
 
 
 class AverageOfRuns:
@@ -66,13 +73,15 @@ class AverageOfRuns:
         self._module: weakref.ref[Any] | None = None
         self._parts: list[int] = []
         self._unread: tuple[weakref.ref[Any], Any] | None = None
+        # The average of the weights that the present run has loaded, which may be none.
+        self._of_run: ShardedEMA | None = None
         self._is_current = False
         self._num_updates_saved: int | None = None
 
     def begin_run(self) -> None:
         """Note that a new run has begun, in another process group perhaps. No communication."""
         self.exchange = Exchange()
-        self._is_current = False
+        self._of_run, self._is_current = None, False
         self._num_updates_saved = None
 
     def expect(self, num_updates: int) -> None:
@@ -98,7 +107,7 @@ class AverageOfRuns:
             CheckpointMismatchError: the average beside it is of another time.
         """
         if self._is_current:
-            return self.ema
+            return self._of_run
         trains = trainer.state.fn == "fit"
         path = trainer.ckpt_path or (self._unread[1] if self._unread and self._unread[0]() is module else None)
         self._unread = None
@@ -111,35 +120,39 @@ class AverageOfRuns:
             schedules = self._schedules(trainer, place)
             if ema is None or _records(schedules) != self._built_with:
                 ema = self._build(trainer, module, schedules, None if path else ema)
-        self.ema = ema
+        if ema is not None:
+            self.ema = ema
+        elif self.ema is not None and self.exchange.rank == 0:
+            tell(_OF_ANOTHER.format(name=self._name))
         if ema is not None and path:
             self._load(ema, place, path)
-        self._is_current = True
+        self._of_run, self._is_current = ema, True
         return ema
 
     def _place(self, path: Any) -> Path | None:
         """Collective: every rank must call it. The folder of the average of a checkpoint; None where there is none."""
 
-        def look() -> tuple[str, bool]:
+        def look() -> tuple[str, bool, str]:
             try:
                 place = place_of(path, self._name)
             except ConfigError:  # a URL, which Lightning has read
                 if self._begins_anew:
-                    return "", False
+                    return "", False, ""
                 raise
-            return str(place), os.path.lexists(place)
+            is_there = os.path.lexists(place)
+            return str(place), is_there, "" if is_there else named_otherwise(near(path))
 
-        place, is_there = self.exchange.on_rank_0("EMACallback", look)
+        place, is_there, others = self.exchange.on_rank_0("EMACallback", look)
         if is_there:
             return Path(place)
         if not self._begins_anew:
             raise CheckpointNotFoundError(
-                f"the checkpoint {path} has no average: there is no {place}. If it was moved, move both. If the run "
-                "that saved it had no average, give EMACallback(on_missing='live'): the average then starts from the "
-                "loaded weights, at the first update"
+                f"the checkpoint {path} has no average: there is no {place}. {others}If it was moved, move both. If "
+                "the run that saved it had no average, give EMACallback(on_missing='live'): the average then starts "
+                "from the loaded weights, at the first update"
             )
         if self.exchange.rank == 0:
-            _log.warning("%s holds no average: it starts anew from the live weights at the next update", path)
+            _log.warning("%s holds no average. %sIt starts anew from the live weights at the next update", path, others)
         return None
 
     def _build(self, trainer: Any, module: Any, schedules: Schedules, former: ShardedEMA | None) -> ShardedEMA:

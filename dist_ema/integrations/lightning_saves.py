@@ -20,7 +20,7 @@ from typing import Any
 from dist_ema.checks import absolute, local
 from dist_ema.disk.folders.contents import is_average
 
-__all__ = ["extend", "link_last", "place_for", "place_of", "remove_average", "writes_folders"]
+__all__ = ["extend", "link_last", "near", "place_for", "place_of", "remove_average", "writes_folders"]
 
 _EXTENSION = ".ckpt"
 
@@ -33,6 +33,14 @@ def place_of(checkpoint: object, name: str) -> Path:
     """
     path = absolute(checkpoint)
     return path / name if path.is_dir() else _beside(path, name)
+
+
+def near(checkpoint: object) -> list[Path]:
+    """The folders in which a checkpoint that is there may have averages, of any name."""
+    path = absolute(checkpoint)
+    if path.is_dir():
+        return list(path.glob("*"))
+    return [folder for folder in path.parent.glob("*") if folder.name.startswith(f"{_stem(path)}.")]
 
 
 def place_for(checkpoint: object, name: str, *, as_folder: bool) -> Path:
@@ -81,7 +89,11 @@ def writes_folders(strategy: Any) -> bool:
 
 
 def _beside(path: Path, name: str) -> Path:
-    return path.with_name(f"{path.name.removesuffix(_EXTENSION)}.{name}")
+    return path.with_name(f"{_stem(path)}.{name}")
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(_EXTENSION)
 
 
 def _unlinked(checkpoint: object) -> Path:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from dist_ema.disk.folders.contents import was_begun
+from dist_ema.disk.folders.contents import is_average, was_begun
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointNotFoundError
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["load_or_begin"]
+__all__ = ["load_or_begin", "named_otherwise"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +52,23 @@ def load_or_begin(
             raise CheckpointNotFoundError(
                 f"{error}. It lies on the disk of another node: on_missing={on_missing!r} is not about that case"
             ) from None
+        others = exchange.on_rank_0("resume", lambda: named_otherwise(Path(folder).parent.glob("*")))
         if on_missing == "error":
-            raise CheckpointNotFoundError(f"{error}. {hint}") from None
+            raise CheckpointNotFoundError(f"{error}. {others}{hint}") from None
         if exchange.rank == 0:
-            _log.warning("%s holds no average: it starts anew from the live weights at the next update", folder)
+            _log.warning(
+                "%s holds no average. %sIt starts anew from the live weights at the next update", folder, others
+            )
         return False
     return True
+
+
+def named_otherwise(folders: Iterable[Path]) -> str:
+    """What to say of a checkpoint whose average has another name than the one that is looked for. No communication."""
+    there = sorted(folder.name for folder in folders if folder.is_dir() and is_average(folder))
+    if not there:
+        return ""
+    return f"The checkpoint has {', '.join(there)}: if that is the average, give the name= of the run that saved it. "
 
 
 def _either(lower: list[bool], higher: list[bool]) -> list[bool]:

@@ -17,11 +17,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dist_ema.errors import AttachError
 from dist_ema.integrations.accelerate import SERVED
+from dist_ema.integrations.accelerate_steps import check_engine
 from dist_ema.integrations.watch import callers
 
-__all__ = ["check_trainer", "checkpoint_folder", "inner_optimizer", "resumes_from", "run_folder", "trainer_of"]
-
-_SERVED = frozenset(SERVED) - {DistributedType.DEEPSPEED}
+__all__ = [
+    "check_trainer",
+    "checkpoint_folder",
+    "engine_of",
+    "inner_optimizer",
+    "resumes_from",
+    "run_folder",
+    "trainer_of",
+]
 
 
 def trainer_of(callback: Any) -> Any:
@@ -78,11 +85,11 @@ def check_trainer(trainer: Any, callback_class: type[Any], world_size: int) -> N
             "several averages give one of them EMACallback({track_name: schedule, ...})"
         )
     accelerator = trainer.accelerator
-    if accelerator.distributed_type not in _SERVED:
+    if accelerator.distributed_type not in SERVED:
         raise AttachError(
-            f"the Trainer runs under {accelerator.distributed_type}, expected one process, DDP or FSDP: that engine "
-            "steps its own copies of the weights, which EMACallback does not follow. Train with fsdp=... of "
-            "TrainingArguments, or without that engine"
+            f"the Trainer runs under {accelerator.distributed_type}, expected one process, DDP, FSDP or DeepSpeed: "
+            "that engine steps its own copies of the weights, which EMACallback does not follow. Train with fsdp=... "
+            "of TrainingArguments, or without that engine"
         )
     if accelerator.num_processes != world_size:
         raise AttachError(
@@ -90,6 +97,24 @@ def check_trainer(trainer: Any, callback_class: type[Any], world_size: int) -> N
             "train apart, and an average would mix different models. Give TrainingArguments before anything else "
             "starts accelerate's state, and on a CPU use_cpu=True"
         )
+
+
+def engine_of(trainer: Any) -> Any:
+    """DeepSpeed's engine, within `trainer.train()`; None where the Trainer runs without DeepSpeed.
+
+    Raises:
+        AttachError: its steps cannot be followed.
+    """
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    engine = trainer.model_wrapped
+    if getattr(trainer.accelerator, "deepspeed_engine_wrapped", engine) is None:
+        raise AttachError(
+            "a Trainer under DeepSpeed trains for a second time, which transformers cannot do: its accelerator has "
+            "released the engine. Make a new Trainer, with an EMACallback of its own"
+        )
+    check_engine(engine, inner_optimizer(trainer))
+    return engine
 
 
 def inner_optimizer(trainer: Any) -> Any:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from dist_ema.ema import ShardedEMA
+from dist_ema.messages import tell
 
-__all__ = ["Evaluated", "averaged_prefix", "evaluate_averages", "is_averaged_metric"]
+__all__ = ["Evaluated", "averaged_prefix", "evaluate_averages", "is_averaged_metric", "tell_at_evaluation"]
 
 # Whose weights are evaluated.
 Evaluated = Literal["averaged", "live", "both"]
@@ -37,7 +38,6 @@ def evaluate_averages(
         evaluated: whose weights.
         is_wanted: whether the Trainer still has the callback; if not, the next evaluation undoes this.
     """
-    of_class = "evaluation_loop" not in vars(trainer)
     former = trainer.evaluation_loop
     arguments = inspect.signature(former)
     is_inside = False
@@ -53,22 +53,55 @@ def evaluate_averages(
         try:
             if evaluated == "both":
                 return _both(trainer, ema, track, former, arguments.bind(*args, **kwargs))
+            _end_steps(trainer)
             with ema.average_parameters(track):
                 return former(*args, **kwargs)
         finally:
             is_inside = False
 
+    if evaluated != "live":
+        undo = _put_in(trainer, with_average)
+        ema.on_detach(undo)
+
+
+def tell_at_evaluation(trainer: Any, message: str, is_due: Callable[[], bool]) -> None:
+    """Warn at the next evaluation of a Trainer, once, if it is due then. No communication: rank 0 alone warns."""
+    former = trainer.evaluation_loop
+
+    @functools.wraps(former)
+    def with_message(*args: Any, **kwargs: Any) -> Any:
+        undo()
+        if is_due() and trainer.args.process_index == 0:
+            tell(message)
+        return former(*args, **kwargs)
+
+    undo = _put_in(trainer, with_message)
+
+
+def _put_in(trainer: Any, loop: Callable[..., Any]) -> Callable[[], None]:
+    """Give a Trainer another loop of evaluation; the returned function undoes it."""
+    of_class, former = "evaluation_loop" not in vars(trainer), trainer.evaluation_loop
+
     def undo() -> None:
-        if vars(trainer).get("evaluation_loop") is not with_average:
-            return
+        if vars(trainer).get("evaluation_loop") is not loop:
+            return  # another one has been put around it
         if of_class:
             del trainer.evaluation_loop
         else:
             trainer.evaluation_loop = former
 
-    if evaluated != "live":
-        trainer.evaluation_loop = with_average
-        ema.on_detach(undo)
+    trainer.evaluation_loop = loop
+    return undo
+
+
+def _end_steps(trainer: Any) -> None:
+    """Let an optimizer that evaluates other weights than it trains (schedule-free) put these in, before the swap.
+
+    The Trainer does so within the loop: it would change the averaged weights, and later change the live ones back that
+    it had never changed.
+    """
+    if callable(getattr(trainer.optimizer, "eval", None)):
+        trainer.optimizer.eval()
 
 
 def _both(trainer: Any, ema: ShardedEMA, track: str, loop: Callable[..., Any], bound: inspect.BoundArguments) -> Any:

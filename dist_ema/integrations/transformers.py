@@ -21,16 +21,23 @@ from transformers import TrainerCallback
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
+from dist_ema.integrations.accelerate_steps import follow_engine
 from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.trainer import (
     check_trainer,
     checkpoint_folder,
+    engine_of,
     inner_optimizer,
     resumes_from,
     run_folder,
     trainer_of,
 )
-from dist_ema.integrations.trainer_evaluation import Evaluated, evaluate_averages, is_averaged_metric
+from dist_ema.integrations.trainer_evaluation import (
+    Evaluated,
+    evaluate_averages,
+    is_averaged_metric,
+    tell_at_evaluation,
+)
 from dist_ema.integrations.watch import Watch, is_state_initialisation
 from dist_ema.options import check_names, checked_schedules
 from dist_ema.ranks.calls import ended_for_all
@@ -52,6 +59,11 @@ _TAKEN = ("checkpoint-", "optimizer", "pytorch_model_fsdp")
 _NONE_THERE = (
     "If the run that saved it had no EMACallback, give EMACallback(..., on_missing='live'): the average then begins "
     "with the loaded weights. If it was stopped while the Trainer wrote this checkpoint, resume from an older one"
+)
+
+_ELSEWHERE = (
+    "the EMACallback of this Trainer averages the model of another Trainer by now: this evaluation is one of the live "
+    "weights. Give each Trainer an EMACallback of its own"
 )
 
 
@@ -131,34 +143,40 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             CheckpointNotFoundError: the checkpoint has no average.
             CheckpointError: its average is of another model or other tracks, or damaged.
         """
+        former = self._trainer
         self._leave()  # a former run, or one that auto_find_batch_size begins again
         exchange = Exchange()
 
-        def check() -> tuple[Any, Schedules, str | None]:
+        def check() -> tuple[Any, Any, Schedules, str | None]:
             trainer = trainer_of(self)
             check_trainer(trainer, EMACallback, exchange.world_size)
             schedule = self._schedule(state.max_steps) if self._is_function else self._schedule
-            return trainer, checked_schedules(schedule), resumes_from(trainer)
+            return trainer, engine_of(trainer), checked_schedules(schedule), resumes_from(trainer)
 
         with ended_for_all(exchange, "train"):
             exchange.arrive("train", hurried=False)
-            trainer, schedule, checkpoint = exchange.agree_alike("train", check, lambda made: made[2])
-        ema = ShardedEMA(trainer.model, schedule, **self._options)
+            trainer, engine, schedule, checkpoint = exchange.agree_alike("train", check, lambda made: made[3])
+        ema = ShardedEMA(trainer.model if engine is None else engine, schedule, **self._options)
         if checkpoint is not None:
             folder = os.path.join(checkpoint, self._name)
             load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE)
         exchange.agree("train", ema.expect_updates)
         self._trainer, self._exchange, self._saved_step, self.ema = trainer, exchange, None, ema
-        self._stop_updates = self._follow(inner_optimizer(trainer), ema, exchange)
+        self._stop_updates = self._follow(inner_optimizer(trainer), engine, ema, exchange)
         ema.on_detach(self._stop_updates)
 
         def is_wanted() -> bool:
-            return self.ema is ema and any(callback is self for callback in trainer.callback_handler.callbacks)
+            return self.ema is ema and self._is_in(trainer)
 
         evaluate_averages(trainer, ema, ema.tracks[0], self._evaluated, is_wanted)
+        if former is not None and former is not trainer and self._evaluated != "live":
+            tell_at_evaluation(former, _ELSEWHERE, lambda: self._trainer is not former and self._is_in(former))
 
-    def _follow(self, optimizer: torch.optim.Optimizer, ema: ShardedEMA, exchange: Exchange) -> Callable[[], None]:
-        """Update after each step of the optimizer, until the returned function is called."""
+    def _is_in(self, trainer: Any) -> bool:
+        return any(callback is self for callback in trainer.callback_handler.callbacks)
+
+    def _follow(self, optimizer: Any, engine: Any, ema: ShardedEMA, exchange: Exchange) -> Callable[[], None]:
+        """Update after each step of the optimizer, or of DeepSpeed's engine, until the returned function is called."""
         watch = Watch(
             ema,
             self._name,
@@ -174,7 +192,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 watch.update(ema, getattr(stepped, "found_inf", None))
 
         # A compiled step traces its hooks too.
-        return optimizer.register_step_post_hook(torch.compiler.disable(after_step)).remove
+        if engine is not None:
+            return follow_engine(engine, ema, torch.compiler.disable(lambda: watch.update(ema, None)))
+        hook = optimizer.register_step_post_hook(torch.compiler.disable(after_step))
+        return hook.remove  # type: ignore[no-any-return]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collective: every rank must call it. Write the average into the checkpoint of this step.
@@ -230,9 +251,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         try:
             ema.load(os.path.join(best, self._name))
         except CheckpointNotFoundError:
+            is_gone = exchange.on_rank_0("train", lambda: not os.path.isdir(best))
             exchange.warn(
-                f"the best checkpoint {best} has no average {self._name!r}: the live weights that it has stay in the "
-                "model. It is of a part of the run without EMACallback"
+                f"the best checkpoint {best} is not there any more: the model keeps the last live weights, and "
+                "callback.ema the last average"
+                if is_gone
+                else f"the best checkpoint {best} has no average {self._name!r}: the live weights that it has stay in "
+                "the model. It is of a part of the run without EMACallback"
             )
             return
         ema.copy_to_model(ema.tracks[0])

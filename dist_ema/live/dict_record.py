@@ -18,7 +18,7 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.disk.manifest import Manifest
-from dist_ema.disk.manifest_fields import counter, json_object, tracks
+from dist_ema.disk.manifest_fields import counter, json_object, names, tracks
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.records import schedule_to_json
 
@@ -35,17 +35,19 @@ def record_of(state: AveragedState) -> Manifest:
         tracks={name: _shortened(schedule_to_json(schedule)) for name, schedule in state.schedules.items()},
         tensors={},
         aliases={},
+        kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
         written_by={},
     )
 
 
 def record_tensors(record: Manifest) -> dict[str, Any]:
     """The entries of a dict beside its tracks. The counters are numbers."""
+    kept = {"kept_buffers": list(record.kept_buffers)} if record.kept_buffers else {}
     return {
         "num_updates": record.num_updates,
         "num_refused": record.num_refused,
         "schedules": {name: _as_tensor(schedule) for name, schedule in record.tracks.items()},
-        "options": _as_tensor(record.options),
+        "options": _as_tensor(_shortened({**record.options, **kept})),
     }
 
 
@@ -69,16 +71,18 @@ def manifest_of_dict(state_dict: Mapping[str, Any], now: Manifest) -> Manifest:
         )
     schedules = state_dict["schedules"]
     if not isinstance(schedules, Mapping) or schedules.keys() != now.tracks.keys():
-        names = list(schedules) if isinstance(schedules, Mapping) else type(schedules).__name__
+        present = list(schedules) if isinstance(schedules, Mapping) else type(schedules).__name__
         raise CheckpointMismatchError(
-            f"the state dict holds the tracks {names}, expected {list(now.tracks)}: give the same track names as the "
+            f"the state dict holds the tracks {present}, expected {list(now.tracks)}: give the same track names as the "
             "run that saved it"
         )
     try:
+        options = json_object(_from_tensor(state_dict["options"]))
         return Manifest(
             num_updates=counter(_number(state_dict["num_updates"])),
             num_refused=counter(_number(state_dict["num_refused"])),
-            options=json_object(_from_tensor(state_dict["options"])),
+            kept_buffers=names(options.pop("kept_buffers", [])),
+            options=options,
             tracks=tracks({name: _from_tensor(text) for name, text in schedules.items()}),
             tensors={},
             aliases={},

@@ -11,7 +11,7 @@ import torch
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.local import end_to_end
 from dist_ema.boxes.plan import Plan
-from dist_ema.boxes.shards import Box, Form, Held, NoForm
+from dist_ema.boxes.shards import Box, Form, Held, NoForm, Shard
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CheckpointMismatchError, UnsupportedModelError
 from dist_ema.live.holders.replicas import Replicas
@@ -28,14 +28,15 @@ def sharded_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Collective along replicas only: see `ShardedEMA.sharded_state_dict`."""
     values, _ = agreed_values(call, state, replicas, track, lambda: _check_forms(state.plan))
-    return _sharded_tensors(state.plan, values, state.options.dtype, meeting(call, state))
+    buffers = state.shown_buffers(track)
+    return _sharded_tensors(state.plan, values, state.options.dtype, meeting(call, state), buffers)
 
 
 def averaged_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str) -> dict[str, torch.Tensor]:
     """Collective along replicas only: the part of `sharded_state_dict` that is averaged, each tensor under one name."""
     plan = _averaged_part(state.plan)
     values, _ = agreed_values(call, state, replicas, track, lambda: _check_forms(plan))
-    return _sharded_tensors(plan, values, state.options.dtype, meeting(call, state))
+    return _sharded_tensors(plan, values, state.options.dtype, meeting(call, state), {})
 
 
 def check_chunks(plan: Plan) -> None:
@@ -84,7 +85,11 @@ def _check_forms(plan: Plan) -> None:
 
 @torch.no_grad()
 def _sharded_tensors(
-    plan: Plan, values: Sequence[torch.Tensor], dtype: torch.dtype, meeting: Sequence[Callable[[], None]] = ()
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    meeting: Sequence[Callable[[], None]],
+    buffers: Mapping[Box, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
@@ -93,6 +98,7 @@ def _sharded_tensors(
         values: averaged values of `plan.owned(averaged=True)`.
         dtype: the dtype of the averaged entries.
         meeting: steps after which no rank can stay out; see `Channel.meeting`.
+        buffers: what this rank holds of the buffers that are kept with the average.
 
     Returns:
         Every tensor that this rank's model has, under all of its names, in new memory: plain or a DTensor, as the model
@@ -111,8 +117,12 @@ def _sharded_tensors(
             parts[box] = whole[fqn][place.region]
             if not averaged:
                 parts[box].copy_(live[box])
+
+    def target(shard: Shard) -> torch.Tensor:
+        return shard.within(parts[shard.held.box])
+
     # All ranks get the buffers of their owner, as within a swap.
-    spread_all(plan, values, lambda shard: shard.within(parts[shard.held.box]), meeting, extra_state=True)
+    spread_all(plan, values, target, meeting, buffers, extra_state=True)
     held_names = [spec.fqn for spec in plan.specs if spec.fqn in held_by_name]
     state = {fqn: _form(held_by_name[fqn][0]).wrap(whole[fqn]) for fqn in held_names}
     return state | {alias: state[fqn] for alias, fqn in plan.aliases.items() if fqn in state}
@@ -147,8 +157,7 @@ def values_in(plan: Plan, state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
 
 def _averaged_part(plan: Plan) -> Plan:
     """The averaged tensors of a plan, without the further names of tied ones."""
-    divisions = tuple(division for division in plan.divisions if division.averaged)
-    return dataclasses.replace(plan, divisions=divisions, aliases={})
+    return dataclasses.replace(plan.averaged_part(), aliases={})
 
 
 def _held_by_name(plan: Plan) -> dict[str, list[Held]]:

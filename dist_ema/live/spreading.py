@@ -10,13 +10,13 @@ are kept aside too, since a forward within the swap may change them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
-from dist_ema.boxes.shards import Shard
+from dist_ema.boxes.shards import Box, Shard
 from dist_ema.ranks.broadcasts import broadcast_steps
 from dist_ema.uninterrupted import Job, Lane, Steps
 
@@ -24,6 +24,8 @@ __all__ = ["LiveBackup", "put_average", "spread", "spread_all"]
 
 # Small tensors are packed until a bucket has this many bytes; a larger contiguous tensor is sent as it lies.
 _BUCKET_BYTES = 8 * 2**20
+
+_NO_BUFFERS: Mapping[Box, torch.Tensor] = {}
 
 
 class LiveBackup:
@@ -69,7 +71,12 @@ class LiveBackup:
             self.is_restored = True
 
 
-def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Callable[[], None]] = ()) -> None:
+def put_average(
+    plan: Plan,
+    values: Sequence[torch.Tensor],
+    meeting: Sequence[Callable[[], None]] = (),
+    buffers: Mapping[Box, torch.Tensor] = _NO_BUFFERS,
+) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     An interrupt does not cut off what the ranks have begun together: it is raised afterwards.
@@ -78,9 +85,10 @@ def put_average(plan: Plan, values: Sequence[torch.Tensor], meeting: Sequence[Ca
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
         meeting: steps after which no rank can stay out; see `Channel.meeting`.
+        buffers: as for `spread_all`.
     """
     plan.drop_gathered()
-    spread_all(plan, values, lambda shard: shard.live(), meeting)
+    spread_all(plan, values, lambda shard: shard.live(), meeting, buffers)
 
 
 def spread_all(
@@ -88,23 +96,34 @@ def spread_all(
     values: Sequence[torch.Tensor],
     target: Callable[[Shard], torch.Tensor | None],
     meeting: Sequence[Callable[[], None]] = (),
+    buffers: Mapping[Box, torch.Tensor] = _NO_BUFFERS,
     *,
     extra_state: bool = False,
 ) -> None:
-    """As `spread`, and where that communicates all ranks are also given the live buffers that their owner has.
+    """As `spread`, and where that communicates all ranks are also given the buffers that their owner has.
+
+    Elsewhere each rank gets its own kept ones.
 
     Args:
         plan: the model as boxes.
         values: averaged values of `plan.owned(averaged=True)`, converted on the way.
         target: as for `spread`.
         meeting: as for `put_average`.
+        buffers: what this rank holds of the buffers that are kept with the average; else their live values count.
         extra_state: whether what `get_extra_state` returns is among the buffers.
     """
     given: list[_Given] = [(plan, values, True)]
+    own: list[tuple[torch.Tensor, torch.Tensor]] = []
+    shown = plan.live_buffers(extra_state=extra_state)
     if plan.has_replicas:
-        buffers = plan.live_buffers(extra_state=extra_state)
-        given.append((buffers, [shard.live() for shard in buffers.owned(averaged=False)], False))
-    _spread(given, target, meeting)
+        owned = shown.owned(averaged=False)
+        shared = [shard.within(buffers.get(shard.held.box, shard.held.values())) for shard in owned]
+        given.append((shown, shared, False))
+    elif buffers:
+        held = [piece for division in shown.divisions for piece in division.held if piece.box in buffers]
+        pairs = ((target(Shard(piece, piece.box)), buffers[piece.box]) for piece in held)
+        own += [(shown_there, value) for shown_there, value in pairs if shown_there is not None]
+    _spread(given, target, meeting, own)
 
 
 def spread(
@@ -127,7 +146,10 @@ _Given = tuple[Plan, Sequence[torch.Tensor], bool]
 
 
 def _spread(
-    given: Sequence[_Given], target: Callable[[Shard], torch.Tensor | None], meeting: Sequence[Callable[[], None]]
+    given: Sequence[_Given],
+    target: Callable[[Shard], torch.Tensor | None],
+    meeting: Sequence[Callable[[], None]],
+    own: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
 ) -> None:
     def make(worker: int) -> Steps:
         steps = Steps()
@@ -136,6 +158,8 @@ def _spread(
         room = _Room()
         for plan, values, averaged in given:
             _add_spreading(steps, plan, values, target, averaged, room)
+        for live, value in own:
+            steps.again(functools.partial(live.copy_, value))
         return steps
 
     with torch.no_grad():

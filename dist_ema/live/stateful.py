@@ -11,6 +11,7 @@ import torch
 
 from dist_ema import habits
 from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.shards import Box
 from dist_ema.disk.manifest import Manifest
 from dist_ema.errors import CheckpointMismatchError, ConfigError
 from dist_ema.live import sharded
@@ -23,6 +24,8 @@ __all__ = ["StatefulAverages", "load_whole", "stateful", "whole"]
 
 # Takes the tensors of a track, and returns the values of the owned shards.
 _Taking = Callable[[Mapping[str, Any]], Sequence[torch.Tensor]]
+
+_Buffers = Mapping[Box, torch.Tensor]
 
 _OF_SEVERAL_RANKS = (
     "{call}() was called on {world_size} ranks, each of which has a part of the average, and torch.save would keep the "
@@ -104,7 +107,7 @@ def whole(call: Call, state: AveragedState) -> dict[str, Any]:
     averaged = {spec.fqn: spec for spec in state.plan.specs if spec.averaged}
     tracks = {}
     for track in state.schedules:
-        pieces = [(box, value) for box, value in state.pieces(track) if box.fqn in averaged]
+        pieces = state.pieces(track, state.plan.averaged_part())
         devices = {box.fqn: value.device for box, value in pieces}
         tracks[track] = tensors = {
             fqn: torch.empty(spec.shape, dtype=state.options.dtype, device=devices.get(fqn))
@@ -113,7 +116,13 @@ def whole(call: Call, state: AveragedState) -> dict[str, Any]:
         with torch.no_grad():
             for box, value in pieces:
                 tensors[box.fqn][box.region] = value
-    return {"tracks": tracks, **record_tensors(record)}
+    kept = {track: _whole_buffers(state, track) for track in record.kept_buffers}
+    return {"tracks": tracks, **({"kept_buffers": kept} if kept else {}), **record_tensors(record)}
+
+
+def _whole_buffers(state: AveragedState, track: str) -> dict[str, torch.Tensor]:
+    """Copies of the buffers that are kept with a track; one process has them whole."""
+    return {box.fqn: values.clone() for box, values in state.shown_buffers(track).items()}
 
 
 def load_whole(call: Call, state: AveragedState, state_dict: Mapping[str, Any]) -> None:
@@ -135,10 +144,26 @@ def load_whole(call: Call, state: AveragedState, state_dict: Mapping[str, Any]) 
             )
         return [tensors[shard.fqn][shard.box.region] for shard in state.shards]
 
-    _load(call, state, state_dict, take)
+    def take_buffers(track: str) -> dict[Box, torch.Tensor]:
+        given = state_dict.get("kept_buffers", {})[track]
+        return {box: given[box.fqn].to(values, copy=True).view(values.shape) for box, values in _buffers(state).items()}
+
+    _load(call, state, state_dict, take, take_buffers)
 
 
-def _load(call: Call, state: AveragedState, state_dict: Mapping[str, Any], take: _Taking) -> None:
+def _buffers(state: AveragedState) -> dict[Box, torch.Tensor]:
+    """The live values of the buffers that are not averaged."""
+    divisions = state.plan.live_buffers(extra_state=False).divisions
+    return {held.box: held.values() for division in divisions for held in division.held}
+
+
+def _load(
+    call: Call,
+    state: AveragedState,
+    state_dict: Mapping[str, Any],
+    take: _Taking,
+    take_buffers: Callable[[str], _Buffers] | None = None,
+) -> None:
     """Collective: every rank must call it. Take over all tracks and counters of a dict, or none of them.
 
     Args:
@@ -146,27 +171,40 @@ def _load(call: Call, state: AveragedState, state_dict: Mapping[str, Any], take:
         state: the averages of this rank.
         state_dict: the entries.
         take: reads the tensors of a track.
+        take_buffers: reads the buffers that were kept with the average of a track; None if the dict cannot have them.
     """
     exchange = call.exchange
 
-    def prepare() -> tuple[Manifest, Manifest, dict[str, Sequence[torch.Tensor]]]:
+    def prepare() -> tuple[Manifest, Manifest, dict[str, Sequence[torch.Tensor]], dict[str, _Buffers]]:
         now = record_of(state)
         saved = manifest_of_dict(state_dict, now)
         filled = {track: take(_tensors_of(state_dict, track)) for track in state.schedules}
-        return now, saved, filled
+        if take_buffers is None or not state.takes_buffers:
+            return now, saved, filled, {}
+        try:
+            return now, saved, filled, {track: take_buffers(track) for track in saved.kept_buffers}
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointMismatchError(
+                f"the state dict has other kept buffers than this model has buffers, or lacks them: {error!r}"
+            ) from error
 
-    now, saved, filled = call.together(
+    now, saved, filled, buffers = call.together(
         prepare, lambda prepared: {"num_updates": prepared[1].num_updates}, after_saves=True
     )
     for change in now.changes_since(saved):
         exchange.warn(f"the state dict: {change}")
+    if saved.kept_buffers and not buffers:
+        exchange.warn(
+            f"recalibrated buffers were kept with the average (track {', '.join(saved.kept_buffers)}) when this state "
+            "was saved, and are not in it: the average shows the live buffers. Run update_bn in "
+            "average_parameters(keep_buffers=True) again; save(path) and load(path) would have kept them"
+        )
     # What a teacher has besides the averages stays as it is.
     others = [shard.live().clone(memory_format=torch.contiguous_format) for shard in state.to_load[len(state.shards) :]]
     fqns = {spec.fqn for spec in state.plan.specs if spec.averaged}
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(
-        {track: [*values, *others] for track, values in filled.items()}, fqns, saved.num_updates, num_refused=refused
-    )
+    restored = {track: [*values, *others] for track, values in filled.items()}
+    state.restore(restored, fqns, saved.num_updates, num_refused=refused, buffers=buffers)
 
 
 def _tensors_of(state_dict: Mapping[str, Any], track: str) -> Mapping[str, Any]:

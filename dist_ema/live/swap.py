@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch
 from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.streams import join_all
 from dist_ema.live.holders.replicas import Replicas
+from dist_ema.live.kept_buffers import check_keeping, keep_buffers
 from dist_ema.live.spreading import LiveBackup, put_average
 from dist_ema.ranks.calls import Call, Calls
 from dist_ema.uninterrupted import Job, Lane, insist
@@ -36,15 +38,19 @@ class Swap(io.IOBase):
         state: the averages of this rank.
         replicas: the tensors that several ranks hold alike.
         track: the name of the average; may be None if there is one.
+        keep_buffers: whether the buffers that are in the model at the end of the block are kept with the average.
     """
 
     closed = True  # nothing to close for a swap that was never entered
 
-    def __init__(self, calls: Calls, state: AveragedState, replicas: Replicas, track: str | None) -> None:
+    def __init__(
+        self, calls: Calls, state: AveragedState, replicas: Replicas, track: str | None, *, keep_buffers: bool
+    ) -> None:
         self._calls = calls
         self._state = state
         self._replicas = replicas
         self._track = track
+        self._keep_buffers = keep_buffers
 
     def __enter__(self) -> None:  # type: ignore[override]
         call, mode = Call(self._calls, "average_parameters"), torch.is_grad_enabled()
@@ -68,22 +74,31 @@ class Swap(io.IOBase):
 
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
-            with Swap(self._calls, self._state, self._replicas, self._track):
+            with Swap(self._calls, self._state, self._replicas, self._track, keep_buffers=self._keep_buffers):
                 return function(*args, **kwargs)
 
         return within  # type: ignore[return-value]
 
     def _swapping(self, call: Call) -> Generator[None, None, None]:
-        state = self._state
-        values, backup = agreed_values(call, state, self._replicas, self._track, lambda: LiveBackup(state.plan))
-        leave = _Leave(state, backup)
+        state, keep = self._state, self._keep_buffers
+        handled = sys.exc_info()[1]  # the `with` statement may itself stand in an `except` clause
+
+        def set_aside() -> LiveBackup:
+            check_keeping(state, keep)
+            return LiveBackup(state.plan)
+
+        values, backup = agreed_values(call, state, self._replicas, self._track, set_aside, keep_buffers=keep)
+        track, leave = state.track(self._track), _Leave(state, backup)
         # A second and a third interrupt may come before the first was dealt with: so the same stands here three times.
         try:
             try:
                 try:
-                    state.swap_in(state.track(self._track))
-                    put_average(state.plan, values, meeting(call, state))
+                    buffers = state.shown_buffers(track)
+                    state.swap_in(track)
+                    put_average(state.plan, values, meeting(call, state), buffers)
                     yield
+                    if keep and sys.exc_info()[1] is handled:  # no exception has ended the block
+                        keep_buffers(state, track)
                 finally:
                     leave()
             finally:
@@ -106,14 +121,16 @@ def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: st
     plan = state.plan
     if not plan.has_replicas:
         values, _ = agreed_values(call, state, replicas, track, lambda: None)
-        Job([Lane.of(lambda: put_average(plan, values))])()
+        buffers = state.shown_buffers(track)
+        Job([Lane.of(lambda: put_average(plan, values, (), buffers))])()
         return
     values, backup = agreed_values(call, state, replicas, track, lambda: LiveBackup(plan))
     leave = _Leave(state, backup)
     try:
         try:
+            buffers = state.shown_buffers(track)
             state.swap_in(state.track(track))
-            put_average(plan, values, meeting(call, state))
+            put_average(plan, values, meeting(call, state), buffers)
             state.swap_out()
         except BaseException:
             leave()
@@ -124,7 +141,12 @@ def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: st
 
 
 def agreed_values(
-    call: Call, state: AveragedState, replicas: Replicas, track: str | None, work: Callable[[], T]
+    call: Call,
+    state: AveragedState,
+    replicas: Replicas,
+    track: str | None,
+    work: Callable[[], T],
+    **further: object,
 ) -> tuple[tuple[torch.Tensor, ...], T]:
     """The averaged values of one track, and what `work` returns.
 
@@ -136,6 +158,7 @@ def agreed_values(
         replicas: the tensors that several ranks hold alike.
         track: the name of the average; may be None if there is one.
         work: the further work, which must not communicate.
+        further: further arguments of the call, which must be alike on these ranks.
     """
 
     def prepare() -> tuple[tuple[torch.Tensor, ...], T]:
@@ -143,7 +166,7 @@ def agreed_values(
 
     if not state.plan.has_replicas:
         return call.alone(prepare)
-    prepared = call.together(prepare, lambda _: {"track": state.track(track)})
+    prepared = call.together(prepare, lambda _: {"track": state.track(track), **further})
     replicas.check_once(call.name, state.num_updates)
     return prepared
 

@@ -35,6 +35,8 @@ class TeacherState(AveragedState):
         schedules: the track name -> its schedule; one entry.
     """
 
+    takes_buffers = False  # every update gives the teacher the live ones
+
     def __init__(self, teacher: Teacher, options: Options, schedules: Mapping[str, Schedule]) -> None:
         super().__init__(teacher.plan, options, schedules)
         self._teacher = teacher

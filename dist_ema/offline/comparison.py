@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -34,8 +34,15 @@ class Difference:
         return relative_distance(self.difference, self.reference)
 
 
-def differences(weights: Weights, reference: Weights) -> Iterator[Difference]:
+def differences(
+    weights: Weights, reference: Weights, progress: Callable[[int], object] = lambda num_bytes: None
+) -> Iterator[Difference]:
     """The difference of every tensor that both have in the same shape, in the order of `weights`.
+
+    Args:
+        weights: one set.
+        reference: the other.
+        progress: called with the number of bytes of every chunk that was read.
 
     Raises:
         CheckpointCorruptError: the bytes of a tensor are not those that were saved.
@@ -45,13 +52,13 @@ def differences(weights: Weights, reference: Weights) -> Iterator[Difference]:
         if other is None or other.shape != stored.shape:
             continue
         difference_squares = reference_squares = 0.0
-        for a, b in zip(_chunks(weights, name), _chunks(reference, name), strict=True):
+        for a, b in zip(_chunks(weights, name, progress), _chunks(reference, name, progress), strict=True):
             difference_squares += float((a - b).square().sum())
             reference_squares += float(b.square().sum())
         yield Difference(name, difference_squares, reference_squares)
 
 
-def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
+def _chunks(weights: Weights, name: str, progress: Callable[[int], object]) -> Iterator[torch.Tensor]:
     """The chunks of a tensor; its checksum is compared at the end, where one was saved."""
     stored = weights.model.tensors[name]
     dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
@@ -60,5 +67,6 @@ def _chunks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
         total = checksum(chunk, total)
         values = torch.frombuffer(chunk, dtype=dtype)
         yield torch.view_as_real(values).double() if values.is_complex() else values.double()
+        progress(chunk.nbytes)
     if weights.checksums.get(name, total) != total:
         raise CheckpointCorruptError(damage_text(weights.folder / stored.file, [name]))

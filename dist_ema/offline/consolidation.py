@@ -16,6 +16,7 @@ from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.formats.model_files import FileLayout
+from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, stored_bytes
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
@@ -68,7 +69,8 @@ def consolidate_checkpoint(
         dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
         files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
-        write_model_folder(target, files, work.values, work.unchanged, check, link=link)
+        card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.num_updates)
+        write_model_folder(target, files, work.values, work.unchanged, check, card=card, link=link)
 
     steadily([source], write)
 

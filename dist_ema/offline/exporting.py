@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +14,11 @@ import torch
 from dist_ema.disk.folders import commit, contents
 from dist_ema.disk.folders.file_copies import clone, give_second_name
 from dist_ema.disk.formats.headers import read_small
-from dist_ema.disk.formats.model_config import CONFIG_NAME, CONFIG_NAMES, are_described, config_with_dtype
-from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, lay_out_files, write_all, write_whole
+from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, write_all, write_whole
+from dist_ema.disk.forms.card import CARD_NAME, takes_card
+from dist_ema.disk.forms.form import CONFIG_NAME, GENERATION_NAME, PLAIN, TRANSFORMERS, FolderForm
+from dist_ema.disk.forms.layout import lay_out_form
+from dist_ema.disk.forms.transformers_models import are_described, config_with_dtype
 from dist_ema.disk.saved_average import SavedAverage
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
@@ -24,6 +26,10 @@ __all__ = ["lay_out_export", "stored_dtypes", "write_model_folder"]
 
 # Gives the values of the tensor of a name: consecutive chunks of any dtype. Raises if the tensor proves damaged.
 Values = Callable[[str], Iterable[torch.Tensor]]
+
+
+# What an older version wrote beside the weights; the user may have added it since.
+_CONFIG_NAMES = (CONFIG_NAME, GENERATION_NAME)
 
 
 def stored_dtypes(saved: SavedAverage) -> dict[str, torch.dtype]:
@@ -52,12 +58,13 @@ def lay_out_export(
         CheckpointCorruptError: the configuration of the model cannot be read.
     """
     tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
-    metadata = {**saved.manifest.aliases, contents.MARK: contents.MARK_VALUE}
-    files = lay_out_files(tensors, max_shard_size=max_shard_size, metadata=metadata)
-    # A folder of an older version may have a configuration beside the names of an adapter, which it does not describe.
-    described = are_described([*saved.manifest.tensors, *saved.manifest.aliases])
-    texts = _texts(saved.folder_of(track), config_dtype) if described else {}
-    return dataclasses.replace(files, texts=texts, unfit=() if described else CONFIG_NAMES)
+    aliases, folder, form = saved.manifest.aliases, saved.folder_of(track), saved.manifest.form
+    if form is None:
+        # An older version may have written a configuration beside the names of an adapter, which it does not describe.
+        form = FolderForm(is_described=are_described([*saved.manifest.tensors, *aliases]))
+    names = form.small_files or (_CONFIG_NAMES if form.is_described else ())
+    of_weights = config_dtype if form.kind in (PLAIN, TRANSFORMERS) else None  # others do not name it
+    return lay_out_form(form, tensors, aliases, max_shard_size, _texts(folder, names, of_weights))
 
 
 def write_model_folder(
@@ -67,6 +74,7 @@ def write_model_folder(
     unchanged: Callable[[FileLayout], Path | None],
     check: Callable[[], None],
     *,
+    card: bytes,
     link: bool = False,
 ) -> None:
     """Write the folder, whole or not at all; a former export is replaced.
@@ -76,6 +84,7 @@ def write_model_folder(
         files: the layout of the folder.
         values: gives the values of a tensor, which are converted on the way.
         unchanged: returns an existing file that is the same as the one to write, or None.
+        card: the content of the model card; it is written where the user has none.
         link: give such a file a second name, where the file system can. Else it is copied: one pass over its bytes
             both compares the checksums and writes, or only compares, where the file system shares blocks.
         check: called before the folder is committed; raises if what was read was replaced meanwhile.
@@ -87,6 +96,8 @@ def write_model_folder(
     try:
         staged = commit.stage(target, contents.is_export, sum(file.size_bytes for file in files.files))
         _fill(staged.folder, files, values, unchanged, link=link)
+        if takes_card(commit.former_of(target)):
+            write_whole(staged.folder / CARD_NAME, card)
         check()
         commit.publish(staged, files.unfit)
     except OSError as error:
@@ -105,6 +116,8 @@ def _fill(
     link: bool,
 ) -> None:
     share = give_second_name if link else clone
+    for below in files.sub_folders:
+        (staging / below).mkdir(exist_ok=True)
     for file in files.files:
         source = unchanged(file)
         # The file is shared before it is read: then the checksums show a save that replaces the source in between.
@@ -135,10 +148,10 @@ def _write(file: FileLayout, path: Path, values: Values) -> None:
         os.close(descriptor)
 
 
-def _texts(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
-    """The model's configuration files, if they are beside its weights; config.json names the dtype."""
+def _texts(folder: Path, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The small files that are beside the weights; the config.json of transformers names the dtype."""
     texts = {}
-    for name in CONFIG_NAMES:
+    for name in names:
         path = folder / name
         if path.is_file() and not path.is_symlink():  # a link of the user may lead to another file of this user
             content = read_small(path)

@@ -5,8 +5,10 @@ A picture is a small file. The same data give the same bytes.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["MOST_POINTS", "draw_profiles", "draw_schedules", "mean_ages"]
+__all__ = ["MOST_POINTS", "check_free", "draw_profiles", "draw_schedules", "mean_ages"]
 
 # The most points of a curve.
 MOST_POINTS = 500
@@ -40,7 +42,26 @@ def mean_ages(schedule: Schedule, num_steps: int) -> tuple[list[float], list[flo
     return momenta, ages
 
 
-def draw_schedules(schedules: Mapping[str, Schedule], num_steps: int, path: Path, *, now: int | None = None) -> None:
+def check_free(path: Path, replace: bool) -> None:
+    """Refuse a path at which there is something.
+
+    Raises:
+        ConfigError: there is a folder, or a file that is not to be replaced.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, expected the name of a picture, such as {path / 'schedule.png'}")
+    if os.path.lexists(path) and not replace:
+        raise ConfigError(f"{path} exists, and is not replaced unasked: give another name (--out), or --force")
+
+
+def draw_schedules(
+    schedules: Mapping[str, Schedule],
+    num_steps: int,
+    path: Path,
+    *,
+    now: int | None = None,
+    replace: bool = False,
+) -> None:
     """Draw the momentum and the mean age over `num_steps` updates, to PNG or SVG by the name of `path`.
 
     Args:
@@ -48,9 +69,10 @@ def draw_schedules(schedules: Mapping[str, Schedule], num_steps: int, path: Path
         num_steps: updates along the axis.
         path: of the picture.
         now: an update to mark.
+        replace: whether a file that is there is replaced.
 
     Raises:
-        ConfigError: too many steps, matplotlib is missing, or it does not know the picture's format.
+        ConfigError: too many steps, the path is taken, matplotlib is missing, or it does not know the picture's format.
     """
     if not 2 <= num_steps <= _MOST_STEPS:
         raise ConfigError(f"steps is {num_steps}, expected 2 to {_MOST_STEPS:,}")
@@ -77,7 +99,7 @@ def draw_schedules(schedules: Mapping[str, Schedule], num_steps: int, path: Path
         if now is not None:
             axes.axvline(now, color="#666666", linewidth=0.8, linestyle="--")
     above.legend(frameon=False)
-    _save(figure, path)
+    _save(figure, path, replace)
 
 
 def draw_profiles(
@@ -86,6 +108,8 @@ def draw_profiles(
     achieved: tuple[str, Sequence[float]],
     snapshots: Sequence[Sequence[float]],
     path: Path,
+    *,
+    replace: bool = False,
 ) -> None:
     """Draw the profile of a wanted average, and that of the sum of snapshots that comes nearest.
 
@@ -95,9 +119,10 @@ def draw_profiles(
         achieved: the same of the sum.
         snapshots: the weights of every snapshot; some of them are drawn, faintly.
         path: the file of the picture, PNG or SVG by its name.
+        replace: whether a file that is there is replaced.
 
     Raises:
-        ConfigError: matplotlib is missing, or it does not know the picture's format.
+        ConfigError: the path is taken, matplotlib is missing, or it does not know the picture's format.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -121,7 +146,7 @@ def draw_profiles(
     axes.set_ylabel("weight of its observation")
     _dress(axes)
     axes.legend(loc="upper left", edgecolor="none", framealpha=1.0)
-    _save(figure, path)
+    _save(figure, path, replace)
 
 
 def _figure() -> Any:
@@ -137,13 +162,17 @@ def _dress(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, replace: bool) -> None:
     from matplotlib import rc_context  # there is a figure, so there is matplotlib
 
+    check_free(path, replace)
     # An SVG would otherwise hold the date, names drawn by chance, and its text as outlines.
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
+    drawn = io.BytesIO()  # by its name matplotlib would write a file of another one, with an ending
     try:
         with rc_context({"svg.hashsalt": "dist-ema", "svg.fonttype": "none"}):
-            figure.savefig(path, dpi=150, **options)
+            figure.savefig(drawn, dpi=150, format=path.suffix[1:].lower() or "png", **options)
     except ValueError as error:
         raise ConfigError(f"the picture {path} cannot be written: {error}") from None
+    with open(path, "wb" if replace else "xb") as file:
+        file.write(drawn.getbuffer())

@@ -14,9 +14,10 @@ from typing import Any
 from dist_ema.checks import positive_integer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.headers import StoredTensor
+from dist_ema.disk.listing import averages_below
 from dist_ema.disk.manifest import Manifest, read_manifest
 from dist_ema.disk.saved_average import SavedAverage, read_saved
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConfigError
+from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.offline.posthoc import Profile
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_from_json, schedule_text
@@ -81,7 +82,7 @@ def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
         CheckpointCorruptError: one of them is damaged.
         ConfigError: none of them can be used, or none is as late as `num_updates`.
     """
-    saved = sorted((read_manifest(path).num_updates, path) for path in _averages(contents.resolve(folder)))
+    saved = sorted((read_manifest(path).num_updates, path) for path in averages_below(contents.resolve(folder)))
     last = saved[-1][0] if saved else 0
     wanted = last if num_updates is None else positive_integer("num_updates", num_updates)
     if wanted > last > 0:
@@ -101,19 +102,6 @@ def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
     known: list[Mapping[str, StoredTensor]] = []
     sources = [source for _, path in usable for source in _sources(path, latest, known)]
     return Snapshots(latest, wanted, tuple(sources))
-
-
-def _averages(folder: Path) -> list[Path]:
-    if contents.has_manifest(folder):
-        return [folder]
-    try:
-        folders = contents.averages_in(folder)
-        for path in folder.iterdir():
-            if path.is_dir() and not path.name.startswith(".") and not contents.has_manifest(path):
-                folders += contents.averages_in(path)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be searched for saved averages: {error}") from error
-    return folders
 
 
 def _sources(path: Path, latest: SavedAverage, known: list[Mapping[str, StoredTensor]]) -> Iterator[Source]:

@@ -19,6 +19,7 @@ from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.saved_average import damage_text, read_chunk
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
@@ -26,6 +27,7 @@ from dist_ema.offline.posthoc import Fit, fit
 from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
 from dist_ema.options import checked_schedules, floating_dtype
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.records import schedule_to_json
 
 __all__ = ["Synthesis", "WeighedSnapshots", "WeightedAverage", "synthesize", "weigh", "write"]
 
@@ -197,7 +199,8 @@ def write(
             stacklevel=5,
         )
     values = _Sum(weighed, progress or (lambda num_bytes: None)).values
-    write_model_folder(target, files, values, lambda file: None, check)
+    card = card_text(latest.manifest.form, schedule_to_json(weighed.schedule), snapshots.num_updates)
+    write_model_folder(target, files, values, lambda file: None, check, card=card)
     return Synthesis(
         folder=target,
         schedule=weighed.schedule,

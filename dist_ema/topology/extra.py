@@ -6,14 +6,13 @@ averaged, and a swap leaves it alone. A safetensors file cannot have an extra st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.options import Options
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.plain import PlainForm, holders_of_plain
 from dist_ema.topology.seam.layout import HeldBox, Layout, Locator, Named
@@ -22,11 +21,11 @@ from dist_ema.topology.values import foreign_kind
 __all__ = ["ExtraStates", "extra_states", "whole_state"]
 
 
-def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
-    """The extra state of every module that has one, and the names of those that the user excluded.
+def extra_states(model: nn.Module, options: Options) -> tuple[list[Named], list[str]]:
+    """The extra state of every module that has one, and the names of those that the user leaves out of the files.
 
     Raises:
-        UnsupportedModelError: an extra state is no plain tensor, and not excluded.
+        UnsupportedModelError: an extra state is no plain tensor, and files are to have it.
     """
     states: dict[int, Named] = {}
     left_out = []
@@ -34,7 +33,7 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
         if type(module).get_extra_state is nn.Module.get_extra_state:
             continue
         fqn = canonical_prefix(model, raw_name) + EXTRA_STATE
-        if excludes([fqn]):
+        if options.excludes([fqn]):
             left_out.append(fqn)
             continue
         if id(module) in states:
@@ -42,6 +41,9 @@ def extra_states(model: nn.Module, excludes: Callable[[Sequence[str]], bool]) ->
             continue
         state = module.get_extra_state()
         if not _is_plain(state):
+            if options.averaged_only:
+                left_out.append(fqn)
+                continue
             raise UnsupportedModelError(
                 f"{fqn}, the extra state of a {type(module).__name__}, is a {type(state).__name__}, expected a plain "
                 "tensor: a safetensors file cannot hold it, and a model loaded from the files would lack it. Leave it "

@@ -48,6 +48,7 @@ class _FlatSlice:
 
     Attributes:
         handle: FSDP1's handle of the flat parameter.
+        requires_grad: whether the original parameter requires a gradient.
         replicate_group: the process group across which whole shards are replicated (hybrid sharding), or None.
         shape: the whole shape of the original parameter.
         local_shape: the shape of what was flattened: the parameter itself, or its local tensor.
@@ -58,6 +59,7 @@ class _FlatSlice:
     """
 
     handle: Any
+    requires_grad: bool
     replicate_group: Any
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
@@ -141,8 +143,11 @@ def _flat_slices(module: FullyShardedDataParallel) -> dict[tuple[int, str], _Fla
     slices: dict[tuple[int, str], _FlatSlice] = {}
     originals = zip(flat._param_infos, flat._shapes, flat._param_extensions, flat._shard_param_infos, strict=True)
     for info, shape, placed, local in originals:
+        # Without use_orig_params it is gone, and all that lies in a flat parameter requires a gradient, or nothing.
+        original = dict(info.module.named_parameters(recurse=False)).get(info.param_name)
         slices[id(info.module), info.param_name] = _FlatSlice(
             handle=handle,
+            requires_grad=bool((flat if original is None else original).requires_grad),
             replicate_group=replicate_group,
             shape=tuple(shape if placed is None else placed.shape),
             local_shape=tuple(shape),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Remains
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
+from dist_ema.options import Options
 from dist_ema.topology.parts import Parts
 from dist_ema.topology.seam.layout import Named, Where
 
@@ -133,18 +134,18 @@ def _children_of(kind: type) -> tuple[str, ...]:
 
 
 def check_against_state_dict(
-    model: nn.Module, names: Collection[str], left_out: Collection[str], excludes: Callable[[Sequence[str]], bool]
+    model: nn.Module, names: Collection[str], left_out: Collection[str], options: Options
 ) -> list[str]:
     """Refuse names that the model's own state dict does not have, and entries there that are no known tensor.
 
     The model could not read the files if a state-dict hook renames or adds entries. Entries that a hook adds
-    (quantisation constants, say) are accepted if `exclude` names them; they are not written.
+    (quantisation constants, say) are accepted if `exclude` names them, or with `averaged_only`; they are not written.
 
     Args:
         model: the wrapped model.
         names: the names of all tensors that the files will have.
         left_out: the names of the tensors that the files will not have.
-        excludes: whether the user's own `exclude` names a tensor; tensors that `include` does not name do not count.
+        options: the options of the average; what `include` does not name is not accepted for that.
 
     Returns:
         The further names that were accepted.
@@ -157,10 +158,11 @@ def check_against_state_dict(
     entries = {_canonical_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     unknown = sorted(entries.keys() - {*names, *left_out})
     for fqn in unknown:
-        if not excludes([fqn]):
+        if not options.averaged_only and not options.excludes([fqn]):
             raise UnsupportedModelError(
                 f"the model's state_dict() has {fqn}, a {type(entries[fqn]).__name__}, none of its parameters and "
-                f"persistent buffers: the files would lack it. Leave it out of them by choice with exclude={fqn!r}"
+                f"persistent buffers: the files would lack it. Leave it out of them by choice with exclude={fqn!r}, or "
+                "with averaged_only=True if files are to hold the averaged tensors alone"
             )
     for fqn in sorted(set(names) - entries.keys()):
         raise UnsupportedModelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Held, TensorSpec
 from dist_ema.errors import UnsupportedModelError
-from dist_ema.options import Experts
+from dist_ema.options import Options
 from dist_ema.topology.dtensor import DTensors
 from dist_ema.topology.experts import DeclaredExperts, with_parts
 from dist_ema.topology.extra import ExtraStates, extra_states
@@ -22,72 +22,60 @@ from dist_ema.topology.fsdp1 import FSDP1
 from dist_ema.topology.masters import Masters
 from dist_ema.topology.names import check_against_state_dict, check_unchanged, named_tensors, unchanged_names
 from dist_ema.topology.plain import Plain
-from dist_ema.topology.seam.layout import FlatPlace, Holders, Layout, Named, View, Where
+from dist_ema.topology.seam.layout import FlatPlace, HeldBox, Holders, Layout, Named, View, Where
 from dist_ema.topology.values import check_tensor, foreign_kind
 from dist_ema.topology.zero3 import ZeRO3
 
-__all__ = ["LAYOUTS", "plan_model", "trained_parameters"]
+__all__ = ["LAYOUTS", "is_adapted", "plan_model", "trained_parameters"]
 
 # Every layout. The first one that claims a tensor has it, so the last one gets the tensors of no special kind.
 LAYOUTS: tuple[Layout, ...] = (DeclaredExperts(), FSDP1(), ZeRO3(), DTensors(), ExtraStates(), Plain())
 
 
 def plan_model(
-    model: nn.Module,
-    *,
-    averages: Callable[[Sequence[str]], bool],
-    excludes: Callable[[Sequence[str]], bool],
-    update_buffers: bool,
-    masters: bool = False,
-    experts: Sequence[Experts] = (),
-    rank: int,
-    world_size: int,
+    model: nn.Module, options: Options, *, rank: int, world_size: int, averaged: Collection[str] | None = None
 ) -> Plan:
     """Plan the averaging of `model` on this rank. No communication.
 
+    A tensor that cannot be stored is left out of the plan if `exclude` names it. With `averaged_only` so is one that is
+    not averaged: no file will have it.
+
     Args:
         model: a plain, DDP, FSDP1 or FSDP2 module, or a module of DTensors, possibly wrapped further.
-        averages: all canonical names of a tensor (several if it is tied) -> whether it is to be averaged.
-        excludes: all canonical names of a tensor -> whether the user's own patterns exclude it. An excluded tensor that
-            cannot be stored is left out of the files.
-        update_buffers: whether floating-point buffers are averaged like parameters.
-        masters: whether the fp32 masters of DeepSpeed's optimizer are averaged, not the live parameters.
-        experts: the plain tensors that the user declares to be parts of what several ranks hold.
+        options: the options of the average, resolved.
         rank: this rank in the default process group.
         world_size: the number of ranks in the default process group.
+        averaged: the names of the tensors to average; None for those that the options say.
 
     Raises:
         UnsupportedModelError: a tensor or a layout cannot be served exactly.
         ConfigError: `experts` does not fit the model, or there are no masters.
     """
-    declare = functools.partial(with_parts, experts=experts, rank=rank, world_size=world_size)
+    declare = functools.partial(with_parts, experts=options.experts, rank=rank, world_size=world_size)
     _drop_gathered(model)
     elsewhere = _elsewhere(model)
     tensors = declare(named_tensors(model, elsewhere))
-    stored, left_out = _storable(tensors, excludes)
-    extra, extra_left_out = extra_states(model, excludes)
+    extra, left_out = extra_states(model, options)
     extra = declare(extra)
-    left_out += extra_left_out
+    wanted = [(named, _spec(named, _is_wanted(named, options, averaged))) for named in tensors]
+    planned = [(named, spec) for named, spec in wanted if _is_storable(named, spec, options)]
+    planned += [(named, _spec(named, False)) for named in extra]
+    located = _located(model, planned, options, rank, world_size)
+    specs = tuple(spec for _, spec, _, _ in located)
+    in_plan = {spec.fqn for spec in specs}
+    left_out += [fqn for named in tensors if named.fqns[0] not in in_plan for fqn in named.fqns]
     if not elsewhere:  # otherwise state_dict() communicates, and the tests alone compare its names
-        names = [fqn for named in (*stored, *extra) for fqn in named.keys]
-        known = [*left_out, *(key for named in tensors for key in named.keys)]
-        left_out += check_against_state_dict(model, names, known, excludes)
-    locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
-    specs: list[TensorSpec] = []
-    aliases: dict[str, str] = {}
-    masters_of_model = Masters(model) if masters else None
+        in_files = [named for named, spec, _, _ in located if spec.averaged or not options.averaged_only]
+        known = [*left_out, *(key for named in (*tensors, *extra) for key in named.keys)]
+        left_out += check_against_state_dict(model, [key for named in in_files for key in named.keys], known, options)
+    masters = Masters(model) if options.masters else None
     members: dict[tuple[Any, ...], list[Held]] = {}
     places: dict[str, FlatPlace] = {}
     holders: dict[tuple[Any, ...], Holders] = {}
     nearby: dict[Any, None] = {}
-    for named in [*stored, *extra]:
-        wanted = not named.is_extra_state and averages(named.fqns) and (update_buffers or not named.is_buffer)
-        spec = _spec(named, wanted)
-        specs.append(spec)
-        aliases.update(dict.fromkeys(named.fqns[1:], spec.fqn))
-        boxes, held_by = next(locate for layout, locate in locators if layout.claims(named))(named)
-        if masters_of_model is not None and spec.averaged and not spec.is_buffer:
-            boxes, held_by = masters_of_model.averaged(named, boxes, held_by)
+    for named, spec, boxes, held_by in located:
+        if masters is not None and spec.averaged and not spec.is_buffer:
+            boxes, held_by = masters.averaged(named, boxes, held_by)
         key: tuple[Any, ...] = (held_by.ranks, spec.averaged, spec.is_buffer, named.is_extra_state)
         if held_by.flat is not None:
             places[spec.fqn] = held_by.flat
@@ -97,30 +85,36 @@ def plan_model(
         )
         holders.setdefault(key, held_by)
         nearby.update(dict.fromkeys(held_by.nearby))
-    if masters_of_model is not None:
-        masters_of_model.check()
+    if masters is not None:
+        masters.check()
     views = [held.view for group in members.values() for held in group]
 
     # The records keep no tensor: the memory of a tensor that was replaced would stay for as long as the average does.
-    planned = [dataclasses.replace(named, source=None) for named in tensors]
-    planned_extra = [dataclasses.replace(named, source=None) for named in extra]
+    kept, kept_extra = (
+        [dataclasses.replace(named, source=None) for named in some if named.fqns[0] in in_plan]
+        for some in (tensors, extra)
+    )
+
+    def tensors_of_now() -> list[Named]:
+        drop_gathered()
+        now = declare(named_tensors(model, _elsewhere(model)))
+        # A library of quantised weights may pack them anew at any time.
+        return [named for named in now if not ignored.issuperset(named.fqns)]
 
     def drop_gathered() -> None:
         _drop_gathered(model, views)
 
     def check_model() -> None:
-        drop_gathered()
-        check_unchanged(planned, declare(named_tensors(model, _elsewhere(model))))
+        check_unchanged(kept, tensors_of_now())
 
     def remains() -> Remains:
-        drop_gathered()
-        now = named_tensors(model, _elsewhere(model)) + extra_states(model, excludes)[0]
-        return unchanged_names([*planned, *planned_extra], declare(now))
+        return unchanged_names([*kept, *kept_extra], [*tensors_of_now(), *declare(extra_states(model, options)[0])])
 
+    ignored = frozenset(left_out)
     divisions = tuple(_division(members[key], held_by, places, *key[1:4]) for key, held_by in holders.items())
     return Plan(
-        specs=tuple(specs),
-        aliases=aliases,
+        specs=specs,
+        aliases={alias: named.fqns[0] for named, _, _, _ in located for alias in named.fqns[1:]},
         left_out=tuple(left_out),
         divisions=divisions,
         nearby=tuple(nearby),
@@ -174,23 +168,70 @@ def trained_parameters(model: nn.Module) -> Mapping[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _storable(tensors: Sequence[Named], excludes: Callable[[Sequence[str]], bool]) -> tuple[list[Named], list[str]]:
-    """The tensors whose values files can have, and the names of those that the user leaves out of the files."""
-    stored, left_out = [], []
-    for named in tensors:
-        kind = foreign_kind(named.source)
-        if kind is None:
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model whose other parameters are frozen, by the classes of the modules."""
+    _drop_gathered(model)
+    of_peft = any(
+        base.__module__.partition(".")[0] == "peft" for module in model.modules() for base in type(module).__mro__
+    )
+    return of_peft and not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _is_wanted(named: Named, options: Options, averaged: Collection[str] | None) -> bool:
+    """Whether a tensor is to be averaged, if its dtype can be."""
+    if averaged is not None:
+        return any(fqn in averaged for fqn in named.fqns)
+    parameter = named.source if hasattr(named.source, "requires_grad") else getattr(named.owner, named.attribute, None)
+    requires_grad = bool(getattr(parameter, "requires_grad", False))
+    return options.averages(named.fqns, is_buffer=named.is_buffer, requires_grad=requires_grad)
+
+
+def _is_storable(named: Named, spec: TensorSpec, options: Options) -> bool:
+    """Whether files can have the values of a tensor; if not, the user leaves it out of them.
+
+    Raises:
+        UnsupportedModelError: they cannot, and the options leave it in.
+    """
+    may_lack = not spec.averaged and bool(options.averaged_only)
+    kind = foreign_kind(named.source)
+    if kind is None:
+        try:
             check_tensor(named)
-            stored.append(named)
-        elif excludes(named.fqns):
-            left_out += named.fqns
-        else:
-            raise UnsupportedModelError(
-                f"{named.fqns[0]} is a {kind}, whose bytes alone are not its values: it can be neither averaged nor "
-                "stored in a safetensors file. Leave it out of the average and of the files by choice with "
-                f"exclude={named.fqns[0]!r} or a pattern (include= does not), or convert it to a plain tensor first"
-            )
-    return stored, left_out
+        except UnsupportedModelError:
+            if not may_lack:
+                raise
+            return False
+        return True
+    if may_lack or options.excludes(named.fqns):
+        return False
+    raise UnsupportedModelError(
+        f"{named.fqns[0]} is a {kind}, whose bytes alone are not its values: it can be neither averaged nor stored in "
+        "a safetensors file. If it is of a frozen base under what is trained, give trainable_only=True and "
+        "averaged_only=True: files then hold the averaged tensors alone. Or leave it out of the average and of the "
+        f"files by choice with exclude={named.fqns[0]!r} or a pattern (include= does not), or convert it to a plain "
+        "tensor first"
+    )
+
+
+# A tensor, what files say of it, the boxes of it that this rank holds, and the ranks that hold them alike.
+_Located = tuple[Named, TensorSpec, Sequence[HeldBox], Holders]
+
+
+def _located(
+    model: nn.Module, planned: Sequence[tuple[Named, TensorSpec]], options: Options, rank: int, world_size: int
+) -> list[_Located]:
+    """Where the tensors lie, by the layouts; without those that have no place and need none."""
+    locators = [(layout, layout.locator(model, rank, world_size)) for layout in LAYOUTS]
+    located: list[_Located] = []
+    for named, spec in planned:
+        try:
+            boxes, holders = next(locate for layout, locate in locators if layout.claims(named))(named)
+        except UnsupportedModelError:
+            if spec.averaged or not options.averaged_only:
+                raise
+            continue
+        located.append((named, spec, boxes, holders))
+    return located
 
 
 def _spec(named: Named, wanted: bool) -> TensorSpec:

@@ -8,10 +8,15 @@ draw() { # picture, updates, schedules
     [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]] || return 0
     local arguments=()
     for schedule in "${@:3}"; do arguments+=(--schedule "$schedule"); done
-    python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg"
+    python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg" --force
 }
 
 draw cosine 12000 'CosineSchedule(0.004, total_steps=10_000)' 'CosineSchedule(0.004, 0.001, total_steps=10_000)'
+draw linear 12000 'LinearSchedule(0.002, 0.0, total_steps=10_000)' \
+    'chain((0, LinearSchedule(0.01, 0.004, total_steps=2_000)), (2_000, CosineSchedule(0.004, total_steps=8_000)))'
+draw merge 12000 "MergeSchedule('linear', num_steps=2_000, start_step=8_000)" \
+    "MergeSchedule('1-sqrt', num_steps=2_000, start_step=8_000)" \
+    "MergeSchedule('cosine', num_steps=2_000, start_step=8_000)"
 draw constant 12000 'ConstantSchedule(decay=0.999)' 'ConstantSchedule(half_life_steps=2000)'
 draw annealed 12000 'AnnealedSchedule(0.0002, gamma=100)' 'AnnealedSchedule(0.001, gamma=100)'
 draw ramp 12000 'RampSchedule(max_decay=0.999)' 'RampSchedule(max_decay=0.9999)'
@@ -38,4 +43,4 @@ for step in range(1, 1001):
     if step % 100 == 0:
         ema.snapshot(sys.argv[1])
 RUN
-python -m dist_ema.cli plot "$snapshots" --sigma-rel 0.15 --out profile.svg
+python -m dist_ema.cli plot "$snapshots" --sigma-rel 0.15 --out profile.svg --force

@@ -81,6 +81,7 @@ class Subject:
             "swapped": state.swapped,
             "autograd": torch.is_grad_enabled(),
             "not started": sorted(state._now.not_started),
+            "kept": sorted(state._now.kept),
         }
         tensors = {f"live {name}": value for name, value in self.model.state_dict().items()}
         if self.teacher is not None:
@@ -240,6 +241,12 @@ def swap(given: Subject) -> None:
         pass
 
 
+def swap_that_keeps(given: Subject) -> None:
+    with given.ema.average_parameters(given.ema.tracks[0], keep_buffers=True):
+        for buffer in given.model.buffers():
+            buffer.zero_()
+
+
 def swap_with_an_error(given: Subject) -> None:
     with contextlib.suppress(ValueError), given.ema.average_parameters(given.ema.tracks[0]):
         raise ValueError
@@ -316,6 +323,7 @@ ROWS = [
     Row("update, after load(new=)", new_head),
     Row("swap", subject(), swap),
     Row("swap, bfloat16 weights", subject(dtype=torch.bfloat16), swap),
+    Row("swap, buffers kept", subject(update_buffers=True), swap_that_keeps),
     Row("swap, error within", subject(), swap_with_an_error),
     Row("swap, decorator", subject(), swap_by_decorator),
     Row("swap, before the first update", subject(updates=0), swap),

@@ -112,7 +112,7 @@ def exported(folder: str) -> None:
     state = ema.full_state_dict()
     if dist.get_rank() == 0:
         loaded = load_file(os.path.join(folder, "model.safetensors"))
-        assert sorted(os.listdir(folder)) == ["model.safetensors"]
+        assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors"]
         assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in loaded.items())
         assert loaded["hidden.weight"].dtype == torch.bfloat16 and loaded["count"].dtype == torch.int64
 

@@ -94,7 +94,7 @@ def test_consolidate_writes_a_plain_model_folder(saved, tmp_path, capsys) -> Non
     assert "name one of these" in capsys.readouterr().err
     command = ["consolidate", str(saved), str(tmp_path / "out"), "--track", "b", "--dtype", "bfloat16"]
     assert main(command) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.safetensors"]
     written = load_file(tmp_path / "out" / "model.safetensors")
     expected = load_file(saved / "ema" / "b" / "model.safetensors")
     assert {name: value.dtype for name, value in written.items()} == dict.fromkeys(expected, torch.bfloat16)
@@ -148,7 +148,7 @@ def test_commands_and_options_of_the_command_line(capsys) -> None:
     for arguments, names in (
         (["--help"], ["inspect", "verify", "diff", "plot", "consolidate", "synthesize", "--version"]),
         (["diff", "--help"], ["A", "B", "--track", "--top", "--json", "example:"]),
-        (["plot", "--help"], ["SRC", "--out", "--steps", "--schedule", "--sigma-rel", "example:"]),
+        (["plot", "--help"], ["SRC", "--out", "--force", "--steps", "--schedule", "--sigma-rel", "example:"]),
         (["synthesize", "--help"], ["SNAPSHOTS", "OUT", "--sigma-rel", "--schedule", "--num-updates", "--dtype"]),
         (["synthesize", "--help"], ["--max-shard-size", "--json", "example:"]),
         (["verify", "--help"], ["SRC", "example:"]),

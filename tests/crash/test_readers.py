@@ -26,7 +26,7 @@ from dist_ema import (
     ShardedEMA,
     consolidate_checkpoint,
 )
-from dist_ema.checkpoint import loading
+from dist_ema.checkpoint import loading, reading
 from dist_ema.disk.folders import steady_reading as steady
 
 HALF = ConstantSchedule(momentum=0.5)
@@ -60,7 +60,7 @@ def test_every_reader_of_ours_gets_one_whole_average_while_a_job_saves(tmp_path)
 def test_a_read_that_went_well_on_a_mixture_is_begun_again(tmp_path) -> None:
     """Without checksums, the first file of the old folder and the others of the new one look sound."""
     saved(tmp_path / "ema", 1.0)
-    ema, real, calls = ShardedEMA(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), HALF), loading.read_boxes, []
+    ema, real, calls = ShardedEMA(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), HALF), reading.read_boxes, []
 
     def replaced_half_way(exchange, folder, tensors, wanted, blind, partial):
         failure = real(exchange, folder, tensors, wanted[:1], blind, partial)
@@ -69,11 +69,11 @@ def test_a_read_that_went_well_on_a_mixture_is_begun_again(tmp_path) -> None:
             saved(tmp_path / "ema", 2.0)
         return real(exchange, folder, tensors, wanted[1:], blind, partial) or failure
 
-    loading.read_boxes = replaced_half_way
+    reading.read_boxes = replaced_half_way
     try:
         ema.load(tmp_path / "ema", verify=False)
     finally:
-        loading.read_boxes = real
+        reading.read_boxes = real
     assert len(calls) == 2
     assert all(bool((values == 2.0).all()) for values in ema.full_state_dict().values())
 
@@ -82,7 +82,7 @@ def test_weights_without_a_manifest_are_read_again_too(tmp_path) -> None:
     source, export = saved(tmp_path / "ema", 1.0), tmp_path / "export"
     consolidate_checkpoint(tmp_path / "ema", export)
     saved(tmp_path / "other", 2.0)
-    real, calls = loading.read_boxes, []
+    real, calls = reading.read_boxes, []
 
     def replaced_after(*arguments):
         failure = real(*arguments)
@@ -91,11 +91,11 @@ def test_weights_without_a_manifest_are_read_again_too(tmp_path) -> None:
             consolidate_checkpoint(tmp_path / "other", export)
         return failure
 
-    loading.read_boxes = replaced_after
+    reading.read_boxes = replaced_after
     try:
         source.start_from(export)
     finally:
-        loading.read_boxes = real
+        reading.read_boxes = real
     assert len(calls) == 2
     assert all(bool((values == 2.0).all()) for values in source.full_state_dict().values())
 
@@ -106,13 +106,13 @@ def test_what_is_damaged_and_not_replaced_is_read_once_and_told(tmp_path) -> Non
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    real, calls = loading.read_boxes, []
-    loading.read_boxes = lambda *arguments: calls.append(1) or real(*arguments)
+    real, calls = reading.read_boxes, []
+    reading.read_boxes = lambda *arguments: calls.append(1) or real(*arguments)
     try:
         with pytest.raises(CheckpointCorruptError, match="damaged"):
             ema.load(tmp_path / "ema")
     finally:
-        loading.read_boxes = real
+        reading.read_boxes = real
     assert len(calls) == 1
     with pytest.raises(CheckpointNotFoundError):
         ema.load(tmp_path / "none")
@@ -140,13 +140,13 @@ def test_a_folder_that_is_always_replaced_is_told_to_be_so(tmp_path, monkeypatch
         consolidate_checkpoint(
             tmp_path / "ema", tmp_path / "out", progress=lambda num_bytes: void(saved(tmp_path / "ema", next(values)))
         )
-    real = loading.read_boxes
+    real = reading.read_boxes
 
     def replaced(*arguments):
         saved(tmp_path / "ema", next(values))
         return real(*arguments)
 
-    monkeypatch.setattr(loading, "read_boxes", replaced)
+    monkeypatch.setattr(reading, "read_boxes", replaced)
     with pytest.raises(CheckpointError, match=r"replaced each of 3 times .* no job saves into"):
         ema.load(tmp_path / "ema")
     assert sorted(os.listdir(tmp_path)) == ["ema"]

@@ -394,6 +394,10 @@ class Interrupted:
         self._package = str(Path(commit.__file__).parent)
 
     def __call__(self, frame: Any, event: str, argument: Any) -> Any:
+        # Python drops an interrupt that comes within a destructor, and the save goes on.
+        callers = (frame, frame.f_back)
+        if any(each is not None and each.f_code.co_name == "__del__" for each in callers):
+            return None
         return self._line if frame.f_code.co_filename.startswith(self._package) else None
 
     def _line(self, frame: Any, event: str, argument: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 
+import fsspec
 import pytest
 import torch
 from tiny import HALF, averaged_once
@@ -87,8 +89,31 @@ def test_a_url_is_no_folder_and_nothing_is_written(here, url) -> None:
     for name, call in calls.items():
         with pytest.raises(ConfigError, match="which is a URL") as caught:
             call()
-        assert "sharded_state_dict" in str(caught.value) or "without 'file://'" in str(caught.value), name
+        assert "upload" in str(caught.value) or "fsspec" in str(caught.value) or "without" in str(caught.value), name
+        assert "ema.stateful()" in str(caught.value) or "without 'file://'" in str(caught.value), name
     assert list(here.iterdir()) == [] and ema.num_updates == 1
+
+
+def test_the_refusal_of_a_url_has_the_line_that_uploads_to_the_hub() -> None:
+    for url in ("hf://me/model/sub", Path("hf://me/model")):
+        with pytest.raises(ConfigError, match=r"upload_folder\(folder_path=folder, repo_id='me/model'\)"):
+            ShardedEMA(nn.Linear(3, 2), HALF).save(url)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_snippet_that_the_refusal_names_saves_to_a_url_and_loads_bit_for_bit(here) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "integrations" / "torch.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "FsspecWriter" in code]
+    memory = fsspec.filesystem("memory")  # that of the process: the page's own test has been there
+    if memory.exists("/run"):
+        memory.rm("/run", recursive=True)
+    names: dict = {}
+    exec(snippet, names)
+    saved, loaded = names["ema"].full_state_dict(), names["again"].full_state_dict()
+    assert names["url"].startswith("memory://") and saved.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+    assert not torch.equal(names["model"].weight, loaded["weight"]), "the average, not the live weights"
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/x", "hf://me/model", "file:///x"])

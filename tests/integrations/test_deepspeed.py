@@ -132,6 +132,42 @@ def test_averages_swaps_and_files_of_a_partitioned_model_are_those_of_whole_tens
     own_world(size).run(whole_life, kind, str(tmp_path / "ema"), size == 2)
 
 
+def trained_alone(kind: str, folder: str, masters: bool) -> None:
+    from deepspeeded import engine_of
+
+    engine = engine_of(kind)
+    frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    options: Any = {"trainable_only": True, "averaged_only": True, "masters": masters}
+    runs = [engine.module.get_parameter(name).ds_tensor for name in frozen] if kind == "zero3" else []
+    for run in runs:  # quantised, it could not be read as it lies
+        run.ds_quant_scale = torch.ones(1)
+    ema, naive = ShardedEMA(engine, SCHEDULE, **options), NaiveAverage(SCHEDULE.momentum)
+    for run in runs:  # this engine does not know how to gather it
+        del run.ds_quant_scale
+    followed(engine, [ema], naive, range(3))
+    with ema.average_parameters():
+        pass
+    ema.save(folder)
+    resumed = ShardedEMA(engine, SCHEDULE, **options)
+    resumed.load(folder)
+    followed(engine, [ema, resumed], naive, range(3, 5))
+    ema.save(folder + "_on")
+    resumed.save(folder + "_resumed")
+    if dist.get_rank() == 0:
+        on, again = (load_file(os.path.join(folder + what, "model.safetensors")) for what in ("_on", "_resumed"))
+        assert frozen and on.keys() == {shard.fqn for shard in ema._state.plan.specs if shard.averaged}
+        assert not frozen.intersection(on)
+        assert_same_bits(on, again)
+        if not masters:
+            assert_same_bits(on, {name: naive.values[name] for name in on})
+    dist.barrier()
+
+
+@pytest.mark.parametrize(("kind", "masters"), [("zero1", False), ("zero3", False), ("zero2_bf16", True)])
+def test_what_is_frozen_is_left_out_and_need_not_be_readable(own_world, tmp_path, kind, masters) -> None:
+    own_world(2).run(trained_alone, kind, str(tmp_path / "ema"), masters)
+
+
 def attributes_of_zero3() -> None:
     from deepspeeded import batch, configuration, engine_of, imported, read_whole, train
 

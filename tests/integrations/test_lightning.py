@@ -291,6 +291,24 @@ def case_lost(root: Path) -> None:
     )
 
 
+def case_other_module(root: Path) -> None:
+    """An evaluation of another module lost the average of the one that was trained, and told nothing."""
+    callback = average()
+    trainer, module = fit(root, "plain", callback, enable_checkpointing=False)
+    ema, other = callback.ema, module_of()
+    with pytest.warns(UserWarning, match="'ema' is that of another module than the Trainer evaluates here"):
+        trainer.validate(other, loaders()[1], verbose=False)
+    assert_same_bits(other.seen[-1], values_of(module_of()))
+    trainer.save_checkpoint(root / "of other.ckpt")
+    assert not (root / "of other.ema").exists()
+    trainer.validate(module, loaders()[1], verbose=False)
+    assert callback.ema is ema and ema.num_updates == STEPS
+    assert_same_bits(module.seen[-1], averaged_values(ema, module))
+    # The checkpoint of the other module does not say that it has an average.
+    with pytest.raises(CheckpointNotFoundError, match="has no average"):
+        trainer.validate(module, loaders()[1], ckpt_path=root / "of other.ckpt", verbose=False)
+
+
 def case_both(root: Path, layout: str) -> None:
     """Both weights: two names for the metrics, one validation for everybody else, and the same training."""
     from lightning.pytorch.callbacks import EarlyStopping
@@ -597,6 +615,10 @@ def test_a_run_that_was_stopped_and_resumed_is_as_if_never_stopped(world, tmp_pa
 
 def test_a_checkpoint_without_its_average_or_with_another_is_refused(world, tmp_path) -> None:
     world(1).run(case_lost, tmp_path)
+
+
+def test_an_evaluation_of_another_module_loses_no_average_and_is_told(world, tmp_path) -> None:
+    world(1).run(case_other_module, tmp_path)
 
 
 @pytest.mark.parametrize(("layout", "ranks"), LAYOUTS[:2])

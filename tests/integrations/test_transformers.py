@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -29,6 +31,7 @@ from dist_ema import (
     ShardedEMA,
 )
 from dist_ema.integrations import watch
+from dist_ema.integrations.trainer import engine_of
 from dist_ema.integrations.transformers import EMACallback
 
 ROOT = Path(__file__).parents[2]
@@ -290,15 +293,39 @@ def test_a_trainer_that_cannot_be_served_is_refused_before_it_trains(tmp_path) -
         running.train()
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "XLA"])
-def test_an_engine_with_its_own_weights_is_refused_by_name(tmp_path, engine) -> None:
-    class Claims(Trainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            self.accelerator.state._shared_state["distributed_type"] = DistributedType[engine]
+class Claims(Trainer):
+    """A Trainer whose accelerator says that it runs on another engine."""
 
-    with pytest.raises(AttachError, match=f"runs under DistributedType.{engine}"):
-        trainer_of(tmp_path, EMACallback(SCHEDULE), kind=Claims)
+    engine: str
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state._shared_state["distributed_type"] = DistributedType[self.engine]
+
+
+def test_an_engine_with_its_own_weights_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(AttachError, match=r"runs under DistributedType\.XLA"):
+        trainer_of(tmp_path, EMACallback(SCHEDULE), kind=type("OnXLA", (Claims,), {"engine": "XLA"}))
+
+
+def test_a_trainer_that_says_deepspeed_without_its_engine_is_refused_when_it_trains(tmp_path) -> None:
+    """The hook of the optimizer would average weights from before the step."""
+    trainer = trainer_of(tmp_path, EMACallback(SCHEDULE), kind=type("OnDeepSpeed", (Claims,), {"engine": "DEEPSPEED"}))
+    trainer.model_wrapped, trainer.optimizer = trainer.model, torch.optim.SGD(trainer.model.parameters())
+    with pytest.raises(AttachError, match=r"expected DeepSpeed's engine"):
+        engine_of(trainer)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_on_deepspeeds_engine_nothing_is_lost_either(tmp_path) -> None:
+    """The hook of the optimizer would have seen weights from before the step."""
+    kinds = ("zero2_bf16", "zero3")
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SUPPORT / "launched_engine.py"))
+    ran = launched(sys.executable, *run, str(tmp_path), *kinds)
+    for kind in kinds:
+        assert f"nothing is lost: {kind}" in ran.stdout
+    assert "the average" not in ran.stderr, ran.stderr
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
@@ -349,6 +376,93 @@ def test_a_callback_that_is_done_with_keeps_no_trainer_alive(tmp_path) -> None:
     assert callback.ema is not None
     callback.ema.detach()
     assert "evaluation_loop" not in vars(trainer)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """The weights of an evaluation are other ones than those of training, as in Meta's schedule-free optimizers."""
+
+    trains = True
+
+    def _turn(self, trains: bool, weight: float) -> None:
+        if self.trains != trains:
+            self.trains = trains
+            with torch.no_grad():
+                for parameter in (each for group in self.param_groups for each in group["params"]):
+                    parameter.mul_(weight)  # a power of two: exact
+
+    def eval(self) -> None:
+        self._turn(False, 0.5)
+
+    def train(self) -> None:
+        self._turn(True, 2.0)
+
+
+class FreeTrainer(Trainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = ScheduleFree(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+
+def test_an_optimizer_that_evaluates_other_weights_trains_as_without_the_callback(tmp_path) -> None:
+    """Within the swap it changed the average, and afterwards the live weights back that it had never changed."""
+    plain = trainer_of(tmp_path / "plain", kind=FreeTrainer, save_strategy="no")
+    plain.train()
+    without = outcome(plain)
+    for evaluated in ("averaged", "both"):
+        callback = EMACallback(SCHEDULE, evaluate=evaluated)
+        other = trainer_of(tmp_path / evaluated, callback, kind=FreeTrainer, save_strategy="no")
+        other.train()
+        assert_alike(outcome(other), without)
+        average = tiny_gpt2()
+        average.load_state_dict(averaged(callback), strict=False)
+        key = "eval_loss" if evaluated == "averaged" else "eval_ema_loss"
+        assert other.evaluate()[key] == loss_of(average, tmp_path)
+
+
+def test_a_callback_given_to_a_second_trainer_tells_that_the_first_evaluates_live_weights(tmp_path) -> None:
+    callback = EMACallback(SCHEDULE)
+    first = trainer_of(tmp_path / "first", callback, max_steps=2, save_strategy="no")
+    first.train()
+    second = trainer_of(tmp_path / "second", callback, max_steps=4, save_strategy="no")
+    second.train()
+    assert callback.ema is not None and callback.ema.num_updates == 4
+    second.evaluate()
+    with pytest.warns(UserWarning, match="averages the model of another Trainer"):
+        live = first.evaluate()["eval_loss"]
+    assert live == loss_of(first.model, tmp_path) == first.evaluate()["eval_loss"]
+    third = trainer_of(tmp_path / "third", callback, max_steps=2, save_strategy="no")
+    third.train()
+    second.train()  # it has the average again, and nothing to tell
+    second.evaluate()
+    with pytest.warns(UserWarning, match="averages the model of another Trainer"):
+        third.evaluate()
+
+
+def test_an_average_of_another_name_is_named_where_none_of_this_name_is(tmp_path, caplog) -> None:
+    saved_run(tmp_path, EMACallback(SCHEDULE))
+    for on_missing in ("error", "live"):
+        other = EMACallback(SCHEDULE, name="other", on_missing=on_missing)
+        trainer = trainer_of(tmp_path, other, max_steps=4, eval_strategy="no")
+        if on_missing == "live":
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            assert "The checkpoint has ema: if that is the average, give the name=" in caplog.text
+            continue
+        with pytest.raises(CheckpointNotFoundError, match=r"The checkpoint has ema: .* give the name="):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_best_checkpoint_that_was_removed_is_told_as_that(tmp_path) -> None:
+    class Removes(TrainerCallback):
+        def on_step_end(self, args, state, control, **others) -> None:
+            if state.global_step == 3:
+                shutil.rmtree(tmp_path / "checkpoint-2")
+
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    callback = EMACallback(SCHEDULE)
+    trainer = trainer_of(tmp_path, callback, Removes(), max_steps=4, **best)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is not there any more: the model keeps the last live weights"):
+        trainer.train()
+    assert callback.ema is not None and callback.ema.num_updates == 4
 
 
 def test_full_evaluation_in_bfloat16_is_one_of_the_average(tmp_path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_ema import ConfigError, ConstantSchedule, RankMismatchError, ShardedEMA, SwapError
 from dist_ema.boxes.shards import Box
-from dist_ema.live.whole.chunks import Portion, Sized, chunks_of, parts_of
+from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of, parts_of
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 
@@ -144,9 +144,9 @@ def move_within(layout: str) -> None:
         seen[name] = value
         if number == 1:
             for call in (ema.update, ema.restart, ema.copy_to_model, lambda: ema.load("nowhere"), ema.whole_tensors):
-                with pytest.raises(SwapError, match="stream of whole_tensors"):
+                with pytest.raises(SwapError, match="within a stream of whole_tensors"):
                     call()
-            with pytest.raises(SwapError, match="stream of whole_tensors"), ema.average_parameters():
+            with pytest.raises(SwapError, match="within a stream of whole_tensors"), ema.average_parameters():
                 pass
     assert_equal(seen, before, None)
     with ema.average_parameters(), pytest.raises(SwapError, match="while the averaged weights"):
@@ -196,10 +196,10 @@ def send_bytes(rank_alone: bool) -> int:
     ema.update()
     dict(ema.whole_tensors())
     # Records go through the store, and only once; messages are a call of the process group, not a dispatched operation.
-    texts = ema._ownership._kept
+    texts = ema._elsewhere._ownership._kept
     with CommDebugMode() as mode:
         dict(ema.whole_tensors(ranks=[0] if rank_alone else None))
-    assert ema._ownership._kept is texts
+    assert ema._elsewhere._ownership._kept is texts
     return mode.get_total_counts()
 
 

@@ -219,7 +219,7 @@ def test_live_weights_in_several_files_are_given_by_their_index(checkpoint, tmp_
 def test_of_several_averages_in_a_checkpoint_one_has_to_be_named(checkpoint, tmp_path, capsys) -> None:
     _, ema = averaging({"short": HALF, "long": ConstantSchedule(momentum=0.1)})
     ema.save(checkpoint / "other")
-    for call in (["diff", str(checkpoint), str(checkpoint)], ["inspect", str(checkpoint)]):
+    for call in (["diff", str(checkpoint), str(checkpoint)], ["verify", str(checkpoint)]):
         assert main(call) == 1
         assert "several averages (ema, other): give the folder of one" in capsys.readouterr().err
     _, begun = averaging()

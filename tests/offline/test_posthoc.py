@@ -524,7 +524,7 @@ def test_the_command_line_draws_schedules_and_profiles_in_small_pictures(snapsho
     ):
         pictures = []
         for name in ("a.svg", "b.svg"):
-            assert main(["plot", *arguments, "--out", str(tmp_path / name)]) == 0
+            assert main(["plot", *arguments, "--force", "--out", str(tmp_path / name)]) == 0
             assert told in capsys.readouterr().out
             pictures.append((tmp_path / name).read_bytes())
         assert pictures[0] == pictures[1] and b"<dc:date>" not in pictures[0] and len(pictures[0]) < 150_000

@@ -5,13 +5,15 @@ Not a test: `test_transformers.py` runs it. TRL raises FutureWarnings while it t
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trained import MOMENTUM, Naive, StopAt, assert_alike, folders, outcome, tiny_gpt2, whole
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -94,13 +96,19 @@ def main(folder: str) -> None:
     assert_alike(outcome(uncut), without)
     assert_alike(averaged(callback, naive), naive.average.values)
     assert folders(os.path.join(folder, "uncut")) == {"checkpoint-6": True, "ema": False}
-    assert os.path.exists(os.path.join(folder, "uncut", "ema", "model.safetensors"))
+    (manifest,) = Path(folder, "uncut", "checkpoint-6").rglob("manifest.json")
+    tensors = json.loads(manifest.read_text())["tensors"]
+    assert tensors and all("lora_" in name for name in tensors), "by default files hold the adapters alone"
+    exported = PeftModel.from_pretrained(tiny_gpt2(), os.path.join(folder, "uncut", "ema")).state_dict()
+    assert_alike({name: exported[name] for name in naive.average.values}, naive.average.values)
     for live, both in zip(evaluations(plain), evaluations(uncut), strict=True):
         for name in ("loss", "mean_token_accuracy", "entropy"):
             assert both[f"eval_{name}"] == live[f"eval_{name}"], name
         assert both["eval_ema_loss"] != both["eval_loss"] and both["eval_ema_entropy"] != both["eval_entropy"]
 
     sft(os.path.join(folder, "cut"), EMACallback(SCHEDULE), StopAt(3)).train()
+    # At the top of this folder a resume would take it for a second adapter.
+    assert os.path.exists(os.path.join(folder, "cut", "checkpoint-2", "ema", "default", "adapter_model.safetensors"))
     again = EMACallback(SCHEDULE, evaluate="both")
     resumed = sft(os.path.join(folder, "cut"), again)
     resumed.train(resume_from_checkpoint=True)

@@ -20,19 +20,23 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_names import WEIGHTS_FILE
+from dist_ema.disk.formats.file_names import WEIGHTS_FILE, index_name
 from dist_ema.disk.formats.headers import read_header, read_model_folder, read_small
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "FOLDER",
     "MANIFEST_NAME",
     "MARK",
     "MARK_VALUE",
     "OWN_FILE",
+    "SMALL_FILES",
     "Content",
     "averages_in",
     "beside",
@@ -45,7 +49,9 @@ __all__ = [
     "is_whole",
     "name_of",
     "old_of",
+    "own_files",
     "resolve",
+    "takes_adapters",
     "track_folders",
     "was_begun",
 ]
@@ -58,6 +64,15 @@ OWN_FILE = re.compile(rf"manifest\.json|{WEIGHTS_FILE.pattern}")
 
 # The mark in the header of every safetensors file of this package: it tells an export from another tool's model folder.
 MARK, MARK_VALUE = "written_by", "dist_ema"
+
+# Further marks in a header: the names of the small files that were written beside the file, and, in a folder with
+# several adapters, the name of its sub-folder. They tell the files of this package in an export, which has no manifest.
+SMALL_FILES, FOLDER = "small_files", "folder"
+
+# By this file PEFT finds an adapter.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+# By this file a folder is a checkpoint of the Trainer.
+_TRAINER_STATE_NAME = "trainer_state.json"
 
 # The names of files of weights, whatever tool wrote them.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|distcp|npz|gguf|h5|msgpack)|manifest\.json")
@@ -118,8 +133,17 @@ def is_average(folder: Path) -> bool:
 
 def is_export(folder: Path) -> bool:
     """Whether the folder is an export: it has files of this package, and no manifest."""
-    files = list(folder.glob("*.safetensors"))
-    return bool(files) and not has_manifest(folder) and all(_is_marked(path) for path in files)
+    if has_manifest(folder):
+        return False
+    files = list(folder.glob("*.safetensors")) or list(_parts_of_export(folder))
+    return bool(files) and all(_is_marked(path) for path in files)
+
+
+def _parts_of_export(folder: Path) -> Iterator[Path]:
+    """The files that an export has in sub-folders, one for each of several adapters."""
+    for path in folder.glob("*/*.safetensors"):
+        if _marks(path).get(FOLDER) == path.parent.name:
+            yield path
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -131,11 +155,54 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def takes_adapters(folder: Path) -> bool:
+    """Whether a sub-folder with an adapter at its top would be taken for one of this folder's adapters.
+
+    It is so in a folder that PEFT has saved, and in a checkpoint of the Trainer of transformers.
+    """
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, _TRAINER_STATE_NAME))
+
+
+def own_files(folder: Path) -> set[str]:
+    """The paths below a folder of what this package has written there. The user has added all other files.
+
+    They are what the manifest lists. An export has none: the headers of its files tell, or else the names.
+    """
+    record = _manifest(folder)
+    if record.get("format") == "dist_ema":
+        return {MANIFEST_NAME, *_listed(record)}
+    own = {MANIFEST_NAME}
+    for path in [*folder.glob("*.safetensors"), *_parts_of_export(folder)]:
+        marks = _marks(path)
+        if marks.get(MARK) == MARK_VALUE:
+            names = [path.name, *marks.get(SMALL_FILES, "").split()]
+            of_weights = WEIGHTS_FILE.fullmatch(path.name)
+            names += [index_name(of_weights[1])] if of_weights else []
+            own |= {str((path.parent / name).relative_to(folder)) for name in names}
+    return own
+
+
+def _listed(record: dict[str, Any]) -> Iterator[str]:
+    """The paths of the files in a manifest, and of the small files of all tracks."""
+    files, tracks, form = record.get("files"), record.get("tracks"), record.get("form")
+    yield from files if isinstance(files, dict) else ()
+    small_files = form.get("small_files") if isinstance(form, dict) else ()
+    for name in small_files if isinstance(small_files, list) else ():
+        yield str(name)
+        for track in tracks if isinstance(tracks, dict) else ():
+            yield f"{track}/{name}"
+
+
 def _is_marked(path: Path) -> bool:
+    return _marks(path).get(MARK) == MARK_VALUE
+
+
+def _marks(path: Path) -> Mapping[str, str]:
+    """The text in the header of a file; empty if it cannot be read."""
     try:
-        return read_header(path).metadata.get(MARK) == MARK_VALUE
+        return read_header(path).metadata
     except CheckpointCorruptError:
-        return False
+        return {}
 
 
 def _has_files(folder: Path, record: dict[str, Any]) -> bool:
@@ -170,7 +237,9 @@ def fingerprint(folder: Path) -> object:
         except CheckpointCorruptError:
             return "unreadable"
     try:
-        stats = [(name, os.stat(folder / name)) for name in sorted(os.listdir(folder)) if OWN_FILE.fullmatch(name)]
+        names = [name for name in sorted(os.listdir(folder)) if OWN_FILE.fullmatch(name)]
+        names = names or sorted(str(path.relative_to(folder)) for path in _parts_of_export(folder))
+        stats = [(name, os.stat(folder / name)) for name in names]
     except OSError:
         return None
     return tuple((name, stat.st_size, stat.st_ino) for name, stat in stats) or None

@@ -1,1 +1,1 @@
-"""The bytes within files: safetensors, checksums, configuration files. Local files only."""
+"""The bytes within files: safetensors, checksums. Local files only."""

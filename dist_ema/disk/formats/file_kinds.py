@@ -1,16 +1,20 @@
-"""The kind of a file that is no safetensors file, by its first bytes. Nothing is unpickled. No communication."""
+"""The kind of a file that is no safetensors file, by its first bytes, and of a folder, by the names in it.
+
+Nothing is unpickled. No communication.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["kind_of", "kind_text"]
+__all__ = ["folder_kind", "kind_of", "kind_text"]
 
 _CONVERT = (
-    "read it with torch's load(path, weights_only=True), save its tensors with safetensors.torch.save_file, and give "
-    "that file"
+    "give this file to ShardedEMA.start_from, which takes its tensors, or read it with torch's load(path, "
+    "weights_only=True), save its tensors with safetensors.torch.save_file, and give that file"
 )
 _TORCH = f"it is a file of torch.save, which is not read here (a pickle may run code): {_CONVERT}"
 
@@ -38,6 +42,42 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"\s*[{\[]\s*[\"{\[\]}\d]"), "it is a JSON file: give the folder it lies in, or a safetensors file"),
 )
 _LONGEST = 512  # bytes
+
+# The files by which a folder of another library is known -> what it is, and the advice.
+_FOLDERS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"\.metadata|.*\.distcp"),
+        "it is a checkpoint of torch's DCP: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
+        "average.pt` makes a file that ShardedEMA.start_from reads; an average that ShardedEMA.stateful has put there "
+        "is loaded by DCP",
+    ),
+    (
+        re.compile(r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|.*\.orbax-.*"),
+        "it is a checkpoint of orbax (JAX): save its arrays with safetensors",
+    ),
+    (
+        re.compile(r"saved_model\.pb|checkpoint|.*\.data-\d{5}-of-\d{5}|.*\.h5|.*\.keras"),
+        "it is a model of TensorFlow or Keras: save its arrays with safetensors",
+    ),
+    (re.compile(r".*\.msgpack"), "it is a model of Flax: load it with from_flax=True and save it with safetensors"),
+    (
+        re.compile(r"model_index\.json"),
+        "it is a pipeline of diffusers: give the folder of one of its models, such as unet",
+    ),
+    (
+        re.compile(r"zero_to_fp32\.py|latest_checkpointed_iteration\.txt|mp_rank_.*|.*_optim_states\.pt"),
+        "it is a checkpoint of DeepSpeed or Megatron, in slices: make whole weights with that library's own tool (of "
+        "DeepSpeed zero_to_fp32, which lies there)",
+    ),
+)
+
+
+def folder_kind(names: Sequence[str]) -> str | None:
+    """The kind of a folder of another library with files of these names, with the advice; None if it is unknown."""
+    for pattern, kind in _FOLDERS:
+        if any(pattern.fullmatch(name) for name in names):
+            return kind
+    return None
 
 
 def kind_of(start: bytes) -> str | None:

@@ -4,6 +4,7 @@
     transformers, timm, the hub    model                      {stem}.safetensors     {stem}-00001-of-00002.safetensors
     diffusers                      diffusion_pytorch_model                           {stem}.safetensors.index.json
     PEFT                           adapter_model
+    diffusers, of an adapter       pytorch_lora_weights
 
 A new library's files are known everywhere once their stem is listed here. The module loads no torch.
 """
@@ -12,13 +13,23 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["ADAPTER_STEM", "DIFFUSERS_STEM", "MODEL_STEM", "STEMS", "WEIGHTS_FILE", "index_name", "one_file_name"]
+__all__ = [
+    "ADAPTER_STEM",
+    "DIFFUSERS_STEM",
+    "LORA_STEM",
+    "MODEL_STEM",
+    "STEMS",
+    "WEIGHTS_FILE",
+    "index_name",
+    "one_file_name",
+]
 
 MODEL_STEM = "model"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 ADAPTER_STEM = "adapter_model"
+LORA_STEM = "pytorch_lora_weights"
 # A folder with files of several stems is read as the first of them.
-STEMS = (MODEL_STEM, DIFFUSERS_STEM, ADAPTER_STEM)
+STEMS = (MODEL_STEM, DIFFUSERS_STEM, ADAPTER_STEM, LORA_STEM)
 
 # A file of weights, or the index of several.
 WEIGHTS_FILE = re.compile(rf"({'|'.join(STEMS)})(\.safetensors(\.index\.json)?|-\d{{5,}}-of-\d{{5,}}\.safetensors)")

@@ -18,7 +18,7 @@ from typing import Any
 
 from dist_ema.checks import file_name
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.file_kinds import kind_text
+from dist_ema.disk.formats.file_kinds import folder_kind, kind_text
 from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 
@@ -30,6 +30,7 @@ __all__ = [
     "StoredFile",
     "StoredModel",
     "StoredTensor",
+    "index_of_files",
     "open_regular",
     "read_exactly",
     "read_header",
@@ -72,12 +73,21 @@ _LARGEST_SIZE = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `start` is the byte offset from the beginning of the file, `dtype` is spelled as there."""
+    """A tensor in a file.
+
+    Attributes:
+        file: the name of the file.
+        dtype: the dtype, as safetensors spells it.
+        shape: the shape.
+        start: the byte offset from the beginning of the file.
+        part: of a file of torch.save the part with the tensor; `start` counts from the beginning of the part then.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     start: int
+    part: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -87,11 +97,11 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A file whose header is in order.
+    """A file whose header is in order, or a part of a file of torch.save.
 
     Attributes:
         size_bytes: the size of the whole file.
-        header_checksum: CRC-32 of the header, with its length.
+        header_checksum: CRC-32 of the header, with its length; of a part, of the names, dtypes and shapes.
         metadata: the text in the header.
         tensors: the tensors that the header describes.
     """
@@ -101,19 +111,26 @@ class StoredFile:
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
 
+    @property
+    def part(self) -> str | None:
+        """Of a file of torch.save the part that is read of it."""
+        return next((tensor.part for tensor in self.tensors.values()), None)
+
     def to_json(self) -> dict[str, Any]:
         """The header as JSON; see `StoredModel.to_json`."""
         tensors = {fqn: [tensor.dtype, list(tensor.shape), tensor.start] for fqn, tensor in self.tensors.items()}
-        return {**vars(self), "metadata": dict(self.metadata), "tensors": tensors}
+        return {**vars(self), "metadata": dict(self.metadata), "tensors": tensors, "part": self.part}
 
     @classmethod
     def from_json(cls, name: str, record: Mapping[str, Any]) -> StoredFile:
         """The file called `name`, of what `to_json` returned."""
+        fields = dict(record)
+        part = fields.pop("part")
         tensors = {
-            fqn: StoredTensor(name, dtype, tuple(shape), start)
+            fqn: StoredTensor(name, dtype, tuple(shape), start, part)
             for fqn, (dtype, shape, start) in record["tensors"].items()
         }
-        return cls(**{**record, "tensors": tensors})
+        return cls(**{**fields, "tensors": tensors})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +142,14 @@ class StoredModel:
         tensors: the name of a tensor -> its place.
         index_checksum: CRC-32 of the index file; None for a single file.
         stem: what the names of the files begin with.
+        names: the name of a tensor -> its name in the file, where that is another one.
     """
 
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
     index_checksum: int | None
     stem: str = MODEL_STEM
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The model as JSON, for ranks that cannot read the folder. It was checked when it was read."""
@@ -139,23 +158,29 @@ class StoredModel:
             "file_of": {fqn: tensor.file for fqn, tensor in self.tensors.items()},
             "index_checksum": self.index_checksum,
             "stem": self.stem,
+            "names": dict(self.names),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> StoredModel:
         """The model, of what `to_json` returned."""
         files = {name: StoredFile.from_json(name, file) for name, file in record["files"].items()}
-        tensors = {fqn: files[name].tensors[fqn] for fqn, name in record["file_of"].items()}
-        return cls(files, tensors, record["index_checksum"], record["stem"])
+        names = record["names"]
+        tensors = {fqn: files[name].tensors[names.get(fqn, fqn)] for fqn, name in record["file_of"].items()}
+        return cls(files, tensors, record["index_checksum"], record["stem"], names)
 
 
-def read_model_folder(folder: Path) -> StoredModel:
+def read_model_folder(folder: Path, stem: str | None = None) -> StoredModel:
     """The tensors of a model folder: of the files that its index lists, or of its one file (see file_names.py).
+
+    Args:
+        folder: the folder.
+        stem: what the names of the files begin with; None for what the folder has.
 
     Raises:
         CheckpointCorruptError: a file is missing, or a header or the index is not in order.
     """
-    stem = stem_in(folder)
+    stem = stem or stem_in(folder)
     if stem is None:
         raise CheckpointCorruptError(
             f"{folder} has neither {one_file_name(MODEL_STEM)} nor {index_name(MODEL_STEM)}, expected a folder of "
@@ -167,7 +192,7 @@ def read_model_folder(folder: Path) -> StoredModel:
         file = read_header(folder / name)
         return StoredModel({name: file}, file.tensors, None, stem)
     content = read_small(index_path)
-    file_of = _weight_map(index_path, content)
+    file_of = index_of_files(index_path, content)
     files = {name: read_header(folder / name) for name in dict.fromkeys(file_of.values())}
     tensors = {}
     for fqn, name in file_of.items():
@@ -188,12 +213,16 @@ def stem_in(folder: Path) -> str | None:
 def _other_weights(folder: Path) -> str:
     """The weights that the folder has in place of the expected files, with the advice."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        all_names = sorted(path.name for path in folder.iterdir())
     except OSError:
-        names = []
+        all_names = []
+    names = [name for name in all_names if not name.startswith(".")]
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors:
         return f"it has {', '.join(tensors[:3])}: give one of these files, if it holds the whole model"
+    kind = folder_kind(all_names)
+    if kind is not None:
+        return kind
     for name in names:
         if name.endswith(_PICKLED_ENDS):
             return f"it has {name}{kind_text(folder / name)}"
@@ -313,14 +342,19 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _weight_map(path: Path, content: bytes) -> dict[str, str]:
+def index_of_files(path: Path, content: bytes) -> dict[str, str]:
+    """The name of a tensor -> the name of its file, of the content of an index.
+
+    Raises:
+        CheckpointCorruptError: the content is no index of files in the same folder.
+    """
     try:
         weight_map = json.loads(content, object_pairs_hook=_without_repeats)["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("its weight_map lists nothing")
         return {fqn: file_name("weight_map", name) for fqn, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
-        raise CheckpointCorruptError(f"{path} is not an index of safetensors files: {_short(error)}") from error
+        raise CheckpointCorruptError(f"{path} is not an index of files of weights: {_short(error)}") from error
 
 
 def _short(error: BaseException) -> str:

@@ -47,12 +47,13 @@ DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The place of a whole tensor: `start` is the byte offset from the beginning of its file."""
+    """The place of a whole tensor: `start` is the byte offset from the beginning of its file, `name` its name there."""
 
     fqn: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    name: str
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class FileLayout:
-    """One safetensors file: its name, its header (length included), its entries by fqn, its size in bytes."""
+    """One safetensors file: its path in the folder, its header (length included), its entries by fqn, its bytes."""
 
     name: str
     header: bytes
@@ -78,7 +79,7 @@ class ModelFiles:
         files: the files with the tensors.
         index: the content of the index, where there are several files.
         stem: what the names of the files begin with.
-        texts: name -> content of further small files, such as config.json.
+        texts: path in the folder -> content of further small files, such as config.json.
         unfit: the names of small files that do not describe these tensors, and must not lie beside them.
     """
 
@@ -93,6 +94,12 @@ class ModelFiles:
         """The name of the index."""
         return index_name(self.stem)
 
+    @property
+    def sub_folders(self) -> list[str]:
+        """The sub-folders of the files, `.` among them."""
+        paths = [*(file.name for file in self.files), *self.texts]
+        return list(dict.fromkeys([".", *(os.path.dirname(path) or "." for path in paths)]))
+
     def locate(self) -> dict[str, tuple[FileLayout, Entry]]:
         """The name of a tensor -> its file and its place there."""
         return {fqn: (file, entry) for file in self.files for fqn, entry in file.entries.items()}
@@ -104,6 +111,7 @@ def lay_out_files(
     max_shard_size: int | str,
     metadata: Mapping[str, str],
     stem: str = MODEL_STEM,
+    names: Mapping[str, str] | None = None,
 ) -> ModelFiles:
     """Lay out whole tensors in files of at most `max_shard_size` bytes (or "5GB"), as huggingface_hub splits them.
 
@@ -112,6 +120,7 @@ def lay_out_files(
         max_shard_size: the largest size of a file; a larger tensor has a file of its own.
         metadata: text for the headers, such as the aliases of tied tensors.
         stem: what the names of the files begin with.
+        names: name -> another name that a tensor has in its file.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
@@ -119,8 +128,9 @@ def lay_out_files(
     """
     if isinstance(max_shard_size, bool) or (isinstance(max_shard_size, int | float) and not max_shard_size >= 1):
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
+    names = names or {}
     for fqn, dtype, _ in tensors:
-        if fqn == "__metadata__":
+        if names.get(fqn, fqn) == "__metadata__":
             raise UnsupportedModelError(f"a tensor is called {fqn!r}, which safetensors reserves: rename it")
         if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
@@ -128,7 +138,7 @@ def lay_out_files(
     for name in metadata:
         _check_text(name)
     ordered = {
-        fqn: Entry(fqn, dtype, shape, start=0)
+        fqn: Entry(fqn, dtype, shape, start=0, name=names.get(fqn, fqn))
         for fqn, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
     }
     try:
@@ -147,7 +157,8 @@ def lay_out_files(
     )
     if not split.is_sharded:
         return ModelFiles(files, None, stem)
-    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    weight_map = {names.get(fqn, fqn): file for fqn, file in split.tensor_to_filename.items()}
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(weight_map.items()))}
     return ModelFiles(files, json.dumps(index, indent=2).encode() + b"\n", stem)
 
 
@@ -166,7 +177,7 @@ def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str])
     header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     ends = list(itertools.accumulate((entry.nbytes for entry in entries), initial=0))
     for entry, (start, stop) in zip(entries, itertools.pairwise(ends), strict=True):
-        header[entry.fqn] = {
+        header[entry.name] = {
             "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, stop],

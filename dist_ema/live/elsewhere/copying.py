@@ -23,7 +23,7 @@ from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.spreading import spread_all
 from dist_ema.live.swap import meeting
 from dist_ema.live.teacher import copy_pairs
-from dist_ema.options import Patterns, matches_any, name_patterns
+from dist_ema.options import Options, Patterns, matches_any, name_patterns
 from dist_ema.ranks.calls import Call
 from dist_ema.topology.parts import whole_model
 from dist_ema.topology.planning import plan_model
@@ -47,10 +47,12 @@ def copy_to(
         picks = _picking(include, exclude)
         of_module = plan_model(
             whole_model(module),
-            averages=lambda names: True,
-            excludes=lambda names: not picks(names),
-            update_buffers=False,
-            experts=state.options.experts,
+            Options(
+                exclude=name_patterns("exclude", exclude),
+                trainable_only=False,
+                averaged_only=False,
+                experts=state.options.experts,
+            ),
             rank=exchange.rank,
             world_size=exchange.world_size,
         )
@@ -71,7 +73,7 @@ def copy_to(
     plan.drop_gathered()
     target.drop_gathered()
     live = functools.partial(copy_pairs, target.live_pairs())
-    spread_all(plan, values, target.of, [*meeting(call, state), live])
+    spread_all(plan, values, target.of, [*meeting(call, state), live], state.shown_buffers(state.track(track)))
 
 
 def _picking(include: Patterns, exclude: Patterns) -> Callable[[Sequence[str]], bool]:

@@ -25,9 +25,9 @@ from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.shards import Box, TensorSpec
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CommunicationError, ConfigError
+from dist_ema.live.elsewhere.chunks import SEGMENT_ALIGNMENT, Part, Portion, Sized, chunks_of, parts_of
+from dist_ema.live.elsewhere.ownership import Ownership, boxes_by_tensor
 from dist_ema.live.holders.replicas import Replicas
-from dist_ema.live.whole.chunks import SEGMENT_ALIGNMENT, Part, Portion, Sized, chunks_of, parts_of
-from dist_ema.live.whole.ownership import Ownership, boxes_by_tensor
 from dist_ema.ranks.broadcasts import Passing
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.deliveries import deliveries, device_of_messages
@@ -203,7 +203,7 @@ class _Stream:
         Job([Lane(make)])()
 
     def _meet(self) -> None:
-        self._state.stream_begins()
+        self._state.is_streamed = True
         self._is_met = True
 
     def tensors(self) -> NamedTensors:
@@ -237,7 +237,7 @@ class _Stream:
                 self._wait(number)
         finally:
             self._is_over = True
-            self._state.stream_ends()
+            self._state.is_streamed = False
             self._buffers, self._messages = [], {}
 
     @torch.no_grad()

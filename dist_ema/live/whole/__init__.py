@@ -1,1 +1,0 @@
-"""The average as a stream of whole tensors, in bounded memory."""
