@@ -79,8 +79,9 @@ class ShardedEMA:
         experts: plain tensors that each rank has of its own (local experts without DTensors), as a list of `Experts`.
             The average and its files have the whole tensors. `sharded_state_dict` shows DTensors over the group.
         into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
-            the model's names (excluded ones it may lack), shapes and layout, and the averaged dtype, and must take no
-            gradient. It begins as a copy of the model; every rank averages all that it holds of the teacher.
+            the model's names (excluded ones it may lack), shapes and layout, and must take no gradient. It begins as a
+            copy of the model; every rank averages all that it holds of the teacher. A teacher of a coarser dtype than
+            the averaged one (bfloat16) gets the average rounded, which every rank then keeps beside it.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
