@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from dist_ema import habits
-from dist_ema.averaging.standstill import Standstill
-from dist_ema.averaging.state import AveragedState
+from dist_ema.averaging.standstill import Standstill, update_and_count
 from dist_ema.averaging.streams import join_all, join_before_steps
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
@@ -25,6 +24,7 @@ from dist_ema.errors import ConfigError
 from dist_ema.live import distance, gather, sharded, stateful
 from dist_ema.live.correction import Bema, Correction
 from dist_ema.live.distance import Groups
+from dist_ema.live.elsewhere.elsewhere_calls import ElsewhereCalls, NamedTensors
 from dist_ema.live.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
 from dist_ema.options import Experts, Patterns
@@ -34,26 +34,6 @@ from dist_ema.schedules.base import fraction_between
 from dist_ema.schedules.functions import ScheduleLike
 
 __all__ = ["ShardedEMA"]
-
-
-def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    step, mode = state.num_updates, torch.is_grad_enabled()
-    try:
-        try:
-            state.update(found_inf)
-        except BaseException:
-            torch.set_grad_enabled(mode)  # see ranks/calls.py
-            raise
-    except BaseException:  # a second one, before the first was dealt with
-        torch.set_grad_enabled(mode)
-        raise
-    state.use.num_calls += 1
-    if step >= standstill.next_step:
-        standstill.tell(step)
-
-
-# A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
-_update = torch.compiler.disable(_update_and_count)
 
 
 class ShardedEMA:
@@ -100,8 +80,9 @@ class ShardedEMA:
         experts: plain tensors that each rank has of its own (local experts without DTensors), as a list of `Experts`.
             The average and its files have the whole tensors. `sharded_state_dict` shows DTensors over the group.
         into: a teacher module, whose parameters keep the average, so that it can run forward at every step. It needs
-            the model's names (excluded ones it may lack), shapes and layout, and the averaged dtype, and must take no
-            gradient. It begins as a copy of the model; every rank averages all that it holds of the teacher.
+            the model's names (excluded ones it may lack), shapes and layout, and must take no gradient. It begins as a
+            copy of the model; every rank averages all that it holds of the teacher. A teacher of a coarser dtype than
+            the averaged one (bfloat16) gets the average rounded, which every rank then keeps beside it.
 
     Raises:
         ConfigError: an option is out of range, or a pattern matches no name.
@@ -162,6 +143,7 @@ class ShardedEMA:
         self._state, self._replicas = built.state, built.replicas
         self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
+        self._elsewhere = ElsewhereCalls(built.state, built.replicas)
         self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
         self._on_detach: list[Callable[[], None]] = []
         if overlap:
@@ -221,7 +203,7 @@ class ShardedEMA:
         self._state.refuse_while_swapped("update")
         if batch_size is not None:
             self.expect_batch_size(batch_size)
-        _update(self._state, self._standstill, found_inf)
+        update_and_count(self._state, self._standstill, found_inf)
 
     def expect_batch_size(self, batch_size: float) -> None:
         """Give the batch size of the updates from now on, where a hook calls `update`. No communication.
@@ -285,6 +267,35 @@ class ShardedEMA:
         """
         self._calls("copy_to_model", lambda call: put_for_good(call, self._state, self._replicas, track, weight))
 
+    def copy_to(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        *,
+        track: str | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        """Collective: every rank must call it. Copy the average into another module of the same names and layout.
+
+        Nothing is gathered. Under FSDP2 every rank writes its own shards, and no values are sent. Where ranks hold the
+        same tensors (DDP, HSDP, what tensor parallelism leaves whole) owners broadcast what they own, in the dtype of
+        the module, and every rank gets the buffers of rank 0. What is not averaged gets the live values.
+
+        Args:
+            module: the other module, wrapped like the model on the same mesh, of any floating dtypes; or a list of
+                parts, as for the model.
+            track: the name of the average; may be left out if there is one.
+            include: glob pattern or patterns of names to copy; None for all.
+            exclude: glob pattern or patterns of names not to copy, such as those that only one of both has.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, a pattern matches nothing, or the module is the model.
+            UnsupportedModelError: names, shapes or layouts do not fit; nothing was written on any rank.
+            RankMismatchError: the ranks did not ask for the same.
+        """
+        self._calls("copy_to", lambda call: self._elsewhere.copy_to(call, module, track, include, exclude))
+
     def distance(self, track: str | None = None, *, groups: Groups | None = None) -> dict[str, float]:
         """Collective: every rank must call it. How far the live weights lie from an average, by groups of tensors.
 
@@ -338,6 +349,39 @@ class ShardedEMA:
         return self._calls(
             "full_state_dict", lambda call: gather.full_state_dict(call, self._state, self._replicas, track)
         )
+
+    def whole_tensors(
+        self,
+        track: str | None = None,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = 256 * 2**20,
+        ranks: Iterable[int] | None = None,
+    ) -> NamedTensors:
+        """Collective: every rank must call it, and exhaust or close what it returns. A stream of whole tensors.
+
+        Chunks are sent in the default process group, the next while the caller works on one. A rank that ends its
+        stream early (`break`, an error) goes on with the messages that are left, without keeping them; an interrupt is
+        raised after that. Until its stream has ended a rank refuses updates, loads and swaps. See docs/on_demand.md.
+
+        Args:
+            track: the name of the average; may be left out if there is one.
+            dtype: floating-point tensors are sent in it, torch.bfloat16 say; None keeps the averaged dtype.
+            bucket_bytes: bytes of messages that a rank keeps at a time. Besides what the caller keeps, a stream takes
+                this and the largest tensor.
+            ranks: the ranks that get the tensors; None for all. On the others the call returns an empty iterator when
+                what they own has been sent.
+
+        Returns:
+            (name, tensor) of all that `full_state_dict` has, in the model's order, a tied tensor once under each of its
+            names. Each is new memory: in the host's, or on the present GPU where the backend is NCCL.
+
+        Raises:
+            SwapError: the averaged weights are in the model, or another stream is open.
+            ConfigError: there is no such track, or an argument is out of range.
+            CommunicationError: a rank is gone; also while the stream goes on.
+        """
+        streamed = functools.partial(self._elsewhere.stream, track=track, dtype=dtype)
+        return self._calls("whole_tensors", functools.partial(streamed, bucket_bytes=bucket_bytes, ranks=ranks))
 
     def sharded_state_dict(self, track: str | None = None) -> dict[str, torch.Tensor]:
         """Collective where ranks hold the same tensors: the average laid out like the model's own state dict.

@@ -30,6 +30,7 @@ ROOMS = [
     "offline",
     "checkpoint",
     "checkpoint.nodes",
+    "live.elsewhere",
     "live",
     "live.holders",
     "averaging",

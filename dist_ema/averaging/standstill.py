@@ -1,4 +1,7 @@
-"""An average that stands still, because its schedule is over: one warning for a schedule. No communication."""
+"""An update as it is counted, and an average that then stands still, because its schedule is over. No communication.
+
+There is one warning for a schedule.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 
+import torch
+
+from dist_ema.averaging.state import AveragedState
 from dist_ema.messages import tell
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.nesting import steps_of
 
-__all__ = ["Standstill"]
+__all__ = ["Standstill", "update_and_count"]
 
 
 class Standstill:
@@ -50,3 +56,24 @@ def _is_still(schedule: Schedule, step: int) -> bool:
     with suppress(Exception):  # a schedule of the user may raise beyond its end
         return schedule.momentum(step) == 0.0 and schedule.momentum(step + 1) == 0.0
     return False
+
+
+def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
+    """Do one update: see `ShardedEMA.update`. It counts as a use, and warns when a schedule is over."""
+    step, mode = state.num_updates, torch.is_grad_enabled()
+    try:
+        try:
+            state.update(found_inf)
+        except BaseException:
+            torch.set_grad_enabled(mode)  # see ranks/calls.py
+            raise
+    except BaseException:  # a second one, before the first was dealt with
+        torch.set_grad_enabled(mode)
+        raise
+    state.use.num_calls += 1
+    if step >= standstill.next_step:
+        standstill.tell(step)
+
+
+# A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
+update_and_count = torch.compiler.disable(_update_and_count)

@@ -36,6 +36,7 @@ class _Now(NamedTuple):
         last_skipped: the flag of the latest update, while it is not known whether it was skipped; else None.
         not_started: fqns of tensors whose average a checkpoint did not have: their next use copies the live values.
         num_refused_before: how many live values were left out before a checkpoint was loaded; one rank has it for all.
+        is_streamed: whether the averages are being streamed, and must stay as they are.
         kept: track -> the buffers that a swap has kept with its average, or a checkpoint had; they may be out of date.
     """
 
@@ -72,6 +73,7 @@ class AveragedState:
         self._updater = Updater((), ())
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
+        self.is_streamed = False
         # It is replaced as a whole by one assignment, so that its fields always agree.
         self._now = _Now()
 
@@ -102,7 +104,7 @@ class AveragedState:
         self.join()
         self._updater.complete()
         _ = self.num_updates  # takes a skipped step back; the event of its flag could not be copied
-        return self.__dict__
+        return self.__dict__ | {"is_streamed": False}  # a stream goes on with the original
 
     def stop_overlapping(self) -> None:
         """Run further updates in line."""
@@ -389,10 +391,10 @@ class AveragedState:
         self._leave = None
 
     def refuse_while_swapped(self, call: str) -> None:
-        """Refuse a call that would mix up averaged and live weights.
+        """Refuse a call that would mix up averaged and live weights, or the averages of two updates in a stream.
 
         Raises:
-            SwapError: the averaged weights are in the model.
+            SwapError: the averaged weights are in the model, or are being streamed.
         """
         if self._leave is not None:
             self._leave()
@@ -401,6 +403,8 @@ class AveragedState:
                 f"{call}() was called while the averaged weights of track {self._swapped!r} are in the model: leave "
                 "the average_parameters() block first"
             )
+        if self.is_streamed:
+            raise SwapError(f"{call}() was called within a stream of whole_tensors(): exhaust it, or call its close()")
 
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""

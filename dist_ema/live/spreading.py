@@ -97,7 +97,7 @@ def put_average(
 def spread_all(
     plan: Plan,
     values: Sequence[torch.Tensor],
-    target: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor | None],
     meeting: Sequence[Callable[[], None]] = (),
     buffers: Mapping[Box, torch.Tensor] = _NO_BUFFERS,
     *,
@@ -126,19 +126,21 @@ def spread_all(
         given.append((shown, shared, False))
     elif buffers:
         held = [piece for division in shown.divisions for piece in division.held if piece.box in buffers]
-        own += [(target(Shard(piece, piece.box)), buffers[piece.box]) for piece in held]
+        pairs = ((target(Shard(piece, piece.box)), buffers[piece.box]) for piece in held)
+        own += [(shown_there, value) for shown_there, value in pairs if shown_there is not None]
     _spread(given, target, meeting, own, weight)
 
 
 def spread(
-    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor], *, averaged: bool = True
+    plan: Plan, values: Sequence[torch.Tensor], target: Callable[[Shard], torch.Tensor | None], *, averaged: bool = True
 ) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
     Args:
         plan: the model as boxes.
         values: values of `plan.owned(averaged=averaged)`, converted on the way.
-        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it.
+        target: returns the tensor that is to have the values of a shard, on its owner and on all ranks that hold it;
+            None to leave it out, on all of them alike.
         averaged: whether the averaged tensors are spread, or those that always show the live values.
     """
     _spread([(plan, values, averaged)], target, ())
@@ -150,7 +152,7 @@ _Given = tuple[Plan, Sequence[torch.Tensor], bool]
 
 def _spread(
     given: Sequence[_Given],
-    target: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor | None],
     meeting: Sequence[Callable[[], None]],
     own: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     weight: float = 1.0,
@@ -174,21 +176,25 @@ def _add_spreading(
     steps: Steps,
     plan: Plan,
     values: Sequence[torch.Tensor],
-    target: Callable[[Shard], torch.Tensor],
+    target: Callable[[Shard], torch.Tensor | None],
     averaged: bool,
     room: _Room,
     weight: float,
 ) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
+        own = target(shard)
+        if own is None:
+            continue
         if weight == 1.0:
-            steps.again(functools.partial(target(shard).copy_, value))
+            steps.again(functools.partial(own.copy_, value))
         else:
-            _add_blending(steps, target(shard), value, weight, room)
+            _add_blending(steps, own, value, weight, room)
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
         for position, owner in enumerate(division.ranks):
-            for bucket in _buckets([target(shard) for shard in division.run(position)]):
+            targets = map(target, division.run(position))
+            for bucket in _buckets([of_shard for of_shard in targets if of_shard is not None]):
                 _add_refreshing(steps, bucket, owner, division, room)
 
 

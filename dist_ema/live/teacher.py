@@ -6,6 +6,9 @@ Each rank averages what it holds of the student into what it holds of the teache
                              v                   v                              v           v
              teacher  [ shard of rank 0 ] [ shard of rank 1 ]               teacher  [ whole ]   [ whole ]
 
+A teacher of a coarser dtype (bfloat16) would lose the motion of an average. Each rank then keeps an fp32 average of all
+that it holds of the teacher, and rounds it into the teacher whenever it has moved.
+
 The owners of the student's boxes write the files, as for any average. After a load the owners send their boxes to the
 ranks that hold these alike. What is not averaged (buffers, excluded tensors) is copied from the student at each update.
 """
@@ -21,6 +24,7 @@ from dist_ema.averaging.averages import Averages, copy_pairwise
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.errors import ConfigError, UnsupportedModelError
+from dist_ema.live.counterparts import matched, tensors_by_names
 from dist_ema.live.spreading import spread
 
 __all__ = ["Teacher", "TeacherAverages", "copy_pairs"]
@@ -33,6 +37,7 @@ class Teacher:
         plan: the student's plan, whose `drop_gathered` and `check_model` are also for the teacher.
         whole_shards: shards of all that this rank holds of the averaged tensors, also of what others hold alike.
         shown: the plan of the teacher's tensors that are not averaged.
+        is_rounded: whether the teacher has the averages in a coarser dtype than they are kept in.
         repeated: the names of the tensors of which an earlier rank holds the same piece.
 
     Args:
@@ -47,10 +52,10 @@ class Teacher:
 
     def __init__(self, student: Plan, teacher: Plan, dtype: torch.dtype) -> None:
         _check_names(student, teacher)
-        names_of_student = _names(student)
+        names_of_student = tensors_by_names(student)
         # Fqn in the teacher -> fqn of the same tensor in the student.
-        student_fqns = {fqn: names_of_student[names] for names, fqn in _names(teacher).items()}
-        self._counterparts = _matched(student, teacher, student_fqns)
+        student_fqns = {fqn: names_of_student[names] for names, fqn in tensors_by_names(teacher).items()}
+        self._counterparts = matched(student, teacher, student_fqns, "into")
         self._drop_gathered = teacher.drop_gathered
 
         def drop_gathered() -> None:
@@ -78,10 +83,25 @@ class Teacher:
         self.shown = _part(self.plan, set(student_fqns.values()))
         for shard in self.whole_shards:
             _check_pair(shard.held, self._counterparts[shard.held.box], dtype)
+        self.is_rounded = any(self.counterpart(shard).spec.dtype != dtype for shard in self.whole_shards)
+        self._kept: Mapping[Box, torch.Tensor] = {}
 
     def values_of(self, shard: Shard) -> torch.Tensor:
-        """The teacher's values for a shard of the student, sharing memory with the teacher."""
-        return shard.within(self.counterpart(shard).values())
+        """The averaged values of a shard of the student, sharing memory with the teacher, or with what is kept."""
+        return shard.within(self._averaged(shard.held.box))
+
+    def _averaged(self, box: Box) -> torch.Tensor:
+        return self._kept[box] if self.is_rounded else self._counterparts[box].values()
+
+    def keep(self, values: Sequence[torch.Tensor]) -> None:
+        """Keep the averages in these tensors, one for each of `whole_shards`; the teacher has them rounded."""
+        self._kept = {shard.box: value for shard, value in zip(self.whole_shards, values, strict=True)}
+
+    @torch.no_grad()
+    def show_averaged(self) -> None:
+        """Round the averages that are kept into the teacher."""
+        boxes = list(self._kept)
+        copy_pairwise([self._counterparts[box].values() for box in boxes], [self._kept[box] for box in boxes])
 
     def counterpart(self, shard: Shard) -> Held:
         """What the teacher holds for the tensor of the student in which the shard lies."""
@@ -116,11 +136,16 @@ class Teacher:
         own = plan.owned(averaged=averaged)
         divisions = [division for division in plan.divisions if division.averaged == averaged]
         if all(len(division.ranks) == 1 for division in divisions):
-            return [(self.values_of(shard), value) for shard, value in zip(own, values, strict=True)]
-        targets = {held.box: self._counterparts[held.box].values() for division in divisions for held in division.held}
+            where = self.values_of if averaged else self._shown_of
+            return [(where(shard), value) for shard, value in zip(own, values, strict=True)]
+        boxes = [held.box for division in divisions for held in division.held]
+        targets = {box: self._averaged(box) if averaged else self._counterparts[box].values() for box in boxes}
         arrived = {box: torch.empty_like(target) for box, target in targets.items()}
         spread(plan, values, lambda shard: shard.within(arrived[shard.held.box]), averaged=averaged)
         return [(target, arrived[box]) for box, target in targets.items()]
+
+    def _shown_of(self, shard: Shard) -> torch.Tensor:
+        return shard.within(self.counterpart(shard).values())
 
     def show_live(self) -> None:
         """Copy the tensors that are not averaged from the student."""
@@ -172,13 +197,8 @@ def _part(plan: Plan, names: Collection[str]) -> Plan:
     )
 
 
-def _names(plan: Plan) -> dict[frozenset[str], str]:
-    """All names of a tensor -> its fqn."""
-    return {frozenset(names): fqn for fqn, names in plan.names_of_tensors.items()}
-
-
 def _check_names(student: Plan, teacher: Plan) -> None:
-    of_student, of_teacher = _names(student), _names(teacher).keys()
+    of_student, of_teacher = tensors_by_names(student), tensors_by_names(teacher).keys()
     averaged = {spec.fqn for spec in student.specs if spec.averaged}
     missing = sorted(sorted(names) for names, fqn in of_student.items() if fqn in averaged and names not in of_teacher)
     extra = sorted(map(sorted, of_teacher - of_student.keys()))
@@ -189,42 +209,17 @@ def _check_names(student: Plan, teacher: Plan) -> None:
         )
 
 
-def _matched(student: Plan, teacher: Plan, student_fqns: Mapping[str, str]) -> Mapping[Box, Held]:
-    """Box that this rank holds of the student -> what this rank holds of the teacher there."""
-    by_box = {
-        dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn]): held
-        for division in teacher.divisions
-        for held in division.held
-    }
-    known = set(student_fqns.values())
-    of_student = [held for division in student.divisions if not division.extra_state for held in division.held]
-    for held in of_student:
-        if held.spec.fqn in known and held.box not in by_box:
-            raise UnsupportedModelError(
-                f"{held.spec.fqn} of into is not laid out as in the model: this rank holds {held.box.sizes} at "
-                f"{held.box.offsets} of the model's {list(held.spec.shape)}. Wrap both alike, on the same mesh "
-                "(fully_shard both, or keep both whole)"
-            )
-    # Nothing would ever move what a teacher has on this rank beyond that.
-    present = {held.box for held in of_student}
-    for division in teacher.divisions:
-        for held in division.held if not division.extra_state else ():
-            box = dataclasses.replace(held.box, fqn=student_fqns[held.spec.fqn])
-            if box.numel and box not in present:
-                raise UnsupportedModelError(
-                    f"into has {held.spec.fqn} on this rank ({box.sizes} at {box.offsets} of {list(held.spec.shape)}), "
-                    "and the model has not: expected a teacher of what this rank trains, such as a copy of its stage"
-                )
-    return by_box
-
-
 def _check_pair(student: Held, teacher: Held, dtype: torch.dtype) -> None:
     fqn = student.spec.fqn
-    if teacher.spec.dtype != dtype:
+    if teacher.spec.dtype != dtype and not _is_coarser(teacher.spec.dtype, dtype):
         raise ConfigError(
-            f"{fqn} of into is {teacher.spec.dtype}, expected the averaged dtype {dtype}: convert the teacher "
-            f"(teacher.to({dtype})), or give dtype={teacher.spec.dtype}"
+            f"{fqn} of into is {teacher.spec.dtype}, expected the averaged dtype {dtype}, or a coarser one beside "
+            f"which the average is kept: convert the teacher (teacher.to({dtype})), or give dtype={teacher.spec.dtype}"
         )
     live, averaged = student.values(), teacher.values()
     if live.numel() and live.data_ptr() == averaged.data_ptr():
         raise ConfigError(f"{fqn} of into is the model's own tensor, expected another one: copy.deepcopy it first")
+
+
+def _is_coarser(dtype: torch.dtype, averaged: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(averaged).eps

@@ -8,20 +8,61 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from dist_ema.averaging.averages import Averages
 from dist_ema.averaging.state import AveragedState
-from dist_ema.averaging.streams import join_all
+from dist_ema.averaging.streams import Stream, join_all
 from dist_ema.averaging.update import Updater
 from dist_ema.boxes.shards import Shard
 from dist_ema.live.teacher import Teacher, TeacherAverages, copy_pairs
 from dist_ema.options import Options
 from dist_ema.schedules.base import Schedule
-from dist_ema.uninterrupted import Lane, Once
+from dist_ema.uninterrupted import Job, Lane, Once
 
 __all__ = ["TeacherState"]
+
+
+class _RoundingUpdater(Updater):
+    """Moves averages that are kept beside a teacher of a coarser dtype, and rounds them into it.
+
+    Args:
+        teacher: the teacher.
+        shards: as of `Updater`.
+        tracks: as of `Updater`.
+        options: as of `Updater`.
+    """
+
+    def __init__(self, teacher: Teacher, shards: Sequence[Shard], tracks: Sequence[Averages], **options: Any) -> None:
+        super().__init__(shards, tracks, **options)
+        self._teacher = teacher
+
+    def complete(self) -> None:
+        """As `Updater.complete`; the teacher shows what it has left."""
+        was_begun = self._begun is not None
+        super().complete()
+        if was_begun:
+            self._show()
+
+    def mend(self) -> None:
+        """As `Updater.mend`; the teacher shows what was mended."""
+        super().mend()
+        self._show()
+
+    def _run(self, stream: Stream, job: Job) -> None:
+        try:
+            super()._run(stream, job)
+        finally:  # the averages have moved, whatever was raised
+            try:
+                self._show()
+            except BaseException:
+                self._show()
+                raise
+
+    def _show(self) -> None:
+        Job([Lane.of(self._teacher.show_averaged)])()
 
 
 class TeacherState(AveragedState):
@@ -44,9 +85,12 @@ class TeacherState(AveragedState):
     def allocate(self) -> None:
         """Copy the model to the teacher."""
         teacher, skip = self._teacher, self.options.skip_nonfinite
+        if teacher.is_rounded:
+            teacher.keep(Averages(teacher.whole_shards, dtype=self.options.dtype, device=None).values)
         self.averages = {name: TeacherAverages(self.shards, teacher) for name in self.schedules}
         everything = TeacherAverages(teacher.whole_shards, teacher)
-        self._updater = Updater(teacher.whole_shards, [everything], skip_nonfinite=skip, uncounted=teacher.repeated)
+        kind = functools.partial(_RoundingUpdater, teacher) if teacher.is_rounded else Updater
+        self._updater = kind(teacher.whole_shards, [everything], skip_nonfinite=skip, uncounted=teacher.repeated)
         self._copy_live(None, [Lane.of(teacher.show_live)], counted=False)
 
     def _begin_update(self) -> list[Lane]:
