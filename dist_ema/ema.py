@@ -21,11 +21,12 @@ from dist_ema.checkpoint.save_calls import SaveCalls
 from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
-from dist_ema.live import distance, gather, sharded, stateful
+from dist_ema.live import distance
 from dist_ema.live.correction import Bema, Correction
 from dist_ema.live.distance import Groups
 from dist_ema.live.elsewhere.elsewhere_calls import ElsewhereCalls, NamedTensors
-from dist_ema.live.stateful import StatefulAverages
+from dist_ema.live.state_dicts import gather, sharded, stateful
+from dist_ema.live.state_dicts.stateful import StatefulAverages
 from dist_ema.live.swap import Swap, put_for_good
 from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls

@@ -17,7 +17,7 @@ from dist_ema._version import __version__
 from dist_ema.cli import commands, inspecting, merging
 from dist_ema.cli.answers import BadAnswer
 from dist_ema.errors import DistEMAError
-from dist_ema.schedules.merging import SHAPES
+from dist_ema.schedules.coefficients import SHAPES
 from dist_ema.schedules.records import SCHEDULES
 
 __all__ = ["main"]

@@ -12,7 +12,7 @@ from dist_ema.cli.answers import BadAnswer, json_answer, progress_bar
 from dist_ema.cli.inspecting import kind_of_weights
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
-from dist_ema.disk.formats.headers import stem_in
+from dist_ema.disk.formats.file_names import stem_in
 from dist_ema.disk.listing import holds_average
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.disk.saved_average import damage_text, damaged_tensors, read_saved

@@ -14,7 +14,7 @@ from dist_ema.checks import local
 from dist_ema.cli.answers import BadAnswer, json_answer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
-from dist_ema.disk.formats.headers import stem_in
+from dist_ema.disk.formats.file_names import stem_in
 from dist_ema.disk.listing import ListedAverage, averages_below, bytes_of, read_listing
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.disk.saved_average import check_files

@@ -11,8 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema.disk.folders import contents
-from dist_ema.disk.formats.file_names import ADAPTER_STEM, LORA_STEM, MODEL_STEM, STEMS, index_name, one_file_name
-from dist_ema.disk.formats.headers import StoredModel, read_header, read_model_folder, stem_in
+from dist_ema.disk.formats.file_names import (
+    ADAPTER_STEM,
+    LORA_STEM,
+    MODEL_STEM,
+    STEMS,
+    index_name,
+    one_file_name,
+    stem_in,
+)
+from dist_ema.disk.formats.headers import StoredModel, read_header, read_model_folder
 from dist_ema.disk.forms.form import TOP
 from dist_ema.disk.manifest import Manifest
 from dist_ema.disk.saved_average import read_saved

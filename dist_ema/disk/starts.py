@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.disk.folders import contents
-from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, STEMS, WEIGHTS_FILE, index_name
+from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, STEMS, WEIGHTS_FILE, index_name, stem_in
 from dist_ema.disk.formats.headers import (
     ITEM_BYTES,
     StoredFile,
@@ -38,7 +38,6 @@ from dist_ema.disk.formats.headers import (
     read_header,
     read_model_folder,
     read_small,
-    stem_in,
 )
 from dist_ema.disk.formats.pickles import PickledFile, is_pickled, mmengine_lines
 from dist_ema.disk.manifest import read_manifest

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import MergeSchedule, ShardedEMA, consolidate_checkpoint, merge
-from dist_ema.schedules.merging import merge_coefficients
+from dist_ema.schedules.coefficients import merge_coefficients
 
 SHAPES = ("linear", "1-sqrt", "cosine")
 # Values 1 to 6 are those of updates 2 to 7; the run stops after update 4 and goes on elsewhere.

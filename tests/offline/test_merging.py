@@ -30,7 +30,7 @@ from dist_ema import (
 )
 from dist_ema.cli import main
 from dist_ema.offline.merging.dcp import DcpCheckpoint
-from dist_ema.schedules.merging import merge_coefficients
+from dist_ema.schedules.coefficients import merge_coefficients
 
 HALF = ConstantSchedule(momentum=0.5)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_ema import ConfigError, EqualSchedule, MergeSchedule, PowerSchedule, ShardedEMA, after
-from dist_ema.schedules.merging import merge_coefficients
+from dist_ema.schedules.coefficients import merge_coefficients
 from dist_ema.schedules.records import is_known, schedule_to_json
 
 CURVES = {

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_ema.disk.folders.contents import own_files, track_folders
-from dist_ema.disk.formats.file_names import WEIGHTS_FILE
-from dist_ema.disk.formats.headers import stem_in
+from dist_ema.disk.formats.file_names import WEIGHTS_FILE, stem_in
 
 __all__ = ["carry_over", "sync"]
 

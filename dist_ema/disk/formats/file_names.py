@@ -11,7 +11,9 @@ A new library's files are known everywhere once their stem is listed here. The m
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 __all__ = [
     "ADAPTER_STEM",
@@ -22,6 +24,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "index_name",
     "one_file_name",
+    "stem_in",
 ]
 
 MODEL_STEM = "model"
@@ -43,3 +46,11 @@ def one_file_name(stem: str) -> str:
 def index_name(stem: str) -> str:
     """The name of the index of several files."""
     return f"{stem}.safetensors.index.json"
+
+
+def stem_in(folder: Path) -> str | None:
+    """What the names of the files of weights in a folder begin with; None if it has no such files."""
+    for stem in STEMS:
+        if any(os.path.lexists(folder / name) for name in (index_name(stem), one_file_name(stem))):
+            return stem
+    return None

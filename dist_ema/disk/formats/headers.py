@@ -19,7 +19,7 @@ from typing import Any
 from dist_ema.checks import file_name
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.file_kinds import folder_kind, kind_text
-from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
+from dist_ema.disk.formats.file_names import MODEL_STEM, index_name, one_file_name, stem_in
 from dist_ema.errors import CheckpointCorruptError, ConfigError
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "read_header",
     "read_model_folder",
     "read_small",
-    "stem_in",
 ]
 
 # The entry of a header that is no tensor.
@@ -204,14 +203,6 @@ def read_model_folder(folder: Path, stem: str | None = None) -> StoredModel:
             raise CheckpointCorruptError(f"{index_path} says that {fqn[:200]!r} is in {name}, but it is not")
         tensors[fqn] = files[name].tensors[fqn]
     return StoredModel(files, tensors, checksum(content), stem)
-
-
-def stem_in(folder: Path) -> str | None:
-    """What the names of the files of weights in a folder begin with; None if it has no such files."""
-    for stem in STEMS:
-        if any(os.path.lexists(folder / name) for name in (index_name(stem), one_file_name(stem))):
-            return stem
-    return None
 
 
 def _other_weights(folder: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dist_ema.disk.folders import contents
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, stem_in
+from dist_ema.disk.formats.file_names import stem_in
+from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_chunk, read_saved
 from dist_ema.disk.sources import Weights, averaged_side, find_weights
 from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError

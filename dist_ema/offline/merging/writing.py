@@ -30,7 +30,7 @@ from dist_ema.offline.merging.matching import Matched, match
 from dist_ema.offline.merging.sources import Mergeable, open_source, watched
 from dist_ema.offline.summing import Chunks, TensorSource
 from dist_ema.options import floating_dtype
-from dist_ema.schedules.merging import merge_coefficients
+from dist_ema.schedules.coefficients import merge_coefficients
 
 __all__ = ["Merge", "MergePlan", "MergedSource", "checked_coefficients", "merge", "plan_merge", "write_merge"]
 

@@ -14,10 +14,10 @@ from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.shards import Box
 from dist_ema.disk.manifest import Manifest
 from dist_ema.errors import CheckpointMismatchError, ConfigError
-from dist_ema.live import sharded
-from dist_ema.live.dict_record import manifest_of_dict, record_of, record_tensors
 from dist_ema.live.distance import sum_refused
 from dist_ema.live.holders.replicas import Replicas
+from dist_ema.live.state_dicts import sharded
+from dist_ema.live.state_dicts.dict_record import manifest_of_dict, record_of, record_tensors
 from dist_ema.ranks.calls import Call, Calls
 
 __all__ = ["StatefulAverages", "load_whole", "stateful", "whole"]
