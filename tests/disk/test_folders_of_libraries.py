@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import nn
 
 from dist_ema import ConstantSchedule, PowerSchedule, ShardedEMA, consolidate_checkpoint, synthesize
+from dist_ema.disk.forms.models import origin_of
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -220,6 +223,30 @@ def test_an_export_renews_its_own_card_and_never_one_of_the_user(tmp_path) -> No
         write()
         assert "# My model" in card.read_text()
     assert "README.md" not in names_in(tmp_path / "ema"), "a checkpoint has no card"
+
+
+def test_no_card_has_a_base_model_that_the_hub_would_refuse(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    for name in ("gpt2", "Qwen/Qwen3-0.6B", "a_b/c.d-e", "x"):
+        validate_repo_id(name)
+        assert origin_of(name) == name
+    for name in (
+        "my model",
+        "a--b/c",
+        "a..b",
+        "me/model.git",
+        "-a",
+        "a/b/c",
+        "",
+        "\u00e9t\u00e9",
+        "x" * 97,
+        "me/model\n",
+    ):
+        with pytest.raises(HFValidationError):
+            validate_repo_id(name)
+        assert origin_of(name) == ""
+    assert [origin_of(path) for path in ("base", "./a", "/a/b", "~/a", "C:/a", "a\\b", None)] == [""] * 7
 
 
 def test_a_synthesized_average_has_the_form_of_its_snapshots(tmp_path) -> None:

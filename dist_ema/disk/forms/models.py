@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -80,8 +81,14 @@ def dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# The hub refuses to take a card whose base model has another form: huggingface_hub's validate_repo_id has the rule.
+_REPO_ID = re.compile(
+    r"(?=.{1,96}\Z)(?:[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/)?[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII
+)
+
+
 def origin_of(value: object) -> str:
     """The name of a model on the hub, if this is one: "owner/name" or "name", and no path of this machine."""
-    if not isinstance(value, str) or not value or value.startswith(("/", ".", "~", "\\")) or value.count("/") > 1:
+    if not isinstance(value, str) or not _REPO_ID.fullmatch(value) or "--" in value or ".." in value:
         return ""
-    return "" if "\\" in value or ":" in value or Path(value).exists() else value
+    return "" if value.endswith(".git") or Path(value).exists() else value
