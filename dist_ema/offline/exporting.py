@@ -64,7 +64,10 @@ def lay_out_export(
         form = FolderForm(is_described=are_described([*saved.manifest.tensors, *aliases]))
     names = form.small_files or (_CONFIG_NAMES if form.is_described else ())
     of_weights = config_dtype if form.kind in (PLAIN, TRANSFORMERS) else None  # others do not name it
-    return lay_out_form(form, tensors, aliases, max_shard_size, _texts(folder, names, of_weights))
+    texts = _texts(folder, names, of_weights)
+    lifted, former = form.lifted(saved.manifest.tensors)
+    texts = {path.removeprefix(f"{former}/"): content for path, content in texts.items()}
+    return lay_out_form(lifted, tensors, aliases, max_shard_size, texts)
 
 
 def write_model_folder(

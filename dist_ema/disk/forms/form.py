@@ -26,6 +26,7 @@ __all__ = [
     "ADAPTER_CONFIG_NAME",
     "CARD_NAME",
     "CONFIG_NAME",
+    "DEFAULT_ADAPTER",
     "DIFFUSERS",
     "GENERATION_NAME",
     "HUB",
@@ -61,6 +62,8 @@ _CONFIG_NAMES = (CONFIG_NAME, GENERATION_NAME, ADAPTER_CONFIG_NAME)
 
 # The folder of the form itself; several adapters have folders in it.
 TOP = "."
+# PEFT's own name of an only adapter; its files lie at the top.
+DEFAULT_ADAPTER = "default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,24 @@ class FolderForm:
             if place in places or place[1] == METADATA:
                 raise ValueError(f"{fqn[:80]!r} is called {place[1][:80]!r} in its file, as another entry is")
             places[place] = fqn
+
+    def lifted(self, fqns: Iterable[str]) -> tuple[FolderForm, str]:
+        """The form where the top need not be free, and the sub-folder whose files come to the top (`TOP` for none).
+
+        In a checkpoint of a Trainer adapters lie one folder deeper (`takes_adapters`), and in no export: there the only
+        adapter lies at the top, or else the default one.
+        """
+        folders = {self.folder_of(fqn) for fqn in fqns}
+        top = next(iter(folders)) if len(folders) == 1 else DEFAULT_ADAPTER
+        if TOP in folders or top not in folders:
+            return self, TOP
+        form = dataclasses.replace(
+            self,
+            folders={fqn: folder for fqn, folder in self.folders.items() if folder != top},
+            headers={TOP if folder == top else folder: header for folder, header in self.headers.items()},
+            small_files=tuple(path.removeprefix(f"{top}/") for path in self.small_files),
+        )
+        return form, top
 
     def name_of(self, fqn: str) -> str:
         """The name of a tensor in its file."""
