@@ -39,7 +39,11 @@ def keep_buffers(state: AveragedState, track: str) -> None:
     """Keep the buffers that are in the model now with the average of a track, which is in the model.
 
     An averaged buffer that was changed since the swap began takes the place of its average, which goes on from it.
+
+    Raises:
+        ModelChangedError: the model is not as it was when the average was built.
     """
+    state.plan.check_model()  # a buffer may be gone
     averages, replaced = state.averages[track], []
     residuals = averages.residuals or (None,) * len(state.shards)
     for shard, average, residual in zip(state.shards, averages.values, residuals, strict=True):

@@ -287,3 +287,40 @@ def test_a_run_goes_on_from_files_whose_names_are_those_of_a_library(tmp_path, m
 
     with pytest.raises(CheckpointCorruptError, match=r"1\.(weight|bias)"):
         again.load(tmp_path / "ema")
+
+
+def adapters(*names: str) -> nn.Module:
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: nn.Module = peft.get_peft_model(nn.Sequential(nn.Linear(4, 2)), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("names", [("default",), ("default", "style"), ("mine",), ("a", "b")])
+def test_an_adapter_from_a_checkpoint_of_the_trainer_lies_at_the_top_of_an_export(tmp_path, names) -> None:
+    """There it lies one folder deeper, where no loader of PEFT would look for it in an export."""
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    ema = averaged(adapters(*names), trainable_only=True)
+    ema.save(checkpoint / "ema")
+    assert not (checkpoint / "ema" / "adapter_config.json").exists()
+    ema.consolidate(tmp_path / "online")
+    consolidate_checkpoint(checkpoint, tmp_path / "offline")
+    online, offline = (
+        {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in (tmp_path / folder).rglob("*.*")}
+        for folder in ("online", "offline")
+    )
+    assert online == offline and ("adapter_config.json" in online) == (names != ("a", "b"))
+    again = averaged(adapters(*names), trainable_only=True)
+    again.load(checkpoint)
+    again.start_from(tmp_path / "offline")
+    for name, value in ema.full_state_dict().items():
+        assert torch.equal(again.full_state_dict()[name], value)

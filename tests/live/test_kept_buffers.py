@@ -271,6 +271,14 @@ def test_a_buffer_that_cannot_be_kept_is_an_error_at_the_end_of_the_block_and_th
     recalibrate(net, ema)
 
 
+def test_a_buffer_that_the_block_has_deleted_is_named_as_a_change_of_the_model() -> None:
+    net, ema = after_steps()
+    weights = {name: value.clone() for name, value in net.named_parameters()}
+    with pytest.raises(ModelChangedError, match="running_mean"), ema.average_parameters(keep_buffers=True):
+        del net.norm.running_mean
+    assert all(torch.equal(value, weights[name]) for name, value in net.named_parameters()), "live again"
+
+
 def test_what_cannot_keep_them_is_refused() -> None:
     net, ema = after_steps()
     with pytest.raises(ConfigError, match="keep_buffers is 'no'"), ema.average_parameters(keep_buffers="no"):
