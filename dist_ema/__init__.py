@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.errors import *  # noqa: F403
     from dist_ema.integrations.accelerate import attach as attach
+    from dist_ema.live.correction import Bema as Bema
     from dist_ema.offline.consolidation import consolidate_checkpoint as consolidate_checkpoint
+    from dist_ema.offline.merging.writing import merge as merge
     from dist_ema.offline.synthesis import synthesize as synthesize
     from dist_ema.options import Experts as Experts
     from dist_ema.schedules.catalog import *  # noqa: F403
 
 # Name -> its module.
 _HOME = {
+    "Bema": "dist_ema.live.correction",
     "Experts": "dist_ema.options",
     "ShardedEMA": "dist_ema.ema",
     "attach": "dist_ema.integrations.accelerate",
     "consolidate_checkpoint": "dist_ema.offline.consolidation",
+    "merge": "dist_ema.offline.merging.writing",
     "synthesize": "dist_ema.offline.synthesis",
 }
 

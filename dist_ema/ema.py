@@ -22,6 +22,7 @@ from dist_ema.checks import PathLike
 from dist_ema.construction import build
 from dist_ema.errors import ConfigError
 from dist_ema.live import distance, gather, sharded, stateful
+from dist_ema.live.correction import Bema, Correction
 from dist_ema.live.distance import Groups
 from dist_ema.live.elsewhere.elsewhere_calls import ElsewhereCalls, NamedTensors
 from dist_ema.live.stateful import StatefulAverages
@@ -215,7 +216,9 @@ class ShardedEMA:
         """
         self._state.batch_size = fraction_between("batch_size", batch_size, 0.0, math.inf)
 
-    def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
+    def average_parameters(
+        self, track: str | None = None, *, keep_buffers: bool = False, correct: Bema | None = None
+    ) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.
 
         Collective where ranks hold the same averaged tensors (DDP, Replicate axes, what FSDP leaves whole): every rank
@@ -231,31 +234,38 @@ class ShardedEMA:
                 state dicts and files show them until an update moves the average. From then on the live buffers are
                 shown again, and the next save warns of it. With `update_buffers` a buffer that the block has changed
                 replaces its average, which goes on from there. After an exception in the block nothing is kept.
+            correct: show EMA + a * (live - start) in place of the average, for parameters. With `Bema(start=folder)`
+                every rank must enter it, whatever the layout, since all read the folder together. It needs memory for
+                one more copy of what this rank owns. Before the first update there is nothing to correct.
 
         Raises:
             SwapError: an average is in the model already.
             ConfigError: there is no such track, or buffers of a teacher are to be kept.
+            CheckpointError: the folder of the start cannot be read, or is of another model; nothing has changed.
             UnsupportedModelError: ranks that should hold the same weights do not (compared before the first swap).
         """
-        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers)
+        by = Correction.of(correct, self._state, load_calls.read_start)
+        return Swap(self._calls, self._state, self._replicas, track, keep_buffers=keep_buffers, correct=by)
 
-    def copy_to_model(self, track: str | None = None) -> None:
-        """Put the averaged weights into the model for good. Collective where `average_parameters` is.
+    def copy_to_model(self, track: str | None = None, *, weight: float = 1.0) -> None:
+        """Put the averaged weights into the model for good, or blend them in. Collective where `average_parameters` is.
 
-        Where ranks hold the same tensors, every rank then has the persistent buffers of rank 0 as well, and memory is
-        needed for one copy: after an interrupt the live weights are put back.
+        The optimizer's state stays as it is: its moments are those of the former weights. Where ranks hold the same
+        tensors, every rank then has the persistent buffers of rank 0 as well, and memory is needed for one copy: after
+        an interrupt the live weights are put back. Elsewhere an interrupt is raised when all is done.
 
         DeepSpeed's next step writes its masters of the former weights over the average, unless
         `engine.optimizer.refresh_fp32_params()` was called after this.
 
         Args:
             track: the name of the average; may be left out if there is one.
+            weight: live <- (1 - weight) * live + weight * average, computed in the averaged dtype; above 0, at most 1.
 
         Raises:
             SwapError: an average is in the model already.
-            ConfigError: there is no such track.
+            ConfigError: there is no such track, or the weight is out of range.
         """
-        self._calls("copy_to_model", lambda call: put_for_good(call, self._state, self._replicas, track))
+        self._calls("copy_to_model", lambda call: put_for_good(call, self._state, self._replicas, track, weight))
 
     def copy_to(
         self,
@@ -593,6 +603,7 @@ class ShardedEMA:
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         only_unchanged: bool = False,
+        correct: Bema | None = None,
     ) -> None:
         """Collective: every rank must call it. Write one average as a plain model folder to ship.
 
@@ -602,6 +613,7 @@ class ShardedEMA:
             dtype: floating-point tensors are converted to it, in chunks; None keeps the averaged dtype.
             max_shard_size: bytes (or "5GB") of a file before the next one begins.
             only_unchanged: as in `save`.
+            correct: as in `average_parameters`.
 
         Raises:
             SwapError: the averaged weights are in the model.
@@ -609,10 +621,11 @@ class ShardedEMA:
             ConfigError: there is no such track, or `dtype` is not a floating-point one.
             CheckpointError: some rank could not write; the same error on all ranks.
         """
+        by = Correction.of(correct, self._state, load_calls.read_start)
         self._calls(
             "consolidate",
             lambda call: self._saves.consolidate(
-                call, path, track, dtype, max_shard_size, only_unchanged=only_unchanged
+                call, path, track, dtype, max_shard_size, only_unchanged=only_unchanged, correct=by
             ),
         )
 

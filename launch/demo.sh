@@ -5,11 +5,15 @@
 #   3. a fresh process reads the averaged weights with safetensors alone and must see the same loss.
 # Fails unless the averaged weights end up better than the live ones.
 #
+#   bash launch/demo.sh --merge [OUT]   instead: a constant rate and a merge, an EMA, and real decays, side by side (some
+#                                       minutes); a table, and OUT/merge.svg
 #   bash launch/demo.sh [OUT]        OUT: demo-out/ in the checkout unless given
 set -euo pipefail
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$launch")
+is_merge=false
+if [[ ${1:-} == --merge ]]; then is_merge=true; shift; fi
 mkdir -p "${1:-$root/demo-out}"
 out=$(cd "${1:-$root/demo-out}" && pwd)
 
@@ -17,6 +21,15 @@ bash "$launch/setup.sh"
 cd "$root"
 python=.venv/bin/python
 torchrun=.venv/bin/torchrun
+
+if $is_merge; then
+    rm -rf "$out"/values "$out"/merged
+    rm -f "$out"/merge.{csv,svg}
+    OMP_NUM_THREADS=2 "$python" launch/pretrain/merge_run.py --out "$out"
+    .venv/bin/dist-ema merge "$out/merged" $(ls -v "$out"/values/*.safetensors) --decay 1-sqrt
+    echo "picture: $out/merge.svg, numbers: $out/merge.csv, a merge of ten of the values: $out/merged"
+    exit
+fi
 
 # Only what an earlier demo left: OUT may be anybody's folder.
 rm -rf "$out"/checkpoint-1000 "$out"/checkpoint-1500

@@ -26,6 +26,7 @@ ROOMS = [
     "integrations",
     "ema",
     "construction",
+    "offline.merging",
     "offline",
     "checkpoint",
     "checkpoint.nodes",
@@ -157,7 +158,11 @@ def test_only_topology_knows_the_parallelisms() -> None:
 
 def test_only_exchange_and_topology_touch_process_groups() -> None:
     for name, tree in modules().items():
-        uses_groups = any(imported.startswith("torch.distributed") for imported in imports(tree))
+        # The files of DCP are read there without a group.
+        files = ("torch.distributed.checkpoint",) if name == "offline.merging.dcp" else ()
+        uses_groups = any(
+            imported.startswith("torch.distributed") and not imported.startswith(files) for imported in imports(tree)
+        )
         assert not uses_groups or room_of(name).partition(".")[0] in ("ranks", "topology"), name
 
 
@@ -173,7 +178,9 @@ OF_FABRIC = "test_the_names_of_fabrics_wrapper_are_these"
 OF_MODULES = "test_the_private_names_of_modules_are_these"
 OF_TENSORS = "test_the_private_functions_of_tensors_do_this"
 OF_FORMS = "test_the_private_names_of_libraries_are_what_their_folders_are_made_with"
+OF_DCP = "test_the_private_names_in_a_record_of_dcp_are_these"
 PRIVATE_NAMES = {
+    "offline.merging.dcp": {"_get_layout": OF_DCP},
     "topology.dtensor": {
         "_get_fsdp_state": OF_FSDP2,
         "_fsdp_param_group": OF_FSDP2,
@@ -245,9 +252,6 @@ PRIVATE_NAMES = {
     "disk.forms.deciding": {"_name_or_path": OF_FORMS},
     # Of the file format: the key under which a safetensors file says what it is.
     "disk.formats.headers": {"__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"},
-    "disk.formats.model_files": {
-        "__metadata__": "test_a_0_dim_float_and_an_integer_counter_and_the_pt_format_are_kept"
-    },
 }
 # Our own mark on errors of any class.
 OURS = {"errors": {"_agreed"}}
@@ -447,6 +451,7 @@ def test_public_names() -> None:
     pinned = {
         "AnnealedSchedule",
         "AttachError",
+        "Bema",
         "CheckpointCorruptError",
         "CheckpointError",
         "CheckpointMismatchError",
@@ -472,6 +477,7 @@ def test_public_names() -> None:
         "attach",
         "consolidate_checkpoint",
         "every",
+        "merge",
         "scaled_batch",
         "synthesize",
     }

@@ -202,9 +202,7 @@ class AveragedState:
             buffers: track -> box -> values of the buffers that were saved as kept with its average.
         """
         not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - fqns
-        before = self._now.num_refused_before
-        if num_refused is not None:
-            before = num_refused - self._updater.num_refused
+        before = self._now.num_refused_before if num_refused is None else num_refused - self._updater.num_refused
         kept = {track: KeptBuffers(num_updates, values) for track, values in (buffers or {}).items()}
         self.use.tracks_with_buffers |= kept.keys()
         self._take(self._replacing_all(filled, not_started), _Now(num_updates, None, not_started, before, kept))

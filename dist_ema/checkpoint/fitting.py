@@ -192,7 +192,8 @@ def _top_adapters(start: Start, required: Sequence[Sequence[str]], inner: Sequen
 def _stored_by_adapter(top: str, inner: Sequence[str]) -> Callable[[str], Sequence[str]]:
     def stored(name: str) -> list[str]:
         names = [f"{adapter}/{inside}" for adapter in inner for inside in _without(name, adapter)]
-        return [*names, *(_without(name, top) if top else [])]
+        # A bias that is trained beside an adapter (`bias="all"`) keeps its name.
+        return [*names, *((_without(name, top) or [before + name for before in _BEFORE_ADAPTERS]) if top else [])]
 
     return stored
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import glob
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
+
 from dist_ema.averaging.state import AveragedState
-from dist_ema.boxes.shards import EXTRA_STATE
+from dist_ema.boxes.shards import EXTRA_STATE, Shard
 from dist_ema.checkpoint.fitting import Escapes
 from dist_ema.checkpoint.loading import load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
@@ -18,7 +21,7 @@ from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["load", "start_from"]
+__all__ = ["load", "read_start", "start_from"]
 
 
 def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, dropped: Patterns, *, verify: bool) -> None:
@@ -90,6 +93,20 @@ def _warn_of_other_tensors(
             f"{source} was saved with averaged_only=True, without {len(missing)} tensors that are not averaged "
             f"({missing[0]}, ...): they keep their live values, which files of this run have"
         )
+
+
+def read_start(
+    call: Call, state: AveragedState, source: Path, shards: Sequence[Shard], targets: Sequence[torch.Tensor]
+) -> None:
+    """Collective: every rank must call it. Fill one tensor for each of some averaged shards from a model folder.
+
+    The folder may lack averaged buffers, which are not corrected.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, or of another model; the same on all ranks.
+    """
+    buffers = tuple(glob.escape(spec.fqn) for spec in state.plan.specs if spec.averaged and spec.is_buffer)
+    load_model(call.exchange, source, state.plan, shards, Escapes(new=buffers), targets)
 
 
 def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:

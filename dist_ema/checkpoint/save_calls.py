@@ -25,6 +25,8 @@ from dist_ema.disk.forms.deciding import PLAIN_FORM, Decided, FormOf
 from dist_ema.disk.forms.form import form_from_json, form_to_json
 from dist_ema.disk.forms.models import Tensors
 from dist_ema.disk.manifest import Manifest
+from dist_ema.errors import ConfigError
+from dist_ema.live.correction import Correction
 from dist_ema.live.distance import sum_refused
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.options import floating_dtype
@@ -51,6 +53,7 @@ class _Request:
         background: whether a thread writes.
         only_unchanged: whether the model may have changed.
         replaces_former: whether all saves of a run go to the same `target`.
+        correct: what corrects the average that is exported.
     """
 
     path: PathLike
@@ -62,6 +65,7 @@ class _Request:
     background: bool = False
     only_unchanged: bool = False
     replaces_former: bool = False
+    correct: Correction | None = None
 
 
 class _Prepared(NamedTuple):
@@ -146,6 +150,7 @@ class SaveCalls:
         max_shard_size: int | str,
         *,
         only_unchanged: bool,
+        correct: Correction | None = None,
     ) -> None:
         """Collective: every rank must call it. See `ShardedEMA.consolidate`."""
         self._write(
@@ -158,6 +163,7 @@ class SaveCalls:
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 only_unchanged=only_unchanged,
+                correct=correct,
             ),
         )
 
@@ -184,6 +190,8 @@ class SaveCalls:
         self._replicas.check(call.name, part.plan)
         if request.is_export:
             (pieces,) = tracks.values()
+            if request.correct is not None:
+                pieces = self._corrected(call, request, request.correct, pieces)
             card = card_text(manifest.form, manifest.tracks[next(iter(tracks))], manifest.num_updates)
             write_export(exchange, target, files, pieces, card)
             return
@@ -196,6 +204,13 @@ class SaveCalls:
 
     def _prepared(self, request: _Request, rank: int, world_size: int, changes: Changes | None = None) -> _Prepared:
         state, dtype = self._state, floating_dtype("dtype", request.dtype)
+        if request.correct is not None:
+            request.correct.check()
+            if request.only_unchanged:
+                raise ConfigError(
+                    "correct and only_unchanged are given: the correction needs the live weights of all averaged "
+                    "tensors. Leave one of them out"
+                )
         part = Part.of(state.plan, in_files(state), only_unchanged=bool(request.only_unchanged), of_all=changes)
         # Rank 0 decides, and writes the small files: the module of another stage of a pipeline has no configuration.
         decided = self._decided(request, part, dtype) if rank == 0 else PLAIN_FORM
@@ -203,7 +218,7 @@ class SaveCalls:
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         if rank == 0 and changes is None:
-            self.warnings.tell_of_lost_buffers(state, names)
+            self.warnings.tell_of_lost_buffers(state, names, part.plan)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)
@@ -234,6 +249,12 @@ class SaveCalls:
             files = model_files(part.plan, dtypes, request.max_shard_size, Decided(form, {}))
         return background, target, dataclasses.replace(manifest, form=form), tracks, files, part
 
+    def _corrected(self, call: Call, request: _Request, correct: Correction, pieces: Pieces) -> Pieces:
+        """Collective where the correction reads from disk: the pieces with corrected values."""
+        values = correct(call, self._state.values(request.track))
+        corrected = {shard.box: value for shard, value in zip(self._state.shards, values, strict=True)}
+        return [(box, corrected.get(box, value)) for box, value in pieces]
+
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {
             "path": str(prepared.target),
@@ -241,6 +262,7 @@ class SaveCalls:
             "num_updates": prepared.manifest.num_updates,
             "kept_buffers": list(prepared.manifest.kept_buffers),
             "dtype": str(request.dtype),
+            "correct": repr(request.correct),
             "only_unchanged": bool(request.only_unchanged),
             "max_shard_size": str(request.max_shard_size),
             "background": prepared.background,

@@ -73,20 +73,30 @@ class SaveWarnings:
                 "ema.update() after each of its steps. If you have only loaded weights, all is well"
             )
 
-    def tell_of_lost_buffers(self, state: AveragedState, tracks: Sequence[str]) -> None:
-        """On rank 0: warn if buffers were kept with one of these averages, which has moved since. No communication."""
-        if self._warned_of_buffers or not any(
-            spec.is_buffer and not spec.averaged and spec.dtype.is_floating_point for spec in state.plan.specs
-        ):
+    def tell_of_lost_buffers(self, state: AveragedState, tracks: Sequence[str], part: Plan) -> None:
+        """On rank 0: warn if buffers were kept with one of these averages, which has moved since. No communication.
+
+        Args:
+            state: the averages of this rank.
+            tracks: the names of the averages that are written.
+            part: the part of the plan that is written.
+        """
+        if self._warned_of_buffers or not _has_live_buffers(state.plan):
             return
         lost = [name for name in tracks if name in state.use.tracks_with_buffers and state.kept_buffers(name) is None]
         if lost:
             self._warned_of_buffers = True
+            written = "the live buffers" if _has_live_buffers(part) else "no buffers (averaged_only=True)"
             tell(
                 f"the buffers that were kept with the average (track {', '.join(lost)}) fitted its former weights, and "
-                "an update has moved it since: what is written has the live buffers. To write recalibrated ones, run "
+                f"an update has moved it since: what is written has {written}. To write recalibrated ones, run "
                 "update_bn in average_parameters(keep_buffers=True) after the last update before the save"
             )
+
+
+def _has_live_buffers(plan: Plan) -> bool:
+    """Whether a part of the plan has buffers such as `update_bn` computes, and not their averages."""
+    return any(spec.is_buffer and not spec.averaged and spec.dtype.is_floating_point for spec in plan.specs)
 
 
 def _updates_in(target: Path) -> int | None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_ema._version import __version__
-from dist_ema.cli import commands, inspecting
+from dist_ema.cli import commands, inspecting, merging
 from dist_ema.cli.answers import BadAnswer
 from dist_ema.errors import DistEMAError
+from dist_ema.schedules.merging import SHAPES
 from dist_ema.schedules.records import SCHEDULES
 
 __all__ = ["main"]
@@ -172,7 +173,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export_options(synthesize, "averages in float32, the rest as it is")
     synthesize.add_argument("--json", action="store_true", help="print one JSON object, with all weights")
+    _add_merge(known)
     return parser
+
+
+def _add_merge(known: Any) -> None:
+    command = _command(
+        known,
+        "merge",
+        merging.merge,
+        "make the weighted mean of several folders of one model",
+        "Write the weighted mean of saved weights as a plain model folder: with --decay what a learning-rate decay\n"
+        "would have led to. The sources are model folders, safetensors files, saved averages and checkpoints of\n"
+        "torch's DCP, in any mixture of one model's forms. The coefficients are printed, and lie in the model card.",
+        "dist-ema merge model run/checkpoint-800 run/checkpoint-900 run/checkpoint-1000 --decay 1-sqrt",
+        source="out",
+        source_help="folder to write; a former export is replaced",
+    )
+    command.add_argument("sources", metavar="SRC", type=Path, nargs="+", help="what to merge, oldest first")
+    kinds = command.add_mutually_exclusive_group()
+    kinds.add_argument("--equal", action="store_true", help="equal weights (the default)")
+    kinds.add_argument("--decay", choices=SHAPES, help="the weights of a learning-rate decay of that curve")
+    kinds.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="weights, oldest first; they are divided by their sum"
+    )
+    command.add_argument("--base", type=Path, help="weights B of the task-vector form, B + scale (mean - B)")
+    command.add_argument("--scale", type=float, metavar="A", default=1.0, help="the scale of that form (default: 1)")
+    command.add_argument("--track", help="which average, where saved averages have several")
+    _add_export_options(command, "the widest of the sources")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _schedule_help() -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from dist_ema.checks import absolute, local, target_folder
-from dist_ema.cli.answers import BadAnswer, progress_bar
+from dist_ema.cli.answers import BadAnswer, json_answer, progress_bar
 from dist_ema.cli.inspecting import kind_of_weights
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
@@ -97,6 +96,7 @@ def diff(options: argparse.Namespace) -> str:
 
     def read(check: Callable[[], None]) -> tuple[Weights, Weights, list[Difference]]:
         a, b = map(find_weights, sources, tracks)
+        a, b = a.under_names_of(b), b.under_names_of(a)
         both = [(stored, b.model.tensors[name]) for name, stored in a.model.tensors.items() if name in b.model.tensors]
         with progress_bar(sum(of_a.nbytes + of_b.nbytes for of_a, of_b in both if of_a.shape == of_b.shape)) as bar:
             return a, b, sorted(differences(a, b, bar.update), key=lambda tensor: -tensor.relative)
@@ -123,7 +123,7 @@ def diff(options: argparse.Namespace) -> str:
             "tensors": {tensor.name: tensor.relative for tensor in compared},
             "apart": apart,
         }
-        text = json.dumps(facts, indent=1)
+        text = json_answer(facts)
     else:
         lines = [f"{tensor.relative:10.3e}  {tensor.name}" for tensor in compared[: max(options.top, 0)]]
         paths = [f"a: {a.path}", f"b: {b.path}"]
@@ -175,7 +175,7 @@ def synthesize(options: argparse.Namespace) -> str:
         "warnings": [str(warning.message) for warning in warned],
     }
     if options.json:
-        return json.dumps(facts, indent=1)
+        return json_answer(facts)
     lines = [
         f"{made.folder}: {made.schedule!r} after {made.num_updates:,} updates",
         f"  from {facts['num_snapshots']} snapshots, profile error {made.profile_error:.2e}, sum of absolute weights "

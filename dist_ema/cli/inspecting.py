@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ema.checks import local
-from dist_ema.cli.answers import BadAnswer
+from dist_ema.cli.answers import BadAnswer, json_answer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.headers import stem_in
-from dist_ema.disk.listing import ListedAverage, averages_below, read_listing
+from dist_ema.disk.listing import ListedAverage, averages_below, bytes_of, read_listing
 from dist_ema.disk.manifest import find_saved, read_manifest
 from dist_ema.disk.saved_average import check_files
 from dist_ema.disk.sources import find_weights
@@ -30,7 +29,7 @@ def inspect(options: argparse.Namespace) -> str:
     """Tell what lies at a path."""
     source = local(options.src)
     facts, text = steadily([source], lambda check: _look(source))
-    answer = json.dumps(facts, indent=1) if options.json else text
+    answer = json_answer(facts) if options.json else text
     damaged = [row["damaged"] for row in facts.get("averages", ()) if "damaged" in row]
     if damaged:
         raise BadAnswer(answer, f"{len(damaged)} of {len(facts['averages'])} cannot be read: {damaged[0]}")
@@ -63,7 +62,7 @@ def _of_average(folder: Path) -> tuple[dict[str, Any], str]:
         "num_tensors": len(manifest.tensors),
         "num_averaged_tensors": len(averaged),
         "num_averaged_elements": sum(math.prod(saved.shape) for saved in averaged),
-        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "file_bytes": bytes_of(folder, manifest),
         "options": dict(manifest.options),
         "kept_buffers": list(manifest.kept_buffers),
         "written_by": dict(manifest.written_by),
@@ -83,7 +82,7 @@ def _text_of_average(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['folder']}: {facts['num_updates']:,} updates",
         f"  {facts['num_averaged_tensors']} averaged tensors of {facts['num_tensors']}, "
-        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes on disk",
+        f"{facts['num_averaged_elements']:,} elements, {facts['file_bytes']:,} bytes",
     ]
     for name, track in facts["tracks"].items():
         momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
@@ -105,6 +104,7 @@ def _of_run(folder: Path, listed: Sequence[ListedAverage]) -> tuple[dict[str, An
     for one in listed:
         name = str(one.folder.relative_to(folder))
         row: dict[str, Any] = {"name": name, "folder": str(one.folder)}
+        name = name.replace("\n", "\\n")  # a row is a line
         if one.manifest is None:
             row["damaged"] = one.damage
             cells.append((name, "-", "damaged", "-", "-"))

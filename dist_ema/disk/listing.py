@@ -10,7 +10,7 @@ from dist_ema.disk.folders import contents
 from dist_ema.disk.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dist_ema.errors import CheckpointError, DistEMAError
 
-__all__ = ["ListedAverage", "averages_below", "holds_average", "read_listing"]
+__all__ = ["ListedAverage", "averages_below", "bytes_of", "holds_average", "read_listing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ListedAverage:
         folder: its folder.
         manifest: the record in it; None if that cannot be read.
         damage: why it cannot be read; "" if it can.
-        file_bytes: the bytes of the files that the manifest lists; these are not looked at.
+        file_bytes: the bytes of its files of weights, as the manifest lists them.
         saved_at: when the manifest was written, in seconds since the epoch.
     """
 
@@ -76,9 +76,17 @@ def read_listing(folder: Path) -> list[ListedAverage]:
     for path in averages_below(folder):
         try:
             manifest = read_manifest(path)
-            file_bytes = sum(file.size_bytes for file in manifest.files.values())
-            listed.append(ListedAverage(path, manifest, "", file_bytes, (path / MANIFEST_NAME).stat().st_mtime))
+            listed.append(
+                ListedAverage(path, manifest, "", bytes_of(path, manifest), (path / MANIFEST_NAME).stat().st_mtime)
+            )
         except (DistEMAError, OSError) as error:
             if os.path.lexists(path):
                 listed.append(ListedAverage(path, None, str(error), 0, 0.0))
     return sorted(listed, key=lambda one: (-1 if one.manifest is None else one.manifest.num_updates, one.folder))
+
+
+def bytes_of(folder: Path, manifest: Manifest) -> int:
+    """The bytes of the files of weights of an average; format version 1 does not list them, so they are looked at."""
+    if manifest.files:
+        return sum(file.size_bytes for file in manifest.files.values())
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

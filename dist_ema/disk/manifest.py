@@ -183,11 +183,27 @@ def find_saved(source: Path) -> Path:
     if inside:
         names = ", ".join(contents.name_of(path) for path in inside)
         raise CheckpointNotFoundError(f"{folder} holds several averages ({names}): give the folder of one of them")
+    deeper = _averages_deeper(folder)
+    if deeper:
+        names = ", ".join(deeper[:3]) + (", ..." if len(deeper) > 3 else "")
+        raise CheckpointNotFoundError(
+            f"{folder} is no saved average, and no checkpoint with one: folders in it hold {len(deeper)} ({names}). "
+            "Give the folder of one of them; dist-ema inspect lists them all"
+        )
     raise CheckpointNotFoundError(
         f"{folder} holds no saved average: neither it nor a folder in it has a {MANIFEST_NAME}. An export "
         "(consolidate, synthesize) has none: load its files with safetensors, or begin an average there with "
         "ShardedEMA.start_from"
     )
+
+
+def _averages_deeper(folder: Path) -> list[str]:
+    """The saved averages in the folders in a folder, such as that of a run; their paths below it."""
+    try:
+        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        return [f"{path.name}/{contents.name_of(average)}" for path in inside for average in contents.averages_in(path)]
+    except OSError:
+        return []
 
 
 _OF_A_FILE = ". One file has no manifest: begin an average at its weights with ShardedEMA.start_from"
@@ -236,6 +252,8 @@ def read_summed(folder: Path) -> tuple[Manifest, int]:
             manifest.checksums.get(track, {}).keys() != manifest.tensors.keys() for track in manifest.tracks
         ):
             raise ValueError("there is not one checksum for each tensor of each track")
+        if manifest.form is not None:
+            manifest.form.check_names(manifest.tensors)
         for alias, fqn in manifest.aliases.items():
             if fqn not in manifest.tensors or alias in manifest.tensors:
                 raise ValueError(f"{alias[:80]!r} is tied to {fqn[:80]!r}, expected a further name of a tensor")

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_ema.disk.folders import contents
-from dist_ema.disk.formats.file_names import MODEL_STEM, STEMS, index_name, one_file_name
+from dist_ema.disk.formats.file_names import ADAPTER_STEM, LORA_STEM, MODEL_STEM, STEMS, index_name, one_file_name
 from dist_ema.disk.formats.headers import StoredModel, read_header, read_model_folder, stem_in
+from dist_ema.disk.forms.form import TOP
+from dist_ema.disk.manifest import Manifest
 from dist_ema.disk.saved_average import read_saved
 from dist_ema.errors import CheckpointNotFoundError
 
@@ -28,12 +30,25 @@ class Weights:
         folder: the folder of the files of `model`.
         model: the names of the tensors and their places in the files.
         checksums: name -> CRC-32 of the whole tensor, where a checksum was saved.
+        exported: name -> the name that the tensor has in an export, where that is another one.
     """
 
     path: Path
     folder: Path
     model: StoredModel
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    exported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def under_names_of(self, other: Weights) -> Weights:
+        """These weights; a tensor that `other` has under its exported name alone gets that name."""
+        theirs = other.model.tensors
+        renamed = {fqn: name for fqn, name in self.exported.items() if name in theirs and fqn not in theirs}
+        if not renamed:
+            return self
+        tensors = {renamed.get(fqn, fqn): stored for fqn, stored in self.model.tensors.items()}
+        checksums = {renamed.get(fqn, fqn): value for fqn, value in self.checksums.items()}
+        model = dataclasses.replace(self.model, tensors=tensors)
+        return dataclasses.replace(self, model=model, checksums=checksums)
 
 
 def find_weights(source: Path, track: str | None) -> Weights:
@@ -52,7 +67,7 @@ def find_weights(source: Path, track: str | None) -> Weights:
         return _of_file(source)
     folder = averaged_side(contents.resolve(source))
     if not contents.has_manifest(folder) and _has_weights(folder):
-        return Weights(folder, folder, read_model_folder(folder))
+        return Weights(folder, folder, _with_adapters(folder, read_model_folder(folder)))
     try:
         saved = read_saved(folder)
     except CheckpointNotFoundError as error:
@@ -64,7 +79,37 @@ def find_weights(source: Path, track: str | None) -> Weights:
         ) from error
     name = saved.track(track)
     path, checksums = saved.folder_of(name), saved.manifest.checksums.get(name, {})
-    return Weights(path, path, saved.models[name], checksums)
+    return Weights(path, path, saved.models[name], checksums, _exported(saved.manifest))
+
+
+def _exported(manifest: Manifest) -> dict[str, str]:
+    """The names of the tensors in an export, where they are others; `adapter/name` in the sub-folder of an adapter."""
+    form = manifest.form
+    if form is None:
+        return {}
+    lifted, names = form.lifted(manifest.tensors), {}
+    for fqn in manifest.tensors:
+        folder = form.folder_of(fqn)
+        name = form.name_of(fqn)
+        names[fqn] = name if folder in (TOP, lifted) else f"{folder}/{name}"
+    return {fqn: name for fqn, name in names.items() if fqn != name}
+
+
+def _with_adapters(folder: Path, model: StoredModel) -> StoredModel:
+    """The model of a folder, with the further adapters of a folder of PEFT; their tensors are called `adapter/name`."""
+    if model.stem not in (ADAPTER_STEM, LORA_STEM):
+        return model
+    files, tensors = dict(model.files), dict(model.tensors)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(".") and stem_in(path) == model.stem:
+            file_name = f"{path.name}/{one_file_name(model.stem)}"
+            file = read_header(folder / file_name)
+            files[file_name] = file
+            tensors |= {
+                f"{path.name}/{fqn}": dataclasses.replace(stored, file=file_name)
+                for fqn, stored in file.tensors.items()
+            }
+    return dataclasses.replace(model, files=files, tensors=tensors)
 
 
 def _of_file(source: Path) -> Weights:

@@ -145,7 +145,9 @@ def _counted(start: Start) -> Start:
     counts = {}
     for name, tensor in start.model.tensors.items():
         if name.rpartition(".")[2] in _COUNTERS and tensor.shape == () and tensor.dtype in ("I64", "I32"):
-            counts[name] = _integer(start.folder, tensor)
+            count = _counted_updates(_integer(start.folder, tensor))
+            if count is not None:
+                counts[name] = count
     file_names = list(start.model.files)
     is_ours = any(contents.MARK in file.metadata for file in start.model.files.values())
     steps = None
@@ -170,7 +172,7 @@ def _optimization_step(folder: Path) -> int | None:
         step = json.loads(read_small(folder / "config.json"))["optimization_step"]
     except (DistEMAError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return step if type(step) is int and 0 <= step < 2**63 else None
+    return _counted_updates(step)
 
 
 def _adapters_in(folder: Path) -> list[str]:
@@ -233,8 +235,13 @@ def _start(
 
 
 def _count(tensor: torch.Tensor) -> int | None:
-    is_integer = tensor.shape == () and not (tensor.is_floating_point() or tensor.is_complex())
-    return int(tensor) if is_integer else None
+    is_integer = tensor.shape == () and tensor.dtype in (torch.int64, torch.int32)
+    return _counted_updates(int(tensor)) if is_integer else None
+
+
+def _counted_updates(value: object) -> int | None:
+    """A number of updates; None for what is none, such as a negative number."""
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _of_pickled_index(path: Path) -> list[Start]:

@@ -25,6 +25,7 @@ from dist_ema.errors import AttachError, ConfigError
 from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
 from dist_ema.integrations.resume import load_or_begin
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
+from dist_ema.live.blending import Blending
 from dist_ema.messages import tell
 from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
@@ -74,6 +75,8 @@ def attach(
     name: str = "ema",
     on_missing: Literal["error", "live"] = "error",
     background: bool = False,
+    blend_every: int | None = None,
+    blend_weight: float = 0.5,
     **options: Unpack[OptionArguments],
 ) -> ShardedEMA:
     """Average a prepared model from now on. Collective: every rank must call it, after `accelerator.prepare`.
@@ -94,6 +97,10 @@ def attach(
             average anew from the loaded weights, at the first update. With `into` attach after `load_state` instead.
         background: make `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
             complete only once `ema.wait()`, or the next save, has returned.
+        blend_every: with n, the average of the (first) track is blended into the live weights after every n updates:
+            `copy_to_model(weight=blend_weight)`. It follows from `num_updates`, so a resume keeps the rhythm. Where
+            `interval` leaves out that update, the blend waits for the next one that averages.
+        blend_weight: the weight of the average in what becomes live, above 0, at most 1.
         **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Raises:
@@ -105,10 +112,16 @@ def attach(
     exchange = Exchange()
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
 
-    def check() -> None:
+    def check() -> Blending | None:
         _check(accelerator, model, optimizers, name, exchange.world_size, options)
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
+        blending = Blending.of(blend_every, blend_weight, options.get("interval", 1))
+        if blending is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError(
+                "blend_every is given, but DeepSpeed's next step would write its masters over the blended weights: "
+                "call copy_to_model(weight=...) and then engine.optimizer.refresh_fp32_params() in the training loop"
+            )
         if on_missing == "live" and options.get("into") is not None:
             # load_state calls the hook before it loads the model: the teacher's next forward would use older weights.
             raise ConfigError(
@@ -123,13 +136,14 @@ def attach(
 
         if exchange.rank == 0 and is_of_a_trainer(accelerator):
             tell(_NOT_IN_A_TRAINER.format(name=name))
+        return blending
 
     with ended_for_all(exchange, "attach"):
         exchange.arrive("attach")
-        exchange.agree("attach", check)
+        blending = exchange.agree_alike("attach", check, lambda made: {"blending": repr(made)})
     ema = ShardedEMA(model, schedule, **options)
     exchange.agree("attach", ema.expect_updates)
-    watch = Watch(ema, name, rank=exchange.rank, ends=options.get("into") is None)
+    watch = Watch(ema, name, rank=exchange.rank, ends=options.get("into") is None, blending=blending)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
     ema.on_detach(lambda: names.discard(name))

@@ -34,6 +34,7 @@ from dist_ema.integrations.lightning_saves import (
     writes_folders,
 )
 from dist_ema.integrations.lightning_steps import StepsOfBatches
+from dist_ema.live.blending import Blending
 from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.topology.planning import trained_parameters
@@ -76,6 +77,9 @@ class EMACallback(Callback):
             from the loaded weights, at the first update.
         consolidate: write the average as a model folder, `default_root_dir/<name>`, at the end of `fit`; of several
             tracks one folder each within it.
+        blend_every: as in `attach`: with n, the average of the (first) track is blended into the live weights after
+            every n updates; and `blend_weight`, the weight of the average in it.
+        blend_weight: see `blend_every`.
         **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Raises:
@@ -90,6 +94,8 @@ class EMACallback(Callback):
         evaluate: Literal["averaged", "live", "both"] = "averaged",
         on_missing: Literal["error", "live"] = "error",
         consolidate: bool = False,
+        blend_every: int | None = None,
+        blend_weight: float = 0.5,
         **options: Unpack[OptionArguments],
     ) -> None:
         folder_name("name", name)
@@ -100,10 +106,13 @@ class EMACallback(Callback):
         if not isinstance(consolidate, bool):
             raise ConfigError(f"consolidate is {consolidate!r}, expected True or False")
         check_names("EMACallback", options)
+        blending = Blending.of(blend_every, blend_weight, options.get("interval", 1))
         self.name = name
         self.evaluate = evaluate
         self._consolidate = consolidate
-        self._average = AverageOfRuns(schedule, name, begins_anew=on_missing == "live", options=options)
+        self._average = AverageOfRuns(
+            schedule, name, begins_anew=on_missing == "live", blending=blending, options=options
+        )
         self._steps: StepsOfBatches | None = None
         self._swap: ExitStack | None = None
         self._followed: list[weakref.ref[Any]] = []  # the trainers whose saves are followed

@@ -20,6 +20,7 @@ from dist_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, Co
 from dist_ema.integrations.lightning_saves import near, place_of
 from dist_ema.integrations.resume import named_otherwise
 from dist_ema.integrations.watch import Watch
+from dist_ema.live.blending import Blending
 from dist_ema.messages import tell
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import Schedule
@@ -49,6 +50,7 @@ class AverageOfRuns:
         schedule: as the callback got it.
         name: the name of the average.
         begins_anew: whether a checkpoint without an average begins it anew, and is no error.
+        blending: when the average is blended back into the live weights; None for never.
         options: the options of `ShardedEMA`.
     """
 
@@ -58,6 +60,7 @@ class AverageOfRuns:
         name: str,
         *,
         begins_anew: bool,
+        blending: Blending | None,
         options: Mapping[str, Any],
     ) -> None:
         self.ema: ShardedEMA | None = None
@@ -66,6 +69,7 @@ class AverageOfRuns:
         self._schedule: Any = schedule
         self._name = name
         self._begins_anew = begins_anew
+        self._blending = blending
         self._options = options
         self._built_with: Any = None
         # Whose average it is; and of a run that needed no average, the module and the checkpoint loaded into it.
@@ -174,6 +178,7 @@ class AverageOfRuns:
             hook="EMACallback",
             save_it="every checkpoint of the Trainer has them (ModelCheckpoint, trainer.save_checkpoint), and "
             "EMACallback(consolidate=True) exports them",
+            blending=self._blending,
         )
         self._built_with = _records(schedules)
         self._trainer, self._module, self._parts = weakref.ref(trainer), weakref.ref(module), _parts_of(module)

@@ -39,6 +39,7 @@ from dist_ema.integrations.trainer_evaluation import (
     tell_at_evaluation,
 )
 from dist_ema.integrations.watch import Watch, is_state_initialisation
+from dist_ema.live.blending import Blending
 from dist_ema.options import check_names, checked_schedules
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
@@ -85,6 +86,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             weights.
         consolidate: whether the end of the training writes the average as a model folder, `output_dir/<name>`; of
             several tracks one folder each in it.
+        blend_every: as in `attach`: with n, the average of the (first) track is blended into the live weights after
+            every n updates; and `blend_weight`, the weight of the average in it.
+        blend_weight: see `blend_every`.
         **options: the options of `ShardedEMA`, which `OptionArguments` lists for editors.
 
     Attributes:
@@ -102,6 +106,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         evaluate: Evaluated = "averaged",
         on_missing: Literal["error", "live"] = "error",
         consolidate: bool = False,
+        blend_every: int | None = None,
+        blend_weight: float = 0.5,
         **options: Unpack[OptionArguments],
     ) -> None:
         _check_name(name)
@@ -113,6 +119,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             if value not in allowed:
                 raise ConfigError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
         check_names("EMACallback", options)
+        blending = Blending.of(blend_every, blend_weight, options.get("interval", 1))
         self._is_function = callable(schedule) and not isinstance(schedule, Schedule)
         if not self._is_function:
             checked_schedules(schedule)  # type: ignore[arg-type]
@@ -122,6 +129,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._on_missing = on_missing
         self._consolidates = consolidate
         self._options = options
+        self._blending = blending
         self._trainer: Any = None
         self._exchange: Exchange | None = None
         self._stop_updates: Callable[[], None] | None = None
@@ -184,6 +192,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             ends=self._options.get("into") is None,
             hook="EMACallback",
             save_it="a checkpoint of the Trainer has them (save_strategy), EMACallback(consolidate=True) exports them",
+            blending=self._blending,
         )
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:

@@ -1,8 +1,7 @@
 """The hooks of an attached average notice updates that are counted twice, and updates that are never used.
 
-They also notice, among their callers, steps that are none, and the Trainer that owns an accelerator.
-
-No communication: rank 0 alone warns.
+They also notice, among their callers, steps that are none, and the Trainer that owns an accelerator. The hooks of all
+trainers update through here, so the blends of `blend_every` follow here too. Else no communication: rank 0 alone warns.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 
 from dist_ema.averaging.usage import Use
 from dist_ema.ema import ShardedEMA
+from dist_ema.live.blending import Blending
 from dist_ema.messages import tell
 
 __all__ = ["Watch", "callers", "is_of_a_trainer", "is_state_initialisation"]
@@ -68,6 +68,7 @@ class Watch:
         ends: whether only `ema` gives the averages to the user; the user has a teacher module without it.
         hook: who calls `update`, for the message.
         save_it: how the averages come into a checkpoint, for the message.
+        blending: when the average is blended back into the live weights; None for never.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class Watch:
         ends: bool,
         hook: str = "attach",
         save_it: str = "accelerator.save_state(dir) writes them too",
+        blending: Blending | None = None,
     ) -> None:
         self._record = record = _Record(name, ema.use, os.getpid(), save_it)
         self._hook = hook
         self._seen_calls = ema.use.num_calls
         self._tells = rank == 0
+        self._blending = blending
         if self._tells and ends:
             # A process that attaches another average (a sweep, a test) needs no warning of those that are gone.
             _records[:] = [other for other in _records if other.gone_at is None]
@@ -93,16 +96,22 @@ class Watch:
             ema.on_detach(self.forget)
 
     def update(self, ema: ShardedEMA, found_inf: torch.Tensor | None) -> None:
-        """The update of the hook. It notices updates of the user before it.
+        """The update of the hook, and the blend that is due after it. It notices updates of the user before it.
+
+        No communication but for a blend, which is collective where `average_parameters` is.
 
         Args:
             ema: the average, which is not kept here: its end is noticed.
             found_inf: as for `ShardedEMA.update`.
         """
         self._notice_others()
+        following = ema.num_updates + 1
         ema.update(found_inf=found_inf)
         self._record.num_hook_updates += 1
         self._seen_calls = self._record.use.num_calls
+        # Of a step that may have been skipped only a second look at the count, which waits for the device, knows more.
+        if self._blending is not None and self._blending.is_due(following) and ema.num_updates == following:
+            ema.copy_to_model(ema.tracks[0], weight=self._blending.weight)
 
     def _notice_others(self) -> None:
         """Notice updates of the user since the last one of the hook."""

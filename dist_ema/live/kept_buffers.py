@@ -14,14 +14,19 @@ from dist_ema.errors import ConfigError
 __all__ = ["check_keeping", "keep_buffers"]
 
 
-def check_keeping(state: AveragedState, keep: object) -> None:
+def check_keeping(state: AveragedState, keep: object, *, is_corrected: bool) -> None:
     """Refuse buffers that cannot be kept.
 
     Raises:
-        ConfigError: `keep` is not a bool, or a teacher holds the averages.
+        ConfigError: `keep` is not a bool, or a teacher holds the averages, or these are corrected.
     """
     if not isinstance(keep, bool):
         raise ConfigError(f"keep_buffers is {keep!r}, expected True or False")
+    if keep and is_corrected:
+        raise ConfigError(
+            "keep_buffers and correct are given: the buffers would fit the corrected weights, and be kept with the "
+            "average, which is not corrected. Leave one of them out"
+        )
     if keep and not state.takes_buffers:
         raise ConfigError(
             "keep_buffers is True for an average with into=, whose teacher is given the live buffers at every update: "

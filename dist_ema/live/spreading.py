@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from dist_ema.averaging.tensor_blocks import cut_alike
 from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box, Shard
@@ -76,6 +77,7 @@ def put_average(
     values: Sequence[torch.Tensor],
     meeting: Sequence[Callable[[], None]] = (),
     buffers: Mapping[Box, torch.Tensor] = _NO_BUFFERS,
+    weight: float = 1.0,
 ) -> None:
     """Collective along replicas only: every rank that holds the same tensors must call it.
 
@@ -86,9 +88,10 @@ def put_average(
         values: averaged values of `plan.owned(averaged=True)`, converted to the live dtypes on the way.
         meeting: steps after which no rank can stay out; see `Channel.meeting`.
         buffers: as for `spread_all`.
+        weight: the weight of the averaged values; the live ones have the rest.
     """
     plan.drop_gathered()
-    spread_all(plan, values, lambda shard: shard.live(), meeting, buffers)
+    spread_all(plan, values, lambda shard: shard.live(), meeting, buffers, weight=weight)
 
 
 def spread_all(
@@ -99,6 +102,7 @@ def spread_all(
     buffers: Mapping[Box, torch.Tensor] = _NO_BUFFERS,
     *,
     extra_state: bool = False,
+    weight: float = 1.0,
 ) -> None:
     """As `spread`, and where that communicates all ranks are also given the buffers that their owner has.
 
@@ -111,6 +115,7 @@ def spread_all(
         meeting: as for `put_average`.
         buffers: what this rank holds of the buffers that are kept with the average; else their live values count.
         extra_state: whether what `get_extra_state` returns is among the buffers.
+        weight: the weight of the averaged values; what the targets have has the rest.
     """
     given: list[_Given] = [(plan, values, True)]
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -123,7 +128,7 @@ def spread_all(
         held = [piece for division in shown.divisions for piece in division.held if piece.box in buffers]
         pairs = ((target(Shard(piece, piece.box)), buffers[piece.box]) for piece in held)
         own += [(shown_there, value) for shown_there, value in pairs if shown_there is not None]
-    _spread(given, target, meeting, own)
+    _spread(given, target, meeting, own, weight)
 
 
 def spread(
@@ -150,6 +155,7 @@ def _spread(
     target: Callable[[Shard], torch.Tensor | None],
     meeting: Sequence[Callable[[], None]],
     own: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    weight: float = 1.0,
 ) -> None:
     def make(worker: int) -> Steps:
         steps = Steps()
@@ -157,7 +163,7 @@ def _spread(
             steps.again(step)
         room = _Room()
         for plan, values, averaged in given:
-            _add_spreading(steps, plan, values, target, averaged, room)
+            _add_spreading(steps, plan, values, target, averaged, room, weight if averaged else 1.0)
         for live, value in own:
             steps.again(functools.partial(live.copy_, value))
         return steps
@@ -173,11 +179,16 @@ def _add_spreading(
     target: Callable[[Shard], torch.Tensor | None],
     averaged: bool,
     room: _Room,
+    weight: float,
 ) -> None:
     for shard, value in zip(plan.owned(averaged=averaged), values, strict=True):
         own = target(shard)
-        if own is not None:
+        if own is None:
+            continue
+        if weight == 1.0:
             steps.again(functools.partial(own.copy_, value))
+        else:
+            _add_blending(steps, own, value, weight, room)
     for division in plan.divisions:
         if division.averaged != averaged or len(division.ranks) == 1:
             continue
@@ -185,6 +196,22 @@ def _add_spreading(
             targets = map(target, division.run(position))
             for bucket in _buckets([of_shard for of_shard in targets if of_shard is not None]):
                 _add_refreshing(steps, bucket, owner, division, room)
+
+
+def _add_blending(steps: Steps, live: torch.Tensor, value: torch.Tensor, weight: float, room: _Room) -> None:
+    """Two steps for a chunk, since either may be done again: one reads the live values, and the other writes them."""
+    dtype = torch.promote_types(live.dtype, value.dtype)
+    for averaged, chunk in cut_alike(value, live, _BUCKET_BYTES // dtype.itemsize):
+        blended = room(chunk.numel() * dtype.itemsize, live.device, "blended").view(dtype).view(chunk.shape)
+        steps.again(functools.partial(_blend, blended, chunk, averaged, weight))
+        steps.again(functools.partial(chunk.copy_, blended))
+
+
+def _blend(blended: torch.Tensor, live: torch.Tensor, averaged: torch.Tensor, weight: float) -> None:
+    live, averaged = live.to(blended.dtype), averaged.to(blended.device, blended.dtype)
+    torch.lerp(live, averaged, weight, out=blended)
+    # Between two equal infinities (masks) it would be nan.
+    torch.where(torch.isinf(live) | torch.isinf(averaged), live, blended, out=blended)
 
 
 class _Room:

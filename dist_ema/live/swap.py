@@ -13,11 +13,13 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.streams import join_all
+from dist_ema.live.blending import checked_weight
+from dist_ema.live.correction import Correction
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.kept_buffers import check_keeping, keep_buffers
 from dist_ema.live.spreading import LiveBackup, put_average
 from dist_ema.ranks.calls import Call, Calls
-from dist_ema.uninterrupted import Job, Lane, insist
+from dist_ema.uninterrupted import insist
 
 __all__ = ["Swap", "agreed_values", "meeting", "put_for_good"]
 
@@ -39,18 +41,27 @@ class Swap(io.IOBase):
         replicas: the tensors that several ranks hold alike.
         track: the name of the average; may be None if there is one.
         keep_buffers: whether the buffers that are in the model at the end of the block are kept with the average.
+        correct: what corrects the averages; None for the averages as they are.
     """
 
     closed = True  # nothing to close for a swap that was never entered
 
     def __init__(
-        self, calls: Calls, state: AveragedState, replicas: Replicas, track: str | None, *, keep_buffers: bool
+        self,
+        calls: Calls,
+        state: AveragedState,
+        replicas: Replicas,
+        track: str | None,
+        *,
+        keep_buffers: bool,
+        correct: Correction | None = None,
     ) -> None:
         self._calls = calls
         self._state = state
         self._replicas = replicas
         self._track = track
         self._keep_buffers = keep_buffers
+        self._correct = correct
 
     def __enter__(self) -> None:  # type: ignore[override]
         call, mode = Call(self._calls, "average_parameters"), torch.is_grad_enabled()
@@ -74,7 +85,8 @@ class Swap(io.IOBase):
 
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
-            with Swap(self._calls, self._state, self._replicas, self._track, keep_buffers=self._keep_buffers):
+            again = (self._calls, self._state, self._replicas, self._track)
+            with Swap(*again, keep_buffers=self._keep_buffers, correct=self._correct):
                 return function(*args, **kwargs)
 
         return within  # type: ignore[return-value]
@@ -84,10 +96,12 @@ class Swap(io.IOBase):
         handled = sys.exc_info()[1]  # the `with` statement may itself stand in an `except` clause
 
         def set_aside() -> LiveBackup:
-            check_keeping(state, keep)
+            check_keeping(state, keep, is_corrected=self._correct is not None)
             return LiveBackup(state.plan)
 
-        values, backup = agreed_values(call, state, self._replicas, self._track, set_aside, keep_buffers=keep)
+        values, backup = agreed_values(
+            call, state, self._replicas, self._track, set_aside, correct=self._correct, keep_buffers=keep
+        )
         track, leave = state.track(self._track), _Leave(state, backup)
         # A second and a third interrupt may come before the first was dealt with: so the same stands here three times.
         try:
@@ -107,30 +121,37 @@ class Swap(io.IOBase):
             leave()
 
 
-def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> None:
+def put_for_good(call: Call, state: AveragedState, replicas: Replicas, track: str | None, weight: float = 1.0) -> None:
     """Collective along replicas only. Put averaged values into the model; after an interrupt the live ones are there.
 
     Where ranks hold the same tensors, the live values are kept aside until the end.
+    Elsewhere an interrupt is raised when all is done.
 
     Args:
         call: the call in which the values are put there.
         state: the averages of this rank.
         replicas: the tensors that several ranks hold alike.
         track: the name of the average; may be None if there is one.
+        weight: the weight of the averaged values; the live ones have the rest.
     """
     plan = state.plan
-    if not plan.has_replicas:
-        values, _ = agreed_values(call, state, replicas, track, lambda: None)
-        buffers = state.shown_buffers(track)
-        Job([Lane.of(lambda: put_average(plan, values, (), buffers))])()
+
+    def set_aside() -> LiveBackup | None:
+        checked_weight("weight", weight)
+        return LiveBackup(plan) if plan.has_replicas else None
+
+    values, backup = agreed_values(call, state, replicas, track, set_aside, weight=weight)
+    # Buffers that are kept with the average were computed for it alone.
+    buffers = state.shown_buffers(track) if weight == 1.0 else {}
+    if backup is None:
+        # Not a step of a job of its own, which an interrupt would have done twice: that would blend twice.
+        put_average(plan, values, (), buffers, weight)
         return
-    values, backup = agreed_values(call, state, replicas, track, lambda: LiveBackup(plan))
     leave = _Leave(state, backup)
     try:
         try:
-            buffers = state.shown_buffers(track)
             state.swap_in(state.track(track))
-            put_average(plan, values, meeting(call, state), buffers)
+            put_average(plan, values, meeting(call, state), buffers, weight)
             state.swap_out()
         except BaseException:
             leave()
@@ -146,6 +167,8 @@ def agreed_values(
     replicas: Replicas,
     track: str | None,
     work: Callable[[], T],
+    *,
+    correct: Correction | None = None,
     **further: object,
 ) -> tuple[tuple[torch.Tensor, ...], T]:
     """The averaged values of one track, and what `work` returns.
@@ -158,17 +181,23 @@ def agreed_values(
         replicas: the tensors that several ranks hold alike.
         track: the name of the average; may be None if there is one.
         work: the further work, which must not communicate.
+        correct: what corrects the averages; all ranks must call it if that reads from disk.
         further: further arguments of the call, which must be alike on these ranks.
     """
 
     def prepare() -> tuple[tuple[torch.Tensor, ...], T]:
+        if correct is not None:
+            correct.check()
         return state.values(track), work()
 
-    if not state.plan.has_replicas:
-        return call.alone(prepare)
-    prepared = call.together(prepare, lambda _: {"track": state.track(track), **further})
-    replicas.check_once(call.name, state.num_updates)
-    return prepared
+    if not state.plan.has_replicas and not (correct is not None and correct.reads):
+        values, done = call.alone(prepare)
+    else:
+        same = {"correct": repr(correct), **further}
+        values, done = call.together(prepare, lambda _: {"track": state.track(track), **same})
+        if state.plan.has_replicas:
+            replicas.check_once(call.name, state.num_updates)
+    return values if correct is None else correct(call, values), done
 
 
 def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:

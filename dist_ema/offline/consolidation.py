@@ -19,6 +19,8 @@ from dist_ema.disk.formats.model_files import FileLayout
 from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, stored_bytes
 from dist_ema.errors import CheckpointCorruptError, ConfigError
+from dist_ema.live.correction import Bema
+from dist_ema.offline.correcting import Correcting
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
 from dist_ema.options import floating_dtype
 
@@ -33,6 +35,8 @@ def consolidate_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     link: bool = False,
+    correct: Bema | None = None,
+    live: PathLike | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write one track of a saved average as a plain model folder to ship. Any one process; no communication.
@@ -49,10 +53,13 @@ def consolidate_checkpoint(
             `numpy.memmap`) writes into the checkpoint, since both are one file. A link takes no time and no space. By
             default every file is a copy, which shares blocks with the checkpoint only where the file system copies
             them on write.
+        correct: write EMA + a * (live - start) in place of the average, as `ShardedEMA.consolidate` does.
+        live: with `correct`, the folder or file (safetensors) of the live weights that were saved with the average. Of
+            a folder the weights at its top are read, as those of accelerate's checkpoints under DDP.
         progress: called with the number of bytes of every chunk that was read.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or `correct` and `live` are not given together.
         CheckpointNotFoundError: there is nothing at `src`.
         CheckpointMismatchError: there is no such track, or a newer version of the format wrote it.
         CheckpointCorruptError: the checkpoint is damaged; nothing was written.
@@ -68,7 +75,8 @@ def consolidate_checkpoint(
         own = stored_dtypes(saved)
         dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
         files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
-        work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
+        by = None if correct is None and live is None else Correcting(saved, correct, live)
+        work = _Consolidation(saved, name, progress or (lambda num_bytes: None), by)
         card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.num_updates)
         write_model_folder(target, files, work.values, work.unchanged, check, card=card, link=link)
 
@@ -78,21 +86,28 @@ def consolidate_checkpoint(
 class _Consolidation:
     """Reads the tensors of one track."""
 
-    def __init__(self, saved: SavedAverage, track: str, progress: Callable[[int], object]) -> None:
+    def __init__(
+        self, saved: SavedAverage, track: str, progress: Callable[[int], object], correct: Correcting | None
+    ) -> None:
         self._model = saved.models[track]
         self._folder = saved.folder_of(track)
         self._checksums = saved.manifest.checksums.get(track, {})
         self._progress = progress
+        self._correct = correct
 
     def unchanged(self, file: FileLayout) -> Path | None:
         """The file of the track that is the same as `file`."""
         stored = self._model.files.get(file.name)
-        if stored is None or stored.header_checksum != checksum(file.header):
+        if self._correct is not None or stored is None or stored.header_checksum != checksum(file.header):
             return None
         return Path(os.path.realpath(self._folder / file.name))
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:
         """The values of a tensor, in chunks; its checksum is compared at the end."""
+        averaged = self._averaged(fqn)
+        return averaged if self._correct is None else self._correct.values(fqn, averaged)
+
+    def _averaged(self, fqn: str) -> Iterator[torch.Tensor]:
         stored = self._model.tensors[fqn]
         total = 0
         for chunk in stored_bytes(self._folder, stored):

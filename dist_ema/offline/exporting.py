@@ -16,13 +16,13 @@ from dist_ema.disk.folders.file_copies import clone, give_second_name
 from dist_ema.disk.formats.headers import read_small
 from dist_ema.disk.formats.model_files import FileLayout, ModelFiles, host_bytes, write_all, write_whole
 from dist_ema.disk.forms.card import CARD_NAME, takes_card
-from dist_ema.disk.forms.form import CONFIG_NAME, GENERATION_NAME, PLAIN, TRANSFORMERS, FolderForm
+from dist_ema.disk.forms.form import CONFIG_NAME, GENERATION_NAME, PLAIN, TRANSFORMERS, FolderForm, path_from_top
 from dist_ema.disk.forms.layout import lay_out_form
 from dist_ema.disk.forms.transformers_models import are_described, config_with_dtype
 from dist_ema.disk.saved_average import SavedAverage
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["lay_out_export", "stored_dtypes", "write_model_folder"]
+__all__ = ["lay_out_export", "small_texts", "stored_dtypes", "write_model_folder"]
 
 # Gives the values of the tensor of a name: consecutive chunks of any dtype. Raises if the tensor proves damaged.
 Values = Callable[[str], Iterable[torch.Tensor]]
@@ -43,6 +43,7 @@ def lay_out_export(
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int | str,
     config_dtype: torch.dtype | None,
+    aliases: Mapping[str, str] | None = None,
 ) -> ModelFiles:
     """The files of an export that looks like one track of a saved average.
 
@@ -52,19 +53,25 @@ def lay_out_export(
         dtypes: fqn -> dtype in the export.
         max_shard_size: bytes (or "5GB") of a file before the next one begins.
         config_dtype: the dtype that the configuration of the model gets; None keeps its own.
+        aliases: further names of tied tensors -> the fqn; None for those of the average.
 
     Raises:
         ConfigError: `max_shard_size` cannot be read.
         CheckpointCorruptError: the configuration of the model cannot be read.
     """
     tensors = [(fqn, dtypes[fqn], tensor.shape) for fqn, tensor in saved.manifest.tensors.items()]
-    aliases, folder, form = saved.manifest.aliases, saved.folder_of(track), saved.manifest.form
+    aliases = saved.manifest.aliases if aliases is None else aliases
+    folder, form = saved.folder_of(track), saved.manifest.form
     if form is None:
         # An older version may have written a configuration beside the names of an adapter, which it does not describe.
         form = FolderForm(is_described=are_described([*saved.manifest.tensors, *aliases]))
     names = form.small_files or (_CONFIG_NAMES if form.is_described else ())
     of_weights = config_dtype if form.kind in (PLAIN, TRANSFORMERS) else None  # others do not name it
-    return lay_out_form(form, tensors, aliases, max_shard_size, _texts(folder, names, of_weights))
+    texts = small_texts(folder, names, of_weights)
+    lifted = form.lifted(saved.manifest.tensors)
+    if lifted is not None:
+        form, texts = form.with_at_top(lifted), {path_from_top(path, lifted): text for path, text in texts.items()}
+    return lay_out_form(form, tensors, aliases, max_shard_size, texts)
 
 
 def write_model_folder(
@@ -148,12 +155,22 @@ def _write(file: FileLayout, path: Path, values: Values) -> None:
         os.close(descriptor)
 
 
-def _texts(folder: Path, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, bytes]:
-    """The small files that are beside the weights; the config.json of transformers names the dtype."""
+def small_texts(folder: Path, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The small files that are beside the weights.
+
+    Args:
+        folder: the folder of the weights.
+        names: the names of the files; one that is not there is left out.
+        dtype: the dtype that config.json gets; None keeps its own. Only the configuration of transformers names it.
+
+    Raises:
+        CheckpointCorruptError: a file cannot be read.
+    """
     texts = {}
     for name in names:
         path = folder / name
-        if path.is_file() and not path.is_symlink():  # a link of the user may lead to another file of this user
+        # A link of the user may lead to another file of this user; so may that of a sub-folder.
+        if path.is_file() and not (path.is_symlink() or (path.parent != folder and path.parent.is_symlink())):
             content = read_small(path)
             try:
                 texts[name] = config_with_dtype(content, dtype) if dtype and name == CONFIG_NAME else content

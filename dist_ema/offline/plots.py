@@ -46,10 +46,12 @@ def check_free(path: Path, replace: bool) -> None:
     """Refuse a path at which there is something.
 
     Raises:
-        ConfigError: there is a folder, or a file that is not to be replaced.
+        ConfigError: there is a folder, or a file that is not to be replaced; or no folder to write it into.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, expected the name of a picture, such as {path / 'schedule.png'}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no folder, so {path} cannot be written: make it first (--out)")
     if os.path.lexists(path) and not replace:
         raise ConfigError(f"{path} exists, and is not replaced unasked: give another name (--out), or --force")
 

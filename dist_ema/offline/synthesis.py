@@ -1,8 +1,7 @@
 """Making an average that was not tracked out of saved ones: one process, no process group, no model.
 
-Tensors pass in bounded chunks through one float64 sum. The chunks of all saved averages are read into one buffer, and a
-file is open only for that, so neither memory nor open files grow with their number. The checksum of every tensor that
-is read is compared on the way.
+Tensors pass in bounded chunks through one float64 sum (summing.py). The checksum of every tensor that is read is
+compared on the way.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
-from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.saved_average import damage_text, read_chunk
@@ -25,14 +23,12 @@ from dist_ema.errors import CheckpointCorruptError
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
 from dist_ema.offline.posthoc import Fit, fit
 from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
+from dist_ema.offline.summing import Chunks
 from dist_ema.options import checked_schedules, floating_dtype
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_to_json
 
 __all__ = ["Synthesis", "WeighedSnapshots", "WeightedAverage", "synthesize", "weigh", "write"]
-
-# Elements of a tensor that are in memory at a time: 4 MiB of float64 for the sum, and as much for the values to add.
-_CHUNK_NUMEL = 2**19
 
 _LARGE_ERROR = 0.1
 
@@ -214,41 +210,47 @@ def write(
     )
 
 
+class _OfSnapshot:
+    """The tensors of a saved average, with their checksums in the order of the latest manifest."""
+
+    def __init__(self, source: Source, index: Mapping[str, int]) -> None:
+        self._source = source
+        self._index = index
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in the files."""
+        return _dtype(self._source, name)
+
+    def read(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer from that element on."""
+        stored = self._source.tensors[name]
+        read_chunk(self._source.folder, stored, start * self.dtype(name).itemsize, buffer)
+
+    def check(self, name: str, checksum: int) -> None:
+        """Refuse bytes that are not those that were saved."""
+        if self._source.checksums and self._source.checksums[self._index[name]] != checksum:
+            stored = self._source.tensors[name]
+            raise CheckpointCorruptError(damage_text(self._source.folder / stored.file, [name]))
+
+    def has_checksum(self, name: str) -> bool:
+        """Whether `check` compares anything."""
+        return bool(self._source.checksums)
+
+
 class _Sum:
     """Reads the saved averages side by side."""
 
     def __init__(self, weighed: WeighedSnapshots, progress: Callable[[int], object]) -> None:
         self._tensors = weighed.snapshots.latest.manifest.tensors
-        self._index = {fqn: index for index, fqn in enumerate(self._tensors)}
-        self._parts = weighed.parts
-        self._live = [(weighed.snapshots.sources[-1], 1.0)]
-        self._progress = progress
-        self._sum = torch.empty(_CHUNK_NUMEL, dtype=torch.float64, device="cpu")
-        self._buffer = memoryview(bytearray(_CHUNK_NUMEL * 8))
+        index = {fqn: index for index, fqn in enumerate(self._tensors)}
+        self._parts = [(_OfSnapshot(source, index), weight) for source, weight in weighed.parts]
+        self._latest = _OfSnapshot(weighed.snapshots.sources[-1], index)
+        self._chunks = Chunks(progress)
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:
         """The chunks of a tensor: of the sum if it is averaged, else of the latest snapshot."""
         tensor = self._tensors[fqn]
-        parts = self._parts if tensor.averaged else self._live
-        checksums = [0] * len(parts)
         numel = math.prod(tensor.shape)
-        for start in range(0, numel, _CHUNK_NUMEL):
-            total = self._sum[: min(_CHUNK_NUMEL, numel - start)].zero_()
-            values = total
-            for index, (source, weight) in enumerate(parts):
-                chunk = self._read(source, fqn, start, len(total))
-                checksums[index] = checksum(chunk, checksums[index])
-                values = torch.frombuffer(chunk, dtype=_dtype(source, fqn))
-                if tensor.averaged:
-                    total.add_(values.double(), alpha=weight)
-            yield total if tensor.averaged else values
-        for (source, _), of_source in zip(parts, checksums, strict=True):
-            if source.checksums and source.checksums[self._index[fqn]] != of_source:
-                raise CheckpointCorruptError(damage_text(source.folder / source.tensors[fqn].file, [fqn]))
-
-    def _read(self, source: Source, fqn: str, start: int, count: int) -> memoryview:
-        item_bytes = _dtype(source, fqn).itemsize
-        chunk = self._buffer[: count * item_bytes]
-        read_chunk(source.folder, source.tensors[fqn], start * item_bytes, chunk)
-        self._progress(chunk.nbytes)
-        return chunk
+        if tensor.averaged:
+            return self._chunks.summed(numel, [(source, fqn, weight) for source, weight in self._parts])
+        return self._chunks.copied(numel, self._latest, fqn)

@@ -12,6 +12,7 @@ As a recursion, m_k = c_k / (c_1 + ... + c_k) = (w((k - 1) / n) - w(k / n)) / (1
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from dist_ema.checks import positive_integer, real_number, shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.registry import registered
 
-__all__ = ["MergeSchedule"]
+__all__ = ["SHAPES", "MergeSchedule", "merge_coefficients"]
 
 # How far w(0), w(1) and a falling w may be off by rounding.
 _ROUNDING = 1e-9
@@ -43,6 +44,28 @@ def _cosine(k: int, num_steps: int) -> float:
     half = math.pi / (2 * num_steps)
     return min(math.sin((2 * k - 1) * half) * math.sin(half) / math.sin(k * half) ** 2, 1.0)
 
+
+def _linear_weight(k: int, num_steps: int) -> float:
+    return 1.0 / num_steps
+
+
+def _one_minus_sqrt_weight(k: int, num_steps: int) -> float:
+    """sqrt(k / n) - sqrt((k - 1) / n), without the cancellation."""
+    return 1.0 / (math.sqrt(num_steps) * (math.sqrt(k) + math.sqrt(k - 1)))
+
+
+def _cosine_weight(k: int, num_steps: int) -> float:
+    half = math.pi / (2 * num_steps)
+    return math.sin((2 * k - 1) * half) * math.sin(half)
+
+
+# The name of a curve -> c_k.
+_WEIGHTS: dict[str, Callable[[int, int], float]] = {
+    "linear": _linear_weight,
+    "1-sqrt": _one_minus_sqrt_weight,
+    "cosine": _cosine_weight,
+}
+SHAPES = tuple(_WEIGHTS)
 
 # The name of a curve -> m_k.
 _SHAPES: dict[str, Callable[[int, int], float]] = {"linear": _linear, "1-sqrt": _one_minus_sqrt, "cosine": _cosine}
@@ -137,3 +160,21 @@ class MergeSchedule:
                     "rises: value number "
                     f"{k} would have a negative weight"
                 )
+
+
+def merge_coefficients(shape: str | Callable[[float], float], num_values: int) -> tuple[float, ...]:
+    """The weights c_1 ... c_n of the values, oldest first; they sum to 1. See the module.
+
+    Args:
+        shape: as `MergeSchedule` takes it.
+        num_values: the number n of values, at least 1.
+
+    Raises:
+        ConfigError: as `MergeSchedule`.
+    """
+    MergeSchedule(shape, num_steps=num_values)  # raises
+    if isinstance(shape, str):
+        return tuple(_WEIGHTS[shape](k, num_values) for k in range(1, num_values + 1))
+    heights = [real_number(f"w({k}/{num_values})", shape(k / num_values)) for k in range(num_values + 1)]
+    falls = [max(before - now, 0.0) for before, now in itertools.pairwise(heights)]
+    return tuple(fall / math.fsum(falls) for fall in falls)

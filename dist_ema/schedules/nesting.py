@@ -59,7 +59,7 @@ def horizon_of(schedule: Schedule) -> int | None:
     """The number of updates after which a schedule has nothing new: `steps_of`, or the end of a merge."""
     if isinstance(schedule, Combined):
         steps = horizon_of(schedule.schedule)
-        return None if steps is None else schedule.steps_around(steps)
+        return None if steps is None else steps + int(getattr(schedule, "start_step", 0))
     end_step = getattr(schedule, "end_step", None)
     return end_step if type(end_step) is int else steps_of(schedule)
 

@@ -19,6 +19,7 @@ draw merge 12000 "MergeSchedule('linear', num_steps=2_000, start_step=8_000)" \
     "MergeSchedule('cosine', num_steps=2_000, start_step=8_000)"
 draw constant 12000 'ConstantSchedule(decay=0.999)' 'ConstantSchedule(half_life_steps=2000)'
 draw annealed 12000 'AnnealedSchedule(0.0002, gamma=100)' 'AnnealedSchedule(0.001, gamma=100)'
+draw bema 12000 'BemaSchedule(kappa=0.5, rho=10.0)' 'BemaSchedule(kappa=0.7, rho=10.0, floor=0.005)'
 draw ramp 12000 'RampSchedule(max_decay=0.999)' 'RampSchedule(max_decay=0.9999)'
 draw inverse_gamma 12000 'InverseGammaSchedule(power=0.75)' 'InverseGammaSchedule(power=0.667, max_decay=0.999)'
 draw power 12000 'PowerSchedule(sigma_rel=0.05)' 'PowerSchedule(sigma_rel=0.1)' 'PowerSchedule(sigma_rel=0.2)'

@@ -261,3 +261,45 @@ def from_every_form(folder: str, layout: str) -> None:
 @pytest.mark.parametrize(("size", "layout"), [(2, "ddp"), (2, "fsdp2")])
 def test_every_rank_reads_its_part_of_a_file_of_torch_save(world, tmp_path, size, layout) -> None:
     world(size).run(from_every_form, str(tmp_path), layout)
+
+
+def test_biases_that_are_trained_beside_an_adapter_are_found_in_its_folder(tmp_path) -> None:
+    theirs = adapters("default", bias="all")
+    with torch.no_grad():
+        for number, (name, value) in enumerate(theirs.named_parameters()):
+            value.requires_grad_(value.requires_grad or name.endswith("bias"))
+            if value.requires_grad:
+                value.add_(number + 1.0)
+    expected = {name: value.detach() for name, value in theirs.named_parameters() if value.requires_grad}
+    assert any(name.endswith("bias") for name in expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = adapters("default", bias="all")
+    for name, value in ours.named_parameters():
+        value.requires_grad_(name in expected)
+    ema = average(ours, trainable_only=True)
+    ema.start_from(tmp_path / "theirs")
+    state = ema.full_state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("count", [torch.tensor(-3), torch.tensor(2**64 - 1, dtype=torch.uint64), torch.tensor(True)])
+def test_a_counter_that_counts_nothing_is_not_taken_for_a_number_of_updates(tmp_path, count) -> None:
+    model = nn.Linear(2, 2)
+    state = {**{f"module.{name}": value for name, value in model.state_dict().items()}, "n_averaged": count}
+    torch.save(state, tmp_path / "swa.pt")
+    save_file(state, tmp_path / "swa.safetensors")
+    for name in ("swa.pt", "swa.safetensors"):
+        ema = average(model)
+        with pytest.raises(CheckpointMismatchError, match="n_averaged"):
+            ema.start_from(tmp_path / name)
+        ema.start_from(tmp_path / name, dropped="n_averaged")
+
+
+def test_of_two_dicts_under_one_key_neither_is_taken_silently(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"a.b": model.state_dict(), "a": {"b": other}}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointMismatchError, match="two dicts of tensors of the same keys"):
+        average(model).start_from(tmp_path / "two.pt")

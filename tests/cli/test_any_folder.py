@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import HALF, averaged_once
 from torch import nn
 
-from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema import CheckpointNotFoundError, ConstantSchedule, ShardedEMA
 from dist_ema.cli import main
 
 
@@ -56,6 +56,18 @@ def test_the_folder_of_a_run_is_a_table_in_the_order_of_the_updates(run, capsys)
     assert row["tracks"] == ["a", "b"] and row["name"] == "checkpoint-1/ema" and row["saved_at"].startswith("20")
     files = (run / "checkpoint-1" / "ema").rglob("*.safetensors")
     assert row["file_bytes"] == sum(path.stat().st_size for path in files)
+    alone = json.loads(answer(capsys, "inspect", run / "checkpoint-1" / "ema", "--json"))
+    assert alone["file_bytes"] == row["file_bytes"], "one key, two numbers"
+
+
+def test_the_folder_of_a_run_is_not_said_to_hold_no_average(run, capsys, tmp_path) -> None:
+    (run / "model.safetensors").unlink()  # of these weights verify tells
+    commands = (["verify", run], ["consolidate", run, tmp_path / "export"], ["plot", run, "--out", tmp_path / "p.svg"])
+    for command in commands:
+        text = answer(capsys, *command, code=1)
+        assert "hold 3 (checkpoint-1/ema, checkpoint-20/ema, checkpoint-3/ema). Give the folder of one" in text
+    with pytest.raises(CheckpointNotFoundError, match="checkpoint-20/ema"):
+        ShardedEMA(nn.Linear(3, 2), HALF).load(run)
 
 
 def test_a_table_reads_manifests_alone(run, capsys) -> None:
@@ -134,6 +146,11 @@ def test_the_average_of_a_checkpoint_is_meant_and_not_its_live_weights(run, caps
     assert "weights without a manifest" in answer(capsys, "inspect", run / "checkpoint-20" / "model.safetensors")
 
 
+def test_a_picture_in_a_folder_that_is_not_there_is_refused_before_it_is_drawn(run, capsys, tmp_path) -> None:
+    text = answer(capsys, "plot", run / "checkpoint-20", "--out", tmp_path / "none" / "p.svg", code=1)
+    assert f"{tmp_path / 'none'} is no folder" in text and "make it first" in text
+
+
 def test_no_picture_is_replaced_unasked_and_none_is_written_elsewhere(run, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     average, before = run / "checkpoint-20", b"a picture of another run"
@@ -164,3 +181,17 @@ def test_diff_has_a_progress_bar_on_a_terminal_alone(run, capsys, monkeypatch) -
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["diff", average, average]) == 0
     assert "64.0/64.0" in terminal.getvalue() or "64.0" in terminal.getvalue()
+
+
+def test_a_number_that_json_has_not_leaves_the_answer_readable(run, tmp_path, capsys) -> None:
+    save_file({"weight": torch.full((2,), float("nan"))}, tmp_path / "a.safetensors")
+    save_file({"weight": torch.ones(2)}, tmp_path / "b.safetensors")
+    facts = json.loads(answer(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json"))
+    assert facts["relative"] is None and facts["tensors"] == {"weight": None}
+
+
+def test_a_name_with_a_line_break_makes_no_row_of_its_own(run, capsys) -> None:
+    forged = "a\n  checkpoint-9/ema  9,999"
+    shutil.copytree(run / "checkpoint-1" / "ema", run / forged)
+    assert len(answer(capsys, "inspect", run).splitlines()) == 2 + 4
+    assert forged in {row["name"] for row in json.loads(answer(capsys, "inspect", run, "--json"))["averages"]}

@@ -146,10 +146,14 @@ def test_an_interrupted_consolidate_leaves_nothing(saved, tmp_path, capsys, monk
 
 def test_commands_and_options_of_the_command_line(capsys) -> None:
     for arguments, names in (
-        (["--help"], ["inspect", "verify", "diff", "plot", "consolidate", "synthesize", "--version"]),
+        (["--help"], ["inspect", "verify", "diff", "plot", "consolidate", "synthesize", "merge", "--version"]),
         (["diff", "--help"], ["A", "B", "--track", "--top", "--json", "example:"]),
         (["plot", "--help"], ["SRC", "--out", "--force", "--steps", "--schedule", "--sigma-rel", "example:"]),
         (["synthesize", "--help"], ["SNAPSHOTS", "OUT", "--sigma-rel", "--schedule", "--num-updates", "--dtype"]),
+        (
+            ["merge", "--help"],
+            ["OUT", "SRC", "--decay", "--weights", "--equal", "--base", "--scale", "--track", "--dtype"],
+        ),
         (["synthesize", "--help"], ["--max-shard-size", "--json", "example:"]),
         (["verify", "--help"], ["SRC", "example:"]),
         (["consolidate", "--help"], ["SRC", "DST", "--track", "--dtype", "--max-shard-size", "example:"]),

@@ -98,6 +98,25 @@ def test_another_form_in_the_same_folder_leaves_nothing_stale(told) -> None:
     assert set(map(tuple, told["over"].values())) == {()}, told["over"]
 
 
+@pytest.mark.parametrize("name", ["lora", "two_adapters", "unet_adapter"])
+def test_an_export_of_a_trainers_checkpoint_has_no_adapter_where_its_library_does_not_look(told, name) -> None:
+    of_trainer = told["out_of_a_trainer"][name]
+    assert of_trainer["top"] == [], "at the top a resume of the Trainer takes the average for a second adapter"
+    assert of_trainer["files"] == sorted([*FILES[name], *CARD]) and of_trainer["same"]
+
+
+@pytest.mark.parametrize("name", ["lora", "two_adapters", "unet_adapter"])
+def test_diff_of_an_adapters_average_and_its_export_finds_every_tensor_in_both(told, name) -> None:
+    of_trainer = told["out_of_a_trainer"][name]
+    assert of_trainer["code"] == 0 and of_trainer["diff"]["apart"] == []
+    assert of_trainer["diff"]["relative"] == 0.0 and len(of_trainer["diff"]["tensors"]) > 1
+
+
+def test_verify_of_an_export_looks_at_every_adapter_in_it(told) -> None:
+    of_two = told["out_of_a_trainer"]["two_adapters"]["verified"]
+    assert "4 tensors in 2 files" in of_two and "2 tensors in 1 file" in told["out_of_a_trainer"]["lora"]["verified"]
+
+
 def test_the_hub_reads_the_card_of_every_export(told) -> None:
     names = {name: card["library_name"] for name, card in told["card"].items()}
     assert (names["gpt2"], names["unet"], names["lora"]) == ("transformers", "diffusers", "peft")

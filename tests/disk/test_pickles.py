@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConstantSchedule, ShardedEMA
@@ -37,6 +38,23 @@ class Hostile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.folder / "hacked"),)
+
+
+def test_the_advice_for_a_module_that_was_pickled_whole_can_be_followed(tmp_path, monkeypatch) -> None:
+    torch.save(nn.Sequential(nn.Linear(3, 2))[0], tmp_path / "module.pt")
+    with pytest.raises(CheckpointCorruptError, match="those of a module") as refused:
+        begun(tmp_path / "module.pt")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in str(refused.value).splitlines()[1:]), {"torch": torch})
+    begun(tmp_path / "average.pt")
+
+
+def test_a_folder_of_model_folders_says_which_it_has(tmp_path) -> None:
+    for name in ("unet", "unet_ema"):
+        (tmp_path / name).mkdir()
+        save_file(WEIGHTS, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointCorruptError, match=r"has folders with weights \(unet, unet_ema\): give one of these"):
+        begun(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

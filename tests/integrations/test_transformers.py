@@ -523,3 +523,14 @@ def test_an_average_that_no_checkpoint_has_is_told_at_the_end_in_the_words_of_th
     records = [record for record in watch._records if callback.ema is not None and record.use is callback.ema.use]
     with pytest.warns(UserWarning, match=r"'ema' \(2\).*EMACallback\(consolidate=True\)"):
         watch._tell_unused(records)
+
+
+def test_the_average_is_blended_into_the_live_weights_of_a_trainer(tmp_path) -> None:
+    """With a weight of 1 after every fourth of 8 steps the live weights at the end are the average."""
+    callback = EMACallback(SCHEDULE, evaluate="live", blend_every=4, blend_weight=1.0)
+    trainer = trainer_of(tmp_path, callback, save_strategy="no")
+    trainer.train()
+    assert callback.ema is not None and callback.ema.num_updates == 8
+    assert_alike(whole(trainer.model), averaged(callback))
+    with pytest.raises(ConfigError, match="blend_every"):
+        EMACallback(SCHEDULE, blend_every=0)

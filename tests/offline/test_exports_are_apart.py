@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import sealed
+from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import ConstantSchedule, EqualSchedule, ShardedEMA, consolidate_checkpoint, synthesize
@@ -102,3 +105,35 @@ def test_a_snapshot_and_a_save_share_no_file(tmp_path) -> None:
     ema.wait()
     for folder in ("ema", "snapshots"):
         assert all(num_names == 1 for _, num_names in content(tmp_path / folder).values())
+
+
+def test_a_folder_of_an_adapter_that_leads_elsewhere_brings_no_small_file_into_an_export(tmp_path) -> None:
+    """Else a shared checkpoint would publish files of whoever exports it."""
+    torch.manual_seed(0)
+    ema = ShardedEMA(nn.Linear(4, 2), ConstantSchedule(decay=0.5))
+    ema.update()
+    ema.save(tmp_path / "ema")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.json").write_text("secret")
+    (tmp_path / "ema" / "sub").symlink_to(tmp_path / "private")
+    record = json.loads((tmp_path / "ema" / "manifest.json").read_text())
+    record["form"] = {**record["form"], "small_files": ["sub/key.json"]}
+    (tmp_path / "ema" / "manifest.json").write_text(sealed(record))
+    consolidate_checkpoint(tmp_path / "ema", tmp_path / "export")
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file())
+
+
+def test_the_header_of_an_export_that_names_files_elsewhere_makes_none_of_them_ours(tmp_path) -> None:
+    (tmp_path / "other.json").write_text("of the user")
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(decay=0.5))
+    (tmp_path / "export").mkdir()
+    names = f"../other.json {tmp_path}/other.json /etc/hostname"
+    save_file(
+        {"weight": torch.ones(2)},
+        tmp_path / "export" / "model.safetensors",
+        metadata={"written_by": "dist_ema", "small_files": names},
+    )
+    (tmp_path / "export" / "notes.txt").write_text("of the user")
+    ema.consolidate(tmp_path / "export")
+    assert sorted(os.listdir(tmp_path / "export")) == ["README.md", "model.safetensors", "notes.txt"]
+    assert (tmp_path / "other.json").read_text() == "of the user"

@@ -186,7 +186,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("more", [{}, {"interval": 3, "interval_correction": True}], ids=["each", "every third"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_synthesized_averages_are_within_2_percent_of_tracked_ones(tmp_path, monkeypatch, dtype, more) -> None:
-    monkeypatch.setattr("dist_ema.offline.synthesis._CHUNK_NUMEL", 500)
+    monkeypatch.setattr("dist_ema.offline.summing._CHUNK_NUMEL", 500)
     truth = run(tmp_path / "snapshots", dtype, **more)
     for sigma in (75, 150, 200):
         made = synthesize(tmp_path / "snapshots", tmp_path / "out", PowerSchedule(sigma_rel=sigma / 1000))
@@ -476,7 +476,7 @@ def test_the_command_that_measures_it_on_the_demo_model(tmp_path) -> None:
 def test_the_command_line_synthesizes(snapshots, tmp_path, capsys) -> None:
     assert main(["synthesize", "--sigma-rel", "0.15", str(snapshots), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: PowerSchedule(gamma=3.557" in told and "after 40 updates" in told
+    assert f"{tmp_path / 'out'}: PowerSchedule(sigma_rel=0.15)" in told and "after 40 updates" in told
     assert "from 8 snapshots, profile error" in told
     synthesize(snapshots, tmp_path / "same", WANTED)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "same")]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dist_ema import ConfigError, EqualSchedule, MergeSchedule, PowerSchedule, ShardedEMA, after
+from dist_ema.schedules.merging import merge_coefficients
 from dist_ema.schedules.records import is_known, schedule_to_json
 
 CURVES = {
@@ -46,6 +47,8 @@ def test_the_weights_are_the_published_coefficients(shape, n) -> None:
     assert weights(schedule, 7, n) == pytest.approx(expected, rel=0, abs=1e-12)
     own = MergeSchedule(CURVES[shape], num_steps=n, start_step=7)
     assert weights(own, 7, n) == pytest.approx(expected, rel=0, abs=1e-12)
+    for curve in (shape, CURVES[shape]):
+        assert merge_coefficients(curve, n) == pytest.approx(expected, rel=0, abs=1e-12), "offline merges have the same"
     for merge in (schedule, own):
         assert [merge.momentum(step) for step in (0, 6, 7)] == [1.0] * 3, "the average is live before value 1"
         assert [merge.momentum(step) for step in (7 + n, 8 + n, 10**9)] == [0.0] * 3, "it stands still after value n"

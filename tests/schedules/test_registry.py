@@ -33,6 +33,7 @@ GOLDEN_MOMENTA = json.loads((ROOT / "tests" / "golden" / "schedules.json").read_
 
 # A schedule that no installed tool has -> the test that compares it with a naive twin.
 NOT_OBSERVED = {
+    "BemaSchedule": "test_the_momentum_is_that_of_the_callback_of_trl",
     "LinearSchedule": "test_a_line_is_the_list_of_decays_of_v_jepa",
     "MergeSchedule": "test_the_weights_are_the_published_coefficients",
     "chain": "test_a_chain_asks_the_schedule_of_the_part_with_a_count_of_its_own",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dist_ema import (
+    BemaSchedule,
     ConfigError,
     ConstantSchedule,
     CosineSchedule,
@@ -108,3 +109,16 @@ def test_a_batch_size_that_was_not_given_is_refused_and_nothing_moves() -> None:
     assert ema.num_updates == 1
     with pytest.raises(ConfigError, match="expected per_batch as the outermost"):
         after(5, per_batch(4, ConstantSchedule(decay=0.9)))
+
+
+def test_the_momentum_is_that_of_the_callback_of_trl() -> None:
+    """`BEMACallback._ema_beta`, which is `max((lag + multiplier * step) ** -ema_power, min_ema_multiplier)`.
+
+    `test_it_agrees_with_the_callback_of_trl` runs the callback itself.
+    """
+    for lag, multiplier, power, least in ((10, 1.0, 0.5, 0.0), (1, 0.25, 0.9, 0.02), (3, 0.0, 0.0, 0.0)):
+        schedule = BemaSchedule(kappa=power, rho=lag, gamma=multiplier, floor=least, update_after_step=2)
+        assert [schedule.momentum(step) for step in (0, 1, 2)] == [1.0] * 3
+        for step in (3, 4, 50, 10**6):
+            beta = max((lag + multiplier * step) ** -power, least)
+            assert schedule.momentum(step) == pytest.approx(beta, rel=0, abs=1e-15), step

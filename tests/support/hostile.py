@@ -244,6 +244,23 @@ SCHEDULES: dict[str, Any] = {
 }
 
 # Of an average in one file.
+# Fields of a form, of a plain folder with the tensors `bias` and `weight`.
+FORMS: dict[str, dict[str, Any]] = {
+    "kind is a list": {"kind": []},
+    "kind needs other files": {"kind": "peft"},
+    "names are a list": {"names": []},
+    "a name is reserved": {"names": {"bias": "__metadata__"}},
+    "two tensors of one name": {"names": {"bias": "weight"}},
+    "a folder leads out": {"folders": {"bias": ".."}},
+    "a folder is absolute": {"folders": {"bias": "/tmp"}},
+    "a header is a number": {"headers": {".": {"key": 1}}},
+    "a header is elsewhere": {"headers": {"../x": {}}},
+    "small files are text": {"small_files": "config.json"},
+    **{f"a small file is {name!r}": {"small_files": [name]} for name in (1, "", ".", "../x.json", "a/../x.json")},
+    **{f"a small file is {name!r}": {"small_files": [name]} for name in ("/etc/hostname", "a/b/c", MANIFEST, TENSORS)},
+    **{f"a small file is {name!r}": {"small_files": [name]} for name in (INDEX, f"a/{TENSORS}", "README.md")},
+}
+
 ONE_FILE: dict[str, tuple[Damage, type]] = {
     "no manifest": (removed(MANIFEST), NOT_FOUND),
     "manifest is a folder": (folder_instead(MANIFEST), CORRUPT),
@@ -276,6 +293,12 @@ ONE_FILE: dict[str, tuple[Damage, type]] = {
         f"inner schedule: {name}": (schedule(nested(2, **record)), CORRUPT)
         for name, record in SCHEDULES.items()
         if isinstance(record, dict)
+    },
+    "manifest: form is a list": (manifest(form=[]), CORRUPT),
+    "manifest: form is empty": (manifest(form={}), CORRUPT),
+    **{
+        f"manifest: form: {name}": (manifest(form={"kind": "plain", "stem": "model", **changes}), CORRUPT)
+        for name, changes in FORMS.items()
     },
     "aliases are a list": (manifest(aliases=[]), CORRUPT),
     "alias of a number": (manifest(aliases={"tied": 5}), CORRUPT),

@@ -42,6 +42,7 @@ from transformers import (  # noqa: E402
 )
 
 from dist_ema import ConstantSchedule, ShardedEMA, consolidate_checkpoint  # noqa: E402
+from dist_ema.cli import main as cli  # noqa: E402
 
 ROOT = Path(sys.argv[1])
 BASE = ROOT / "base"
@@ -300,6 +301,32 @@ def over_each_other() -> dict[str, list[str]]:
     return stayed
 
 
+def out_of_a_trainer(name: str, folder: Path) -> dict[str, Any]:
+    """The files of an export of an average in a checkpoint of the Trainer, and what `diff` says of the two."""
+    torch.manual_seed(7)
+    ema = ShardedEMA(MODELS[name](), ConstantSchedule(decay=0.5))
+    ema.update()
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    ema.save(folder / "checkpoint-4" / "ema")
+    ema.consolidate(folder / "export")
+    consolidate_checkpoint(folder / "checkpoint-4", folder / "offline")
+    compared, exported = io.StringIO(), folder / "export"
+    with contextlib.redirect_stdout(compared):
+        code = cli(["diff", str(folder / "checkpoint-4"), str(exported), "--json"])
+    verified = io.StringIO()
+    with contextlib.redirect_stdout(verified):
+        cli(["verify", str(exported)])
+    return {
+        "top": sorted(path.name for path in (folder / "checkpoint-4" / "ema").glob("*.safetensors")),
+        "files": [file for file, _ in _files(folder / "offline")],
+        "same": all(path.read_bytes() == (folder / "offline" / file).read_bytes() for file, path in _files(exported)),
+        "code": code,
+        "verified": verified.getvalue(),
+        "diff": json.loads(compared.getvalue()),
+    }
+
+
 def sharded(rank: int, names: list[str]) -> None:
     store = dist.FileStore(str(ROOT / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -384,6 +411,8 @@ def main() -> None:
             if told["table"][f"{name} export {loader}"] == "equal":
                 told["sharded"][f"{name} {loader}"] = verdict(load, ROOT / "2" / name / "export", average)
     told["over"] = over_each_other()
+    adapters = ("lora", "two_adapters", "unet_adapter")
+    told["out_of_a_trainer"] = {name: out_of_a_trainer(name, ROOT / "trained" / name) for name in adapters}
     adapter = MODELS["dora"]()
     with torch.no_grad():
         for parameter in adapter.parameters():

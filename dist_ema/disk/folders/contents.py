@@ -178,7 +178,8 @@ def own_files(folder: Path) -> set[str]:
             names = [path.name, *marks.get(SMALL_FILES, "").split()]
             of_weights = WEIGHTS_FILE.fullmatch(path.name)
             names += [index_name(of_weights[1])] if of_weights else []
-            own |= {str((path.parent / name).relative_to(folder)) for name in names}
+            above = path.parent.relative_to(folder)
+            own |= {str(above / name) for name in names}  # one that leads out of the folder is no file in it
     return own
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "ITEM_BYTES",
     "LARGEST_RECORD_BYTES",
     "LONGEST_HEADER_BYTES",
+    "METADATA",
     "TORCH_DTYPES",
     "StoredFile",
     "StoredModel",
@@ -38,6 +39,9 @@ __all__ = [
     "read_small",
     "stem_in",
 ]
+
+# The entry of a header that is no tensor.
+METADATA = "__metadata__"
 
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
@@ -226,6 +230,8 @@ def _other_weights(folder: Path) -> str:
     for name in names:
         if name.endswith(_PICKLED_ENDS):
             return f"it has {name}{kind_text(folder / name)}"
+    if inside := [name for name in names if stem_in(folder / name) is not None]:
+        return f"it has folders with weights ({', '.join(inside[:3])}): give one of these"
     return "one of them is missing, or it is another kind of folder"
 
 
@@ -304,7 +310,7 @@ def _parse(file: str, text: bytes, size_bytes: int) -> tuple[dict[str, str], dic
     record = json.loads(text.decode(), object_pairs_hook=_without_repeats)
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
-    metadata = record.pop("__metadata__", {})
+    metadata = record.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not text")
     first = 8 + len(text)

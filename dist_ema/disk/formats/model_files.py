@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from dist_ema.disk.formats.file_names import MODEL_STEM, index_name
-from dist_ema.disk.formats.headers import LONGEST_HEADER_BYTES, TORCH_DTYPES
+from dist_ema.disk.formats.headers import LONGEST_HEADER_BYTES, METADATA, TORCH_DTYPES
 from dist_ema.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
@@ -130,7 +130,7 @@ def lay_out_files(
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
     names = names or {}
     for fqn, dtype, _ in tensors:
-        if names.get(fqn, fqn) == "__metadata__":
+        if names.get(fqn, fqn) == METADATA:
             raise UnsupportedModelError(f"a tensor is called {fqn!r}, which safetensors reserves: rename it")
         if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"{fqn} has dtype {dtype}, which safetensors cannot store")
@@ -174,7 +174,7 @@ def _check_text(fqn: str) -> None:
 
 
 def _plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:
-    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
+    header: dict[str, Any] = {METADATA: {**metadata, "format": "pt"}}
     ends = list(itertools.accumulate((entry.nbytes for entry in entries), initial=0))
     for entry, (start, stop) in zip(entries, itertools.pairwise(ends), strict=True):
         header[entry.name] = {

@@ -74,7 +74,12 @@ class PickledFile:
         self._path = path
         self._size_bytes = os.path.getsize(path)
         self.content = _load(path)
-        self.parts = dict(_parts(self.content))
+        parts = list(_parts(self.content))
+        self.parts = dict(parts)
+        if len(parts) != len(self.parts):
+            raise CheckpointMismatchError(
+                f"{path} has two dicts of tensors of the same keys, once with a dot: save the one that you mean alone"
+            )
         if not self.parts:
             raise CheckpointMismatchError(f"{path} holds no tensors by name{_instead(self.content)}")
 
@@ -170,6 +175,12 @@ def _more_than_tensors(path: Path, error: str) -> str:
     )
     if any(name.startswith("mmengine.") for name in names):
         return f"{text} (mmengine keeps the averaged weights in state_dict):\n{mmengine_lines(path)}"
+    if names and all(name.startswith("torch.nn.") for name in names):
+        return (
+            f"{text}, which are those of a module:\n"
+            f"    module = torch.load({str(path)!r}, weights_only=False)\n"
+            '    torch.save(module.state_dict(), "average.pt")'
+        )
     return (
         f"{text}, where KEY is that of the averaged weights, such as 'state_dict_ema':\n"
         f"    checkpoint = torch.load({str(path)!r}, weights_only=False)\n"

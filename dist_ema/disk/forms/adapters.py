@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 
-from dist_ema.disk.forms.form import ADAPTER_CONFIG_NAME, LORA, PEFT, TOP, FolderForm
+from dist_ema.disk.forms.form import ADAPTER_CONFIG_NAME, LORA, PEFT, TOP, FolderForm, adapter_at_top
 from dist_ema.disk.forms.models import Model, Tensors, files_written, origin_of
 
 __all__ = ["adapter_form", "has_adapters"]
 
-# PEFT's own name of an only adapter; its files lie at the top.
-_DEFAULT = "default"
 _FOLDER = re.compile(r"[A-Za-z0-9_-]{1,200}")
 # What transformers puts before the names in the file, so that they are those of a PeftModel.
 _PREFIX = "base_model.model."
@@ -59,10 +57,10 @@ def adapter_form(model: Model, tensors: Tensors) -> tuple[FolderForm, dict[str, 
     together = [fqn for names in files.values() for fqn in names]
     if not files or len(together) != len(set(together)) or set(together) != set(tensors.written):
         return None
-    # An only adapter lies at the top; several lie where PEFT's save_pretrained puts them. In a folder of PEFT a
-    # sub-folder with an adapter at its top is one of its adapters: a Trainer that resumes would add it to the model.
-    at_top = set() if tensors.is_beside_adapters else set(files) if len(files) == 1 else {_DEFAULT}
-    folders = {adapter: TOP if adapter in at_top else adapter for adapter in files}
+    # In a folder of PEFT a sub-folder with an adapter at its top is one of its adapters: a Trainer that resumes would
+    # add it to the model.
+    at_top = None if tensors.is_beside_adapters else adapter_at_top(files)
+    folders = {adapter: TOP if adapter == at_top else adapter for adapter in files}
     if not all(folder == TOP or _FOLDER.fullmatch(folder) for folder in folders.values()):
         return None
     is_lora = model.is_a("diffusers.loaders.peft", "PeftAdapterMixin")

@@ -14,15 +14,17 @@ The module loads no torch. No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dist_ema.checks import file_name, folder_name
-from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME
+from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME, OWN_FILE
 from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, LORA_STEM, MODEL_STEM, STEMS
+from dist_ema.disk.formats.headers import METADATA
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
+    "CARD_NAME",
     "CONFIG_NAME",
     "DIFFUSERS",
     "GENERATION_NAME",
@@ -34,8 +36,10 @@ __all__ = [
     "TOP",
     "TRANSFORMERS",
     "FolderForm",
+    "adapter_at_top",
     "form_from_json",
     "form_to_json",
+    "path_from_top",
 ]
 
 PLAIN, TRANSFORMERS, DIFFUSERS, TIMM, HUB, PEFT, LORA = (
@@ -51,6 +55,7 @@ _STEM_OF = {DIFFUSERS: DIFFUSERS_STEM, PEFT: ADAPTER_STEM, LORA: LORA_STEM}
 # The libraries of these kinds read one file of weights, and know no index.
 _ONE_FILE = (TIMM, HUB, PEFT, LORA)
 
+CARD_NAME = "README.md"
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 # Beside weights that they do not describe, a library would take the folder for something that it is not.
@@ -58,6 +63,8 @@ _CONFIG_NAMES = (CONFIG_NAME, GENERATION_NAME, ADAPTER_CONFIG_NAME)
 
 # The folder of the form itself; several adapters have folders in it.
 TOP = "."
+# PEFT's own name of an only adapter.
+_DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,19 @@ class FolderForm:
         fit = (CONFIG_NAME, GENERATION_NAME) if self.kind in (PLAIN, TRANSFORMERS) and self.is_described else ()
         return tuple(name for name in _CONFIG_NAMES if name not in fit)
 
+    def check_names(self, fqns: Iterable[str]) -> None:
+        """Refuse names of which a file could not hold all.
+
+        Raises:
+            ValueError: two of these tensors have one name in one file, or a name is reserved.
+        """
+        places: dict[tuple[str, str], str] = {}
+        for fqn in fqns:
+            place = self.folder_of(fqn), self.name_of(fqn)
+            if place in places or place[1] == METADATA:
+                raise ValueError(f"{fqn[:80]!r} is called {place[1][:80]!r} in its file, as another entry is")
+            places[place] = fqn
+
     def name_of(self, fqn: str) -> str:
         """The name of a tensor in its file."""
         return self.names.get(fqn, fqn)
@@ -105,6 +125,38 @@ class FolderForm:
     def folder_of(self, fqn: str) -> str:
         """The sub-folder of a tensor's file; `TOP` for the folder itself."""
         return self.folders.get(fqn, TOP)
+
+    def lifted(self, fqns: Collection[str]) -> str | None:
+        """The adapter that lies in a sub-folder of an average, and at the top of an export; None if there is none.
+
+        An average in a checkpoint of the Trainer has none at its top. An export is to be loaded, so it has one there.
+
+        Args:
+            fqns: the tensors of the average.
+        """
+        folders = {self.folder_of(fqn) for fqn in fqns}
+        return None if self.kind not in (PEFT, LORA) or TOP in folders else adapter_at_top(folders)
+
+    def with_at_top(self, lifted: str) -> FolderForm:
+        """The form in which the files of a sub-folder lie at the top, which is empty."""
+        return dataclasses.replace(
+            self,
+            folders={fqn: folder for fqn, folder in self.folders.items() if folder != lifted},
+            headers={TOP if folder == lifted else folder: header for folder, header in self.headers.items()},
+            small_files=tuple(path_from_top(path, lifted) for path in self.small_files),
+        )
+
+
+def adapter_at_top(adapters: Collection[str]) -> str | None:
+    """The adapter whose files lie at the top: an only one; of several that which PEFT's save_pretrained puts there."""
+    if len(adapters) == 1:
+        return next(iter(adapters))
+    return _DEFAULT if _DEFAULT in adapters else None
+
+
+def path_from_top(path: str, lifted: str) -> str:
+    """The path of a small file when the files of a sub-folder, `lifted`, lie at the top."""
+    return path.removeprefix(f"{lifted}/")
 
 
 def form_to_json(form: FolderForm | None) -> Any:
@@ -180,5 +232,7 @@ def _path(value: object) -> str:
         raise ValueError(f"a small file has the path {_text(value)[:80]!r}")
     for folder in folders:
         folder_name("form", folder)
-    file_name("form", name)
+    # What an export writes itself, or leaves to the user: a checkpoint must not put its own there.
+    if OWN_FILE.fullmatch(file_name("form", name)) or name == CARD_NAME:
+        raise ValueError(f"a small file is called {name[:80]!r}, which is no name of one")
     return _text(value)

@@ -1,0 +1,1 @@
+"""Merging saved weights into one model folder."""

@@ -1,0 +1,113 @@
+"""Weighted sums of tensors that lie in many places on disk. One process, no communication.
+
+Tensors pass in bounded chunks through one float64 sum. The chunks of all sources are read into one buffer, and a file
+is open only for that, so neither memory nor open files grow with the number of sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from dist_ema.disk.formats.checksums import checksum
+
+__all__ = ["Chunks", "TensorSource"]
+
+# Elements of a tensor that are in memory at a time: 1 MiB of float64 for the sum, which stays in the cache of a core.
+_CHUNK_NUMEL = 2**17
+# Elements that are converted at a time. All at once they would leave the cache: that took twice as long.
+_BLOCK_NUMEL = 2**15
+
+
+class TensorSource(Protocol):
+    """Tensors on disk, by name."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype on disk."""
+
+    def read(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes of a tensor, laid out by rows, from that element on."""
+
+    def has_checksum(self, name: str) -> bool:
+        """Whether a checksum of the tensor was saved."""
+
+    def check(self, name: str, checksum: int) -> None:
+        """Raise if the checksum of the whole tensor is not the one that was saved."""
+
+
+class Chunks:
+    """Reads tensors in chunks. A chunk is overwritten by the next one.
+
+    Args:
+        progress: called with the number of bytes of every chunk that was read.
+    """
+
+    def __init__(self, progress: Callable[[int], object]) -> None:
+        self._progress = progress
+        self._numel = 0
+        self._sum = torch.empty(0, dtype=torch.float64)
+        self._block = torch.empty(_BLOCK_NUMEL, dtype=torch.float64, device="cpu")
+        self._buffer = memoryview(b"")
+
+    def summed(
+        self, numel: int, parts: Sequence[tuple[TensorSource, str, float]], chunk_numel: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The chunks of a weighted sum, in float64 (complex128 where a tensor is complex).
+
+        Args:
+            numel: elements of the tensor.
+            parts: the sources, the names of the tensor there, and its weights.
+            chunk_numel: the most elements of a chunk; None for a size that suits the caches.
+        """
+        checksums = [0] * len(parts)
+        is_complex = any(source.dtype(name).is_complex for source, name, _ in parts)
+        for start, count in _cuts(numel, chunk_numel):
+            self._make_room(count)
+            total = self._sum[: count * (2 if is_complex else 1)].zero_()
+            for index, (source, name, weight) in enumerate(parts):
+                values, checksums[index] = self._read(source, name, start, count, checksums[index])
+                self._add(total, _real(values) if is_complex else values, weight)
+            yield torch.view_as_complex(total.view(count, 2)) if is_complex else total
+        for (source, name, _), present in zip(parts, checksums, strict=True):
+            source.check(name, present)
+
+    def copied(
+        self, numel: int, source: TensorSource, name: str, chunk_numel: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The chunks of a tensor as it is."""
+        present = 0
+        for start, count in _cuts(numel, chunk_numel):
+            self._make_room(count)
+            values, present = self._read(source, name, start, count, present)
+            yield values
+        source.check(name, present)
+
+    def _add(self, total: torch.Tensor, values: torch.Tensor, weight: float) -> None:
+        for part, block in zip(total.split(_BLOCK_NUMEL), values.split(_BLOCK_NUMEL), strict=True):
+            part.add_(self._block[: len(block)].copy_(block), alpha=weight)
+
+    def _make_room(self, numel: int) -> None:
+        if numel > self._numel:
+            self._sum = torch.empty(2 * numel, dtype=torch.float64, device="cpu")  # untouched pages take no memory
+            self._buffer = memoryview(bytearray(numel * 8))
+            self._numel = numel
+
+    def _read(self, source: TensorSource, name: str, start: int, count: int, present: int) -> tuple[torch.Tensor, int]:
+        dtype = source.dtype(name)
+        chunk = self._buffer[: count * dtype.itemsize]
+        source.read(name, start, chunk)
+        self._progress(chunk.nbytes)
+        return torch.frombuffer(chunk, dtype=dtype), checksum(chunk, present) if source.has_checksum(name) else 0
+
+
+def _cuts(numel: int, chunk_numel: int | None) -> Iterator[tuple[int, int]]:
+    chunk_numel = chunk_numel or _CHUNK_NUMEL
+    for start in range(0, numel, chunk_numel):
+        yield start, min(chunk_numel, numel - start)
+
+
+def _real(values: torch.Tensor) -> torch.Tensor:
+    """Both parts of complex values, side by side."""
+    return torch.view_as_real(values.to(torch.complex128)).reshape(-1)
