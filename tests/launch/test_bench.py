@@ -86,6 +86,7 @@ ON_RANKS = {
     "ranks": (2, ("--model", "small", "--rounds", 1)),
     "checkpoint": (1, ("--model", "small", "--rounds", 1, "--layout", "columns")),
     "export": (1, ("--model", "small", "--rounds", 1)),
+    "whole_tensors": (2, ("--model", "small", "--rounds", 1)),
 }
 
 
