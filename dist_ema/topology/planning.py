@@ -181,7 +181,8 @@ def _is_wanted(named: Named, options: Options, averaged: Collection[str] | None)
     """Whether a tensor is to be averaged, if its dtype can be."""
     if averaged is not None:
         return any(fqn in averaged for fqn in named.fqns)
-    requires_grad = not named.is_buffer and bool(named.source.requires_grad)
+    parameter = named.source if hasattr(named.source, "requires_grad") else getattr(named.owner, named.attribute, None)
+    requires_grad = bool(getattr(parameter, "requires_grad", False))
     return options.averages(named.fqns, is_buffer=named.is_buffer, requires_grad=requires_grad)
 
 

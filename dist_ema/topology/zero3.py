@@ -72,11 +72,6 @@ class _Partition:
         dtype: torch.dtype = self.parameter.ds_tensor.dtype
         return dtype
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether the parameter requires a gradient."""
-        return bool(self.parameter.requires_grad)
-
 
 class ZeRO3(Layout):
     """Runs of padded, flattened parameters: the rank that holds a run owns it."""

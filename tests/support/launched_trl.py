@@ -5,8 +5,10 @@ Not a test: `test_transformers.py` runs it. TRL raises FutureWarnings while it t
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +96,9 @@ def main(folder: str) -> None:
     assert_alike(outcome(uncut), without)
     assert_alike(averaged(callback, naive), naive.average.values)
     assert folders(os.path.join(folder, "uncut")) == {"checkpoint-6": True, "ema": False}
+    (manifest,) = Path(folder, "uncut", "checkpoint-6").rglob("manifest.json")
+    tensors = json.loads(manifest.read_text())["tensors"]
+    assert tensors and all("lora_" in name for name in tensors), "by default files hold the adapters alone"
     exported = PeftModel.from_pretrained(tiny_gpt2(), os.path.join(folder, "uncut", "ema")).state_dict()
     assert_alike({name: exported[name] for name in naive.average.values}, naive.average.values)
     for live, both in zip(evaluations(plain), evaluations(uncut), strict=True):

@@ -127,9 +127,9 @@ class Layout(Protocol):
     def find(self, model: nn.Module) -> Mapping[Where, Any]:
         """The tensors that the modules do not show as they are: module and attribute -> `Named.source`.
 
-        A source has the whole `shape` and the `dtype` of its tensor, and says whether it `requires_grad`; the same
-        source under two attributes is a tied tensor. None hides a tensor that stores others. A model with any such
-        tensor is not asked for its `state_dict()`, which would gather them.
+        A source has the whole `shape` and the `dtype` of its tensor, and says whether it `requires_grad` if the
+        parameter in the module cannot. The same source under two attributes is a tied tensor. None hides a tensor that
+        stores others. A model with any such tensor is not asked for its `state_dict()`, which would gather them.
 
         Raises:
             UnsupportedModelError: a tensor cannot be served exactly.
