@@ -28,6 +28,7 @@ from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.groups import names_of
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.functions import ScheduleLike
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.experts import check_numbers
 from dist_ema.topology.names import class_of, unwrapped
@@ -54,7 +55,7 @@ class Built(NamedTuple):
 def build(
     exchange: Exchange,
     model: nn.Module | Sequence[nn.Module],
-    schedule: Schedule | Mapping[str, Schedule],
+    schedule: ScheduleLike | Mapping[str, ScheduleLike],
     into: nn.Module | None,
     **options: Any,
 ) -> Built:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, SupportsIndex
@@ -28,7 +29,8 @@ from dist_ema.live.swap import Swap, put_for_good
 from dist_ema.options import Experts, Patterns
 from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.base import fraction_between
+from dist_ema.schedules.functions import ScheduleLike
 
 __all__ = ["ShardedEMA"]
 
@@ -66,7 +68,7 @@ class ShardedEMA:
         model: the prepared (wrapped) model; or a list of the parts of it that this rank has (stages of a pipeline),
             under the names that they have in the whole model. The files hold the union over all ranks.
         schedule: a schedule, or `{track_name: schedule}` for several averages at once. One schedule makes the track
-            "ema".
+            "ema". A function of the number of the update that returns the momentum is a schedule too.
         interval: with n, calls number 0, n, 2n, ... of `update` average; the others only count.
         interval_correction: use 1 - (1 - m)^n in place of m, so that `interval` does not lengthen the average.
         update_buffers: average floating-point buffers too. Without it, and for all other buffers, the averaged side
@@ -117,7 +119,7 @@ class ShardedEMA:
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        schedule: Schedule | Mapping[str, Schedule],
+        schedule: ScheduleLike | Mapping[str, ScheduleLike],
         *,
         interval: int = 1,
         interval_correction: bool = False,
@@ -197,7 +199,7 @@ class ShardedEMA:
         """The use of the averages so far; for integrations that warn about it."""
         return self._state.use
 
-    def update(self, *, found_inf: torch.Tensor | None = None) -> None:
+    def update(self, *, found_inf: torch.Tensor | None = None, batch_size: float | None = None) -> None:
         """Average the live weights; call it once after every optimizer step. No communication.
 
         There is no host sync, unless the averages are in host memory and do not overlap; the second update waits for
@@ -208,13 +210,28 @@ class ShardedEMA:
             found_inf: the overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0
                 if the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has
                 the cost. `attach` passes the flag by itself.
+            batch_size: the size of the batch of this step over all ranks, in any unit, for `per_batch` schedules; the
+                same on every rank. None for the latest one that was given.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            ConfigError: a schedule gave a momentum outside [0, 1].
+            ConfigError: a schedule gave a momentum outside [0, 1], or wants a batch size and none is given.
         """
         self._state.refuse_while_swapped("update")
+        if batch_size is not None:
+            self.expect_batch_size(batch_size)
         _update(self._state, self._standstill, found_inf)
+
+    def expect_batch_size(self, batch_size: float) -> None:
+        """Give the batch size of the updates from now on, where a hook calls `update`. No communication.
+
+        Args:
+            batch_size: as in `update`.
+
+        Raises:
+            ConfigError: it is not above 0.
+        """
+        self._state.batch_size = fraction_between("batch_size", batch_size, 0.0, math.inf)
 
     def average_parameters(self, track: str | None = None, *, keep_buffers: bool = False) -> Swap:
         """Context manager: the averaged weights are in the model inside, the live ones again after it.

@@ -13,6 +13,7 @@ from torch import nn
 from dist_ema.checks import folder_name, positive_integer
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.functions import ScheduleLike, as_schedule
 
 __all__ = [
     "Experts",
@@ -358,20 +359,23 @@ def name_patterns(name: str, value: Patterns) -> tuple[str, ...]:
     return patterns
 
 
-def checked_schedules(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
-    """Track names and their schedules; a single schedule is the track "ema".
+def checked_schedules(schedule: ScheduleLike | Mapping[str, ScheduleLike]) -> dict[str, Schedule]:
+    """Track names and their schedules; a single schedule is the track "ema", and a function is a schedule.
 
     Raises:
         ConfigError: there is no schedule, one has no `momentum(step)` method, or a name cannot be a folder.
     """
-    tracks = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
-    if not tracks:
+    given = dict(schedule) if isinstance(schedule, Mapping) else {"ema": schedule}
+    if not given:
         raise ConfigError("schedule is an empty dict, expected a schedule or {track_name: schedule}")
-    for name, value in tracks.items():
+    tracks = {}
+    for name, own in given.items():
         folder_name("track name", name)
+        value = as_schedule(own)
         if not isinstance(value, Schedule) or isinstance(value, type):
             raise ConfigError(
                 f"the schedule of track {name!r} is {value!r}, expected an object with momentum(step) -> float, "
                 "such as CosineSchedule(total_steps=10_000) or ConstantSchedule(decay=0.999)"
             )
+        tracks[name] = value
     return tracks

@@ -27,7 +27,5 @@ DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv/bin/python -m pip install --quiet --disa
 # Libraries whose files and averages the tests read, without what they would bring: timm wants a torchvision, which does
 # not import beside a CPU build of torch, and mmengine wants an OpenCV with a display.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt --no-deps \
-    timm mmengine ema-pytorch
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt \
-    addict opencv-python-headless rich termcolor yapf
+    timm mmengine ema-pytorch addict opencv-python-headless rich markdown-it-py mdurl Pygments termcolor yapf platformdirs
 echo "$wanted" > "$stamp"

@@ -68,6 +68,7 @@ class AveragedState:
         self.shards = plan.owned(averaged=True)
         self.averages: Mapping[str, Averages] = {}
         self.use = Use()
+        self.batch_size: float | None = None  # of the next updates, and of the latest one
         self._updater = Updater((), ())
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
@@ -244,7 +245,11 @@ class AveragedState:
     def _momentum(self, schedule: Schedule, step: int) -> float:
         options = self.options
         return momentum_of_update(
-            schedule, step, interval=options.interval, interval_correction=options.interval_correction
+            schedule,
+            step,
+            interval=options.interval,
+            interval_correction=options.interval_correction,
+            batch_size=self.batch_size,
         )
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:

@@ -20,6 +20,7 @@ from dist_ema.disk.saved_average import damage_text, damaged_tensors, read_saved
 from dist_ema.disk.sources import Weights, find_weights
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.nesting import horizon_of
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
 
@@ -217,9 +218,8 @@ def plot(options: argparse.Namespace) -> str:
 
 
 def _total_steps(schedule: Schedule) -> int:
-    """The `total_steps` of a schedule, or of the schedule within it; 0 if there are none."""
-    inner = getattr(schedule, "schedule", None)
-    return int(getattr(schedule, "total_steps", 0)) if inner is None else _total_steps(inner)
+    """The number of updates after which a schedule has nothing new; 0 if there is none."""
+    return horizon_of(schedule) or 0
 
 
 def _plot_profiles(options: argparse.Namespace) -> str:

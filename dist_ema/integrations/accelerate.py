@@ -29,7 +29,7 @@ from dist_ema.messages import tell
 from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.functions import ScheduleLike
 from dist_ema.topology.names import unwrapped
 from dist_ema.topology.parts import module_of, parts_of, whole_model
 from dist_ema.topology.planning import trained_parameters
@@ -69,7 +69,7 @@ def attach(
     accelerator: Accelerator,
     model: nn.Module | Sequence[nn.Module],
     optimizer: AcceleratedOptimizer | Sequence[AcceleratedOptimizer],
-    schedule: Schedule | Mapping[str, Schedule],
+    schedule: ScheduleLike | Mapping[str, ScheduleLike],
     *,
     name: str = "ema",
     on_missing: Literal["error", "live"] = "error",

@@ -20,7 +20,15 @@ from typing import Protocol, TypeVar, runtime_checkable
 from dist_ema.checks import real_number
 from dist_ema.errors import ConfigError
 
-__all__ = ["Schedule", "checked_momentum", "fraction_between", "momentum_of_update", "rebuilding", "warn_if_large"]
+__all__ = [
+    "Schedule",
+    "checked_momentum",
+    "fraction_between",
+    "momentum_of_update",
+    "rebuilding",
+    "steps_in",
+    "warn_if_large",
+]
 
 
 @runtime_checkable
@@ -32,14 +40,14 @@ class Schedule(Protocol):
         ...
 
 
-def checked_momentum(name: str, value: object) -> float:
-    """`value` as a momentum strictly between 0 and 1.
+def checked_momentum(name: str, value: object, *, closed: bool = False) -> float:
+    """`value` as a momentum strictly between 0 and 1; 1 is allowed too if `closed`.
 
     Raises:
         ConfigError: the value is no such number.
     """
     momentum = real_number(name, value)
-    if not 0.0 < momentum < 1.0:
+    if not (0.0 < momentum < 1.0 or (closed and momentum == 1.0)):
         raise ConfigError(
             f"{name} is {momentum!r}, expected a number strictly between 0 and 1: it is the weight of the "
             "new value, usually small (0.004 is a decay of 0.996)"
@@ -65,9 +73,13 @@ def rebuilding(work: Callable[[], T]) -> T:
     return contextvars.copy_context().run(quietly)
 
 
+# A momentum from here on looks like a decay. A momentum of 1 copies, which is meant.
+_LIKE_A_DECAY = 0.9
+
+
 def warn_if_large(momentum: float, given: str, meant: str) -> None:
-    """Warn of a momentum above one half: users confuse it with the decay, and it is usually small."""
-    if momentum > 0.5 and not _is_rebuilding.get():
+    """Warn of a momentum that looks like a decay: users confuse the two, and a momentum is usually small."""
+    if _LIKE_A_DECAY <= momentum < 1.0 and not _is_rebuilding.get():
         warnings.warn(
             f"{given} gives the new value a weight of {momentum:g}, which is usually small; did you mean {meant}?",
             UserWarning,
@@ -88,16 +100,29 @@ def fraction_between(name: str, value: object, low: float, high: float, *, close
     return number
 
 
-def momentum_of_update(schedule: Schedule, step: int, *, interval: int, interval_correction: bool) -> float:
+def steps_in(name: str, length: object, per_step: object) -> float:
+    """The updates in a length that is given in tokens, images or epochs, of which `per_step` are one update.
+
+    Raises:
+        ConfigError: a value is not above 0.
+    """
+    return fraction_between(name, length, 0.0, math.inf) / fraction_between("per_step", per_step, 0.0, math.inf)
+
+
+def momentum_of_update(
+    schedule: Schedule, step: int, *, interval: int, interval_correction: bool, batch_size: float | None = None
+) -> float:
     """The momentum to use in update number `step`, checked.
 
     With `interval_correction` it is `1 - (1 - m)^interval`: one update then forgets as much as `interval` updates
     with m would.
 
     Raises:
-        ConfigError: the schedule gave a momentum that is no number from 0 to 1.
+        ConfigError: the schedule gave a momentum that is no number from 0 to 1, or it wants a batch size and none is
+            given.
     """
-    momentum = schedule.momentum(step)
+    of_batch = getattr(schedule, "momentum_for", None)  # of `per_batch` alone; a look at a Protocol takes 14 us
+    momentum = schedule.momentum(step) if of_batch is None else of_batch(step, batch_size)
     if type(momentum) is not float:  # only then the message is built, which takes longer than all the rest
         momentum = real_number(f"the momentum that {schedule!r} gave at update {step}", momentum)
     if not 0.0 <= momentum <= 1.0:

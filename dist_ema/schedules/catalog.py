@@ -2,4 +2,5 @@
 
 from dist_ema.schedules.classic import *  # noqa: F403
 from dist_ema.schedules.combinators import *  # noqa: F403
+from dist_ema.schedules.merging import *  # noqa: F403
 from dist_ema.schedules.profiles import *  # noqa: F403

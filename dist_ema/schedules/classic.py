@@ -1,4 +1,4 @@
-"""Schedules of teacher networks and of classic averaging: cosine, constant, annealed, ramped."""
+"""Schedules of teacher networks and of classic averaging: cosine, linear, constant, annealed, ramped."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 
 from dist_ema.checks import positive_integer, real_number, shown
 from dist_ema.errors import ConfigError
-from dist_ema.schedules.base import checked_momentum, fraction_between, warn_if_large
+from dist_ema.schedules.base import checked_momentum, fraction_between, steps_in, warn_if_large
 from dist_ema.schedules.registry import registered
 
-__all__ = ["AnnealedSchedule", "ConstantSchedule", "CosineSchedule", "InverseGammaSchedule", "RampSchedule"]
+__all__ = [
+    "AnnealedSchedule",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "InverseGammaSchedule",
+    "LinearSchedule",
+    "RampSchedule",
+]
 
 
 @registered(example="CosineSchedule(total_steps=10_000)")
@@ -70,33 +77,106 @@ class CosineSchedule:
         }
 
 
+@registered(example="LinearSchedule(0.002, 0.0, total_steps=10_000)")
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class LinearSchedule:
+    """Momentum that goes from `momentum` to `end_momentum` along a line: `m(k) = start + (end - start) * k / K`.
+
+    k is the number of the update ([Note: counting]) and K is `total_steps`. Beyond K it stays at `end_momentum`.
+
+    Source: the target encoders of I-JEPA and V-JEPA (arXiv 2301.08243, 2404.08471), which go from a decay of 0.996 or
+    0.998 to 1: `LinearSchedule(0.002, 0.0, total_steps=...)`. Off by one: update number 0 copies the live values, so
+    m(0) itself is never applied.
+
+    Args:
+        momentum: the weight of the new value at the start, from 0 to 1.
+        end_momentum: the weight of the new value at the end, from 0 to 1.
+        total_steps: the number of optimizer steps until the end, at least 1.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    start_momentum: float
+    end_momentum: float
+    total_steps: int
+
+    def __init__(self, momentum: float, end_momentum: float = 0.0, *, total_steps: int) -> None:
+        start = fraction_between("momentum", momentum, 0.0, 1.0, closed=True)
+        warn_if_large(start, f"momentum={start:g}", f"momentum={1.0 - start:g}")
+        object.__setattr__(self, "start_momentum", start)
+        object.__setattr__(self, "end_momentum", fraction_between("end_momentum", end_momentum, 0.0, 1.0, closed=True))
+        object.__setattr__(self, "total_steps", positive_integer("total_steps", total_steps))
+
+    def __repr__(self) -> str:
+        return f"LinearSchedule({self.start_momentum!r}, {self.end_momentum!r}, total_steps={self.total_steps})"
+
+    def momentum(self, step: int) -> float:
+        """The weight of the live values in update number `step`."""
+        fraction = min(max(step, 0), self.total_steps) / self.total_steps
+        return self.start_momentum + (self.end_momentum - self.start_momentum) * fraction
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {
+            "momentum": self.start_momentum,
+            "end_momentum": self.end_momentum,
+            "total_steps": self.total_steps,
+        }
+
+
 @registered(example="ConstantSchedule(decay=0.999)")
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class ConstantSchedule:
-    """The same momentum at every update; give one of `decay`, `momentum = 1 - decay`, and `half_life_steps`.
+    """The same momentum at every update; give one of `decay`, `momentum = 1 - decay`, and a half-life.
 
     Source: `ExponentialMovingAverage` of mmengine, and `get_ema_multi_avg_fn(decay)` of torch. The half-life is that of
     Composer's `EMA`: after h updates an observation has half its weight, decay = 2^(-1/h).
 
     Args:
         decay: the weight of the old average, strictly between 0 and 1.
-        momentum: the weight of the new value, strictly between 0 and 1.
+        momentum: the weight of the new value, above 0 and at most 1. With 1 every update is a copy; together with
+            `interval=n` that is a hard copy on every n-th.
         half_life_steps: the number of updates after which the weight of an observation has halved, above 0.
+        half_life: the same in another unit, such as tokens, images or epochs.
+        per_step: how many of that unit one update is; needed with `half_life`.
 
     Raises:
         ConfigError: several arguments or none were given, or the value is out of its range.
+
+    Example:
+        >>> from dist_ema import ConstantSchedule
+        >>> ConstantSchedule(half_life=2e9, per_step=4_000_000) == ConstantSchedule(half_life_steps=500)  # tokens
+        True
     """
 
     constant: float
+    # What was given, for the repr. A record has the momentum, which rebuilds the schedule to the bit.
+    given: str = dataclasses.field(compare=False)
 
     def __init__(
-        self, *, decay: float | None = None, momentum: float | None = None, half_life_steps: float | None = None
+        self,
+        *unnamed: object,
+        decay: float | None = None,
+        momentum: float | None = None,
+        half_life_steps: float | None = None,
+        half_life: float | None = None,
+        per_step: float | None = None,
     ) -> None:
-        if [decay, momentum, half_life_steps].count(None) != 2:
+        if unnamed:
             raise ConfigError(
-                f"ConstantSchedule was given decay={decay!r}, momentum={momentum!r} and half_life_steps="
-                f"{half_life_steps!r}, expected exactly one: decay=0.999 and momentum=0.001 mean the same"
+                f"ConstantSchedule was given {', '.join(map(repr, unnamed))} without a name, expected one of "
+                "decay=0.999 (the weight of the old average) and momentum=0.001 (the weight of the new value), which "
+                "mean the same"
             )
+        if [decay, momentum, half_life_steps, half_life].count(None) != 3 or (half_life is None) != (per_step is None):
+            raise ConfigError(
+                f"ConstantSchedule was given decay={decay!r}, momentum={momentum!r}, half_life_steps="
+                f"{half_life_steps!r} and half_life={half_life!r} with per_step={per_step!r}, expected exactly one, "
+                "and per_step beside half_life alone: decay=0.999 and momentum=0.001 mean the same"
+            )
+        if half_life is not None:
+            half_life_steps = steps_in("half_life", half_life, per_step)
         if half_life_steps is not None:
             value = -math.expm1(-math.log(2.0) / fraction_between("half_life_steps", half_life_steps, 0.0, math.inf))
         elif decay is not None:
@@ -107,17 +187,22 @@ class ConstantSchedule:
             if value < 1.0:  # a larger value is refused below
                 warn_if_large(value, f"decay={kept:g}", f"decay={value:g}")
         else:
-            value = checked_momentum("momentum", momentum)
+            value = checked_momentum("momentum", momentum, closed=True)
             warn_if_large(value, f"momentum={value:g}", f"momentum={1.0 - value:g}")
-        if not 0.0 < value < 1.0:  # a decay or half-life was near its bounds; the record could not rebuild the schedule
+        # A decay or half-life was near its bounds: the record could not rebuild the schedule.
+        if momentum is None and not 0.0 < value < 1.0:
             raise ConfigError(
                 f"decay={decay!r}, half_life_steps={half_life_steps!r} is a momentum of {value:g} in float64, expected "
                 "one strictly between 0 and 1"
             )
         object.__setattr__(self, "constant", value)
+        shown_as = {"half_life": half_life, "per_step": per_step} if half_life is not None else {}
+        shown_as = shown_as or {"decay": decay, "momentum": momentum, "half_life_steps": half_life_steps}
+        given = ", ".join(f"{name}={float(value)!r}" for name, value in shown_as.items() if value is not None)
+        object.__setattr__(self, "given", given)
 
     def __repr__(self) -> str:
-        return f"ConstantSchedule(momentum={self.constant!r})"
+        return f"ConstantSchedule({self.given})"
 
     def momentum(self, step: int) -> float:
         """The weight of the live values in update number `step`."""

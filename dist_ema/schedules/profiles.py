@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ema.checks import positive_integer
 from dist_ema.errors import ConfigError
-from dist_ema.schedules.base import fraction_between
+from dist_ema.schedules.base import fraction_between, steps_in
 from dist_ema.schedules.registry import registered
 
 __all__ = ["EqualSchedule", "HalfLifeSchedule", "PowerSchedule"]
@@ -65,13 +65,16 @@ class PowerSchedule:
 
     Args:
         sigma_rel: the relative width, above 0 and at most 0.2887 (equal weights).
-        gamma: the exponent, at least 0; give it instead of `sigma_rel`.
+        gamma: the exponent, above -1; give it instead of `sigma_rel`. Below 0 early values weigh most: -0.5 is the
+            average that a learning-rate decay along 1 - sqrt would have led to (see `MergeSchedule`).
 
     Raises:
         ConfigError: both arguments or none were given, or the value is out of its range.
     """
 
     gamma: float
+    # What was given, for the repr. A record has gamma.
+    given: str = dataclasses.field(compare=False)
 
     def __init__(self, *, sigma_rel: float | None = None, gamma: float | None = None) -> None:
         if (sigma_rel is None) == (gamma is None):
@@ -80,10 +83,12 @@ class PowerSchedule:
                 "sigma_rel=0.1"
             )
         value = gamma_of_sigma_rel(sigma_rel) if sigma_rel is not None else gamma
-        object.__setattr__(self, "gamma", fraction_between("gamma", value, -1e-300, math.inf))
+        object.__setattr__(self, "gamma", fraction_between("gamma", value, -1.0, math.inf))
+        given = f"gamma={self.gamma!r}" if sigma_rel is None else f"sigma_rel={float(sigma_rel)!r}"
+        object.__setattr__(self, "given", given)
 
     def __repr__(self) -> str:
-        return f"PowerSchedule(gamma={self.gamma!r})"
+        return f"PowerSchedule({self.given})"
 
     @property
     def sigma_rel(self) -> float:
@@ -116,6 +121,8 @@ class HalfLifeSchedule:
     Args:
         fraction: the half-life as a fraction of the steps so far, above 0.
         max_half_life_steps: the largest half-life in updates; None for no limit.
+        max_half_life: the same in another unit, such as tokens, images or epochs.
+        per_step: how many of that unit one update is; needed with `max_half_life`.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -123,8 +130,21 @@ class HalfLifeSchedule:
 
     fraction: float = 0.05
     max_half_life_steps: float | None = None
+    max_half_life: dataclasses.InitVar[float | None] = None
+    per_step: dataclasses.InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_half_life: float | None, per_step: float | None) -> None:
+        if (max_half_life is None) != (per_step is None) or (
+            max_half_life is not None and self.max_half_life_steps is not None
+        ):
+            raise ConfigError(
+                f"HalfLifeSchedule was given max_half_life={max_half_life!r}, per_step={per_step!r} and "
+                f"max_half_life_steps={self.max_half_life_steps!r}, expected max_half_life and per_step together, or "
+                "max_half_life_steps, or none"
+            )
+        if max_half_life is not None:
+            steps = steps_in("max_half_life", max_half_life, per_step)
+            object.__setattr__(self, "max_half_life_steps", steps)
         for name in ("fraction", "max_half_life_steps"):
             value = getattr(self, name)
             if value is not None or name == "fraction":

@@ -10,7 +10,8 @@ import dist_ema.schedules.catalog  # noqa: F401, it registers them
 from dist_ema.checks import shown
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, rebuilding
-from dist_ema.schedules.nesting import DEEPEST
+from dist_ema.schedules.functions import FunctionSchedule
+from dist_ema.schedules.nesting import DEEPEST, inner_of
 from dist_ema.schedules.registry import SCHEDULES, is_registered, registration_of
 
 __all__ = [
@@ -32,7 +33,7 @@ def is_known(schedule: Schedule) -> bool:
     registration = registration_of(schedule)
     if registration is None:
         return False
-    return is_known(schedule.schedule) if registration.is_combinator else True  # type: ignore[attr-defined]
+    return all(is_known(inner) for inner in inner_of(schedule))
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
@@ -40,11 +41,14 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     registration = registration_of(schedule)
     if registration is not None:
         known: Any = schedule
-        inner = {"schedule": schedule_to_json(known.schedule)} if registration.is_combinator else {}
+        records = [schedule_to_json(inner) for inner in inner_of(schedule)]
+        field = registration.inner_field
+        inner = {} if field is None else {field: records[0] if field == "schedule" else records}
         return {"type": registration.name, **known.to_json(), **inner}
     # The default repr has a memory address, which differs over the ranks and runs.
     text = repr(schedule) if type(schedule).__repr__ is not object.__repr__ else type(schedule).__qualname__
-    return {"type": f"{type(schedule).__module__}.{type(schedule).__qualname__}", "repr": text}
+    own_type = f"{type(schedule).__module__}.{type(schedule).__qualname__}"
+    return {"type": text if isinstance(schedule, FunctionSchedule) else own_type, "repr": text}
 
 
 def schedule_text(saved: Mapping[str, Any]) -> str:
@@ -52,16 +56,23 @@ def schedule_text(saved: Mapping[str, Any]) -> str:
     kind = str(saved.get("type"))  # the type of a record within another may be any JSON value
     fields: Mapping[str, Any] = {name: value for name, value in saved.items() if name != "type"}
     is_combinator = False
+    if fields == {"repr": kind}:  # a function
+        return kind
     if is_registered(kind):
         fields, is_combinator = SCHEDULES[kind].reader_fields(fields), SCHEDULES[kind].is_combinator
-    texts = {name: _value_text(value) for name, value in fields.items()}
+    texts = {name: _value_text(value, quoted=is_registered(kind)) for name, value in fields.items()}
     parts = texts.values() if is_combinator else (f"{name}={text}" for name, text in texts.items())
     return f"{kind}({', '.join(parts)})"
 
 
-def _value_text(value: object) -> str:
+def _value_text(value: object, *, quoted: bool = True) -> str:
+    """A value as `schedule_from_text` reads it; the repr of a user's own schedule is shown as it is."""
     if isinstance(value, dict):
         return schedule_text(value)
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_value_text, value))})"
+    if isinstance(value, str) and quoted:
+        return repr(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -102,14 +113,23 @@ def _rebuilt(saved: object, depth: int, unknown: Schedule | None) -> Schedule:
             return unknown
         raise ConfigError(f"schedule type {shown(kind)} cannot be rebuilt, expected one of {sorted(SCHEDULES)}")
     try:
-        inner = {}
-        if SCHEDULES[kind].is_combinator:
-            inner = {"schedule": _rebuilt(arguments.get("schedule"), depth + 1, unknown)}
+        inner: dict[str, object] = {}
+        field = SCHEDULES[kind].inner_field
+        if field == "schedule":
+            inner = {field: _rebuilt(arguments.get(field), depth + 1, unknown)}
+        elif field is not None:
+            inner = {field: [_rebuilt(record, depth + 1, unknown) for record in _listed(arguments.get(field))]}
         return SCHEDULES[kind].kind(**{**arguments, **inner})
     except (TypeError, KeyError, ValueError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{kind} cannot be rebuilt from {shown(arguments)}: {shown(error)}") from error
+
+
+def _listed(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigError(f"the schedules within one are {shown(value)}, expected a list")
+    return value
 
 
 def _argument(value: object) -> object:
@@ -121,7 +141,7 @@ def _argument(value: object) -> object:
 def schedule_from_text(text: str) -> Schedule:
     """The schedule of a Python expression: "PowerSchedule(gamma=6.94)", "after(10_000, EqualSchedule())".
 
-    It understands calls of this package's schedules with numbers and None, and their reprs. Nothing is evaluated.
+    It understands calls of this package's schedules with numbers, text and None, and their reprs. Nothing is evaluated.
 
     Raises:
         ConfigError: the text is no such expression, or an argument is wrong.
@@ -154,13 +174,15 @@ def _schedule_of(node: ast.expr, text: str, depth: int) -> Schedule:
 def _argument_of(node: ast.expr, text: str, depth: int) -> object:
     if isinstance(node, ast.Call):
         return _schedule_of(node, text, depth + 1)
+    if isinstance(node, ast.Tuple):
+        return tuple(_argument_of(part, text, depth) for part in node.elts)
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError, MemoryError):
         value = ...
-    if value is None or (type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER):
+    if value is None or isinstance(value, str) or (type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER):
         return value
-    raise _refusal(node, text, "a number of at most 2^53, None, or a schedule")
+    raise _refusal(node, text, "a number of at most 2^53, text, None, a schedule, or a pair of these")
 
 
 def _refusal(node: ast.expr, text: str, expected: str) -> ConfigError:

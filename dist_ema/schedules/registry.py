@@ -47,8 +47,14 @@ class Registration:
 
     @property
     def is_combinator(self) -> bool:
-        """Whether the schedule has another schedule within it."""
-        return "schedule" in {field.name for field in dataclasses.fields(self.kind)}  # type: ignore[arg-type]
+        """Whether the schedule has other schedules within it."""
+        return self.inner_field is not None
+
+    @property
+    def inner_field(self) -> str | None:
+        """The field with the schedule within it, or with several; None if there is none."""
+        names = {field.name for field in dataclasses.fields(self.kind)}  # type: ignore[arg-type]
+        return next((name for name in ("schedule", "schedules") if name in names), None)
 
 
 # Name -> schedule. The register is complete once `dist_ema.schedules.catalog` is imported.
@@ -81,7 +87,9 @@ def registered(
 
 
 def registration_of(schedule: Schedule) -> Registration | None:
-    """The registration of the schedule's own class; None for a class that is not of this package."""
+    """The registration of a schedule that a record can rebuild; None for a class or a part that is the user's own."""
+    if not getattr(schedule, "can_be_rebuilt", True):
+        return None
     return next((registration for registration in SCHEDULES.values() if type(schedule) is registration.kind), None)
 
 

@@ -12,6 +12,11 @@ draw() { # picture, updates, schedules
 }
 
 draw cosine 12000 'CosineSchedule(0.004, total_steps=10_000)' 'CosineSchedule(0.004, 0.001, total_steps=10_000)'
+draw linear 12000 'LinearSchedule(0.002, 0.0, total_steps=10_000)' \
+    'chain((0, LinearSchedule(0.01, 0.004, total_steps=2_000)), (2_000, CosineSchedule(0.004, total_steps=8_000)))'
+draw merge 12000 "MergeSchedule('linear', num_steps=2_000, start_step=8_000)" \
+    "MergeSchedule('1-sqrt', num_steps=2_000, start_step=8_000)" \
+    "MergeSchedule('cosine', num_steps=2_000, start_step=8_000)"
 draw constant 12000 'ConstantSchedule(decay=0.999)' 'ConstantSchedule(half_life_steps=2000)'
 draw annealed 12000 'AnnealedSchedule(0.0002, gamma=100)' 'AnnealedSchedule(0.001, gamma=100)'
 draw ramp 12000 'RampSchedule(max_decay=0.999)' 'RampSchedule(max_decay=0.9999)'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -73,8 +72,6 @@ def test_two_nodes_go_on_after_a_kill_with_a_common_disk_and_with_disks_of_their
 
 @pytest.mark.ranks
 def test_a_run_under_ray_goes_on_after_a_worker_was_killed_as_if_never_stopped(tmp_path) -> None:
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
     quiet = {
         "HOME": tmp_path / "home",
         "RAY_AUTH_MODE": "disabled",

@@ -33,7 +33,11 @@ GOLDEN_MOMENTA = json.loads((ROOT / "tests" / "golden" / "schedules.json").read_
 
 # A schedule that no installed tool has -> the test that compares it with a naive twin.
 NOT_OBSERVED = {
+    "LinearSchedule": "test_a_line_is_the_list_of_decays_of_v_jepa",
+    "MergeSchedule": "test_the_weights_are_the_published_coefficients",
+    "chain": "test_a_chain_asks_the_schedule_of_the_part_with_a_count_of_its_own",
     "HalfLifeSchedule": "test_a_half_life_is_that_of_the_ramp_in_images",
+    "per_batch": "test_batches_of_several_sizes_move_the_average_as_far_as_their_samples_would",
     "scaled_batch": "test_a_scaled_batch_moves_as_far_as_the_small_batches_it_is_made_of",
 }
 
@@ -48,7 +52,8 @@ def test_no_schedule_is_left_unregistered(file) -> None:
     ]
     kinds = {each.kind for each in SCHEDULES.values()}
     for each in schedules:
-        assert each in kinds or getattr(each, "_is_protocol", False), f"{each.__name__} lacks @registered"
+        is_known_to_have_none = each.__name__ == "FunctionSchedule" or getattr(each, "_is_protocol", False)
+        assert each in kinds or is_known_to_have_none, f"{each.__name__} lacks @registered"
     here = {name for name, each in SCHEDULES.items() if each.kind.__module__ == module.__name__}
     if here:
         assert here == set(module.__all__), (

@@ -16,10 +16,13 @@ from dist_ema import (
     EqualSchedule,
     HalfLifeSchedule,
     InverseGammaSchedule,
+    LinearSchedule,
+    MergeSchedule,
     PowerSchedule,
     RampSchedule,
     ShardedEMA,
     after,
+    chain,
     every,
     scaled_batch,
 )
@@ -210,6 +213,49 @@ def test_equal_weights_are_those_of_torch() -> None:
     torch.testing.assert_close(ours.full_state_dict()["weight"], expected, rtol=0, atol=1e-12)
 
 
+def test_a_chain_asks_the_schedule_of_the_part_with_a_count_of_its_own() -> None:
+    warm_up, rest = LinearSchedule(0.4, 0.0, total_steps=4), CosineSchedule(0.3, 0.1, total_steps=10)
+    schedule = chain((0, warm_up), (4, rest))
+    momenta = [schedule.momentum(step) for step in range(20)]
+    expected = [warm_up.momentum(step) for step in range(4)] + [rest.momentum(step) for step in range(16)]
+    assert momenta == expected and momenta[4] == 0.3 and schedule.total_steps == 14
+    assert chain((0, rest), (9, EqualSchedule())).total_steps is None
+
+
+def test_a_half_life_in_tokens_is_that_in_updates() -> None:
+    assert ConstantSchedule(half_life=2e9, per_step=4e6) == ConstantSchedule(half_life_steps=500)
+    in_images = HalfLifeSchedule(fraction=0.05, max_half_life=500_000, per_step=250)
+    assert in_images == HalfLifeSchedule(fraction=0.05, max_half_life_steps=2000)
+
+
+def test_a_repr_shows_what_was_given() -> None:
+    """0.999 as a momentum is 0.0010000000000000009, which nobody has written."""
+    assert repr(ConstantSchedule(decay=0.999)) == "ConstantSchedule(decay=0.999)"
+    assert repr(ConstantSchedule(half_life=50, per_step=2)) == "ConstantSchedule(half_life=50.0, per_step=2.0)"
+    assert repr(PowerSchedule(sigma_rel=0.1)) == "PowerSchedule(sigma_rel=0.1)"
+    assert repr(after(5, PowerSchedule(gamma=2))) == "after(5, PowerSchedule(gamma=2.0))"
+
+
+def test_a_decay_without_its_name_is_told_apart_from_a_momentum() -> None:
+    with pytest.raises(ConfigError, match=r"was given 0\.999 without a name, .*decay=0\.999 .*momentum=0\.001"):
+        ConstantSchedule(0.999)
+
+
+def test_a_large_momentum_that_nobody_takes_for_a_decay_gives_no_warning(recwarn) -> None:
+    """A reference model that follows in steps of 0.6, and a hard copy on every n-th update."""
+    schedules = [ConstantSchedule(momentum=0.6), ConstantSchedule(momentum=1.0), LinearSchedule(0.8, total_steps=3)]
+    assert [schedule.momentum(1) for schedule in schedules[:2]] == [0.6, 1.0] and not recwarn.list
+    live = nn.Linear(1, 1, bias=False)
+    ema = ShardedEMA(live, ConstantSchedule(momentum=1.0), interval=3)
+    seen = []
+    for step in range(7):
+        with torch.no_grad():
+            live.weight.fill_(float(step))
+        ema.update()
+        seen.append(ema.full_state_dict()["weight"].item())
+    assert seen == [0, 0, 0, 3, 3, 3, 6] and not recwarn.list
+
+
 def test_after_copies_until_its_step_and_counts_anew() -> None:
     schedule = after(10, EqualSchedule())
     assert [schedule.momentum(step) for step in (0, 9, 10, 11, 12)] == [1, 1, 1, 1 / 2, 1 / 3]
@@ -244,7 +290,23 @@ def test_a_scaled_batch_raises_the_decay_to_its_power() -> None:
         lambda: PowerSchedule(sigma_rel=0.1, gamma=3),
         lambda: PowerSchedule(sigma_rel=0.3),
         lambda: PowerSchedule(sigma_rel=0.0),
-        lambda: PowerSchedule(gamma=-0.5),
+        lambda: PowerSchedule(gamma=-1),
+        lambda: ConstantSchedule(half_life=5),
+        lambda: ConstantSchedule(half_life=5, per_step=0),
+        lambda: ConstantSchedule(decay=0.5, per_step=2),
+        lambda: ConstantSchedule(momentum=1.5),
+        lambda: HalfLifeSchedule(max_half_life=5),
+        lambda: HalfLifeSchedule(max_half_life=5, per_step=1, max_half_life_steps=3),
+        lambda: LinearSchedule(1.1, total_steps=5),
+        lambda: chain(),
+        lambda: chain(EqualSchedule()),
+        lambda: chain((1, EqualSchedule())),
+        lambda: chain((0, EqualSchedule()), (0, EqualSchedule())),
+        lambda: chain((0, EqualSchedule()), (5, 0.9)),
+        lambda: chain((False, EqualSchedule())),
+        lambda: MergeSchedule("quadratic", num_steps=5),
+        lambda: MergeSchedule("linear", num_steps=0),
+        lambda: MergeSchedule("linear", num_steps=5, start_step=-1),
         lambda: HalfLifeSchedule(fraction=0),
         lambda: HalfLifeSchedule(max_half_life_steps=-1),
         lambda: after(0, EqualSchedule()),
@@ -268,6 +330,11 @@ FURTHER = [
     PowerSchedule(sigma_rel=0.1),
     RampSchedule(max_decay=0.99),
     after(100, every(10, EqualSchedule())),
+    chain((0, LinearSchedule(0.3, 0.1, total_steps=5)), (5, after(3, EqualSchedule())), (150, PowerSchedule(gamma=2))),
+    ConstantSchedule(half_life=2e9, per_step=4e6),
+    ConstantSchedule(momentum=1.0),
+    MergeSchedule("cosine", num_steps=90, start_step=12),
+    PowerSchedule(gamma=-0.5),
     scaled_batch(4.0, CosineSchedule(0.1, total_steps=9)),
 ]
 
