@@ -45,6 +45,8 @@ def manifest_of(
         tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
         aliases=plan.aliases,
         kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
+        starts=state.beginnings.starts,
+        begun_at=state.beginnings.begun_at,
         written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
     )
 
