@@ -19,6 +19,7 @@ from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
 from dist_ema.checkpoint import load_calls
 from dist_ema.checkpoint.save_calls import SaveCalls
+from dist_ema.checkpoint.snapshots.window import SnapshotWindow
 from dist_ema.checkpoint.tracks.changes import NewTracks
 from dist_ema.checks import PathLike
 from dist_ema.construction import add_track, build, drop_track
@@ -599,6 +600,35 @@ class ShardedEMA:
             "snapshot",
             lambda call: self._saves.snapshot(call, path, dtype, max_shard_size, background=background),
         )
+
+    def snapshot_live(
+        self,
+        path: PathLike,
+        dtype: torch.dtype | None = None,
+        *,
+        keep: SnapshotWindow | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Collective: every rank must call it. Keep the live weights of now, for `dist-ema merge` and `synthesize`.
+
+        It writes `path/live-<num_updates>`, a model folder with a manifest, beside the existing ones. It takes no
+        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`).
+
+        Args:
+            path: the folder of all live snapshots of a run.
+            dtype: the dtype of floating-point tensors in the files, torch.bfloat16 say; None keeps the live one.
+            keep: a window of the run; the live snapshots in `path` that it does not keep are removed after this one is
+                in place.
+            max_shard_size: as in `save`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: `dtype` is not a floating-point one, or `keep` is no window.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
+            CheckpointError: some rank could not write; the same error on all ranks.
+        """
+        self._calls("snapshot_live", lambda call: self._saves.snapshot_live(call, path, dtype, max_shard_size, keep))
 
     def consolidate(
         self,

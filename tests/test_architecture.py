@@ -29,6 +29,7 @@ ROOMS = [
     "offline",
     "checkpoint",
     "checkpoint.nodes",
+    "checkpoint.snapshots",
     "checkpoint.tracks",
     "live",
     "live.holders",

@@ -424,6 +424,15 @@ class AveragedState:
             ]
         return [(shard.box, value) for shard, value in averaged if shard.fqn in fqns] + live
 
+    def live_pieces(self, part: Plan) -> list[tuple[Box, torch.Tensor]]:
+        """Every box this rank owns of a part of the plan, and its live values, as an update would see them."""
+        join_all()
+        fqns = {spec.fqn for spec in part.specs}
+        with torch.no_grad():
+            averaged = [(shard.box, shard.observed().detach()) for shard in self.shards if shard.fqn in fqns]
+            others = [(shard.box, shard.live().detach()) for shard in self.plan.owned(averaged=False)]
+        return averaged + [(box, value) for box, value in others if box.fqn in fqns]
+
     def begin(self, call: str) -> None:
         """Begin a call that uses averages or writes live weights: after all updates that run beside training.
 
@@ -482,6 +491,14 @@ class AveragedState:
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""
         own = {spec.fqn: self.options.dtype if spec.averaged else spec.dtype for spec in self.plan.specs}
-        if floating is None:
-            return own
-        return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
+        return _converted(own, floating)
+
+    def live_dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
+        """As `dtypes`, of the live weights."""
+        return _converted({spec.fqn: spec.dtype for spec in self.plan.specs}, floating)
+
+
+def _converted(own: dict[str, torch.dtype], floating: torch.dtype | None) -> dict[str, torch.dtype]:
+    if floating is None:
+        return own
+    return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}

@@ -28,15 +28,20 @@ from dist_ema.errors import (
 from dist_ema.schedules.records import schedule_text
 
 __all__ = [
+    "LIVE_TRACK",
     "MANIFEST_NAME",
     "Agreement",
     "Manifest",
     "SavedFile",
     "SavedTensor",
     "find_saved",
+    "is_live",
     "read_manifest",
     "read_summed",
 ]
+
+# The name of what a snapshot of the live weights has in place of averages.
+LIVE_TRACK = "live"
 
 _FORMAT = "dist_ema"
 _FORMAT_VERSION = 2
@@ -174,6 +179,13 @@ class Manifest:
                 f"{len(self.tracks)} tracks, expected at most {LARGEST_RECORD_BYTES:,}: use fewer tracks, or fewer "
                 "and shorter names"
             )
+
+
+def is_live(manifest: Manifest) -> bool:
+    """Whether it is that of a snapshot of the live weights: one track of hard copies, called `LIVE_TRACK`."""
+    record = manifest.tracks.get(LIVE_TRACK, {})
+    is_copy = record.get("type") == "ConstantSchedule" and record.get("momentum") == 1.0
+    return is_copy and len(manifest.tracks) == 1
 
 
 def find_saved(source: Path) -> Path:

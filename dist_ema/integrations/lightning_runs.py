@@ -42,6 +42,7 @@ class AverageOfRuns:
         schedule: as the callback got it.
         name: the name of the average.
         begins_anew: whether a checkpoint without an average begins it anew, and is no error.
+        on_load: keywords of `ShardedEMA.load`.
         options: the options of `ShardedEMA`.
     """
 
@@ -51,6 +52,7 @@ class AverageOfRuns:
         name: str,
         *,
         begins_anew: bool,
+        on_load: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> None:
         self.ema: ShardedEMA | None = None
@@ -59,6 +61,7 @@ class AverageOfRuns:
         self._schedule: Any = schedule
         self._name = name
         self._begins_anew = begins_anew
+        self._on_load = on_load
         self._options = options
         self._built_with: Any = None
         # Whose average it is; and of a run that needed no average, the module and the checkpoint loaded into it.
@@ -193,7 +196,7 @@ class AverageOfRuns:
         if place is None:
             ema.restart()
             return
-        ema.load(place)
+        ema.load(place, **self._on_load)
         if self._num_updates_saved not in (None, ema.num_updates):
             raise CheckpointMismatchError(
                 f"{place} has {ema.num_updates} updates, the checkpoint {path} was saved with "

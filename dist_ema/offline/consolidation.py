@@ -69,7 +69,7 @@ def consolidate_checkpoint(
         dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
         files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None))
-        card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.num_updates)
+        card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.count_of(name))
         write_model_folder(target, files, work.values, work.unchanged, check, card=card, link=link)
 
     steadily([source], write)
