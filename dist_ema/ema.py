@@ -489,19 +489,9 @@ class ShardedEMA:
             CheckpointCorruptError: the checkpoint is damaged.
             CommunicationError: some rank did not make the call.
         """
-        self._calls(
-            "load",
-            lambda call: load_calls.load(
-                call,
-                self._state,
-                path,
-                new,
-                dropped,
-                tracks=(new_tracks, dropped_tracks, renamed_tracks),
-                options_changed=options_changed,
-                verify=verify,
-            ),
-        )
+        tracks = (new_tracks, dropped_tracks, renamed_tracks)
+        tensors = (new, dropped, options_changed)
+        self._calls("load", lambda call: load_calls.load(call, self._state, path, tensors, tracks, verify=verify))
 
     def start_from(
         self,

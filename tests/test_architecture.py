@@ -60,6 +60,8 @@ MOST_ENTRIES = 22
 # Lines of code (no blank line, comment or docstring) of a module that may go beyond this need a reason.
 MOST_CODE_LINES = 250
 LONG_MODULES = {
+    "ema": "every public method stands in one place; none has more than a call of the rooms below",
+    "averaging.state": "what updates, loads and tracks that come or go do to the same fields is read side by side",
     "averaging.update": "the fast path of an update and its three kinds of care are read side by side",
 }
 
@@ -475,6 +477,8 @@ def test_public_names() -> None:
         "consolidate_checkpoint",
         "every",
         "scaled_batch",
+        "SnapshotWindow",
+        "log_spaced",
         "synthesize",
     }
     assert pinned <= set(dist_ema.__all__)

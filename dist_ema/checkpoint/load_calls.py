@@ -26,11 +26,9 @@ def load(
     call: Call,
     state: AveragedState,
     path: PathLike,
-    new: Patterns,
-    dropped: Patterns,
-    *,
+    tensors: tuple[Patterns, Patterns, bool],
     tracks: tuple[NewTracks, Patterns, Mapping[str, str] | None],
-    options_changed: bool,
+    *,
     verify: bool,
 ) -> None:
     """Collective: every rank must call it. See `ShardedEMA.load`.
@@ -39,10 +37,8 @@ def load(
         call: the call.
         state: the averages of this rank.
         path: as in `ShardedEMA.load`.
-        new: as in `ShardedEMA.load`.
-        dropped: as in `ShardedEMA.load`.
+        tensors: `new`, `dropped` and `options_changed` of `ShardedEMA.load`.
         tracks: `new_tracks`, `dropped_tracks` and `renamed_tracks` of `ShardedEMA.load`.
-        options_changed: as in `ShardedEMA.load`.
         verify: as in `ShardedEMA.load`.
     """
 
@@ -55,6 +51,7 @@ def load(
             )
         return changes
 
+    new, dropped, options_changed = tensors
     source, escapes, changes = _agreed(
         call, path, new, dropped, check, options_changed=bool(options_changed), verify=verify
     )
