@@ -313,8 +313,8 @@ def other_model(
     )
 
 
-def patterns_of(names: Sequence[str], known: Collection[str]) -> list[str]:
-    """Glob patterns, as short as may be, that match these names and no other known one."""
+def patterns_of(names: Sequence[str], known: Collection[str]) -> list[str] | str:
+    """The glob pattern or patterns, as short as may be, that match these names and no other known one."""
     others = set(known).difference(names)
     patterns: list[str] = []
     for name in names:
@@ -323,4 +323,4 @@ def patterns_of(names: Sequence[str], known: Collection[str]) -> list[str]:
             wide = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
             begins = next((text for text in wide if not any(other.startswith(text) for other in others)), None)
             patterns.append(name.replace("[", "[[]") if begins is None else begins.replace("[", "[[]") + "*")
-    return patterns
+    return patterns[0] if len(patterns) == 1 else patterns

@@ -275,7 +275,8 @@ def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str
     averaged_only, saved_averaged_only = (bool(record.options.get("averaged_only")) for record in (now, saved.manifest))
     only_averaged = averaged_only or saved_averaged_only
     # Whether the other run may have left a tensor of this model out of its files.
-    leaves_out = escapes.options_changed and (saved_averaged_only or bool(saved.manifest.options.get("exclude")))
+    may_lack = saved_averaged_only or bool(saved.manifest.options.get("exclude"))
+    leaves_out = escapes.options_changed and may_lack
     trains_less = now.options["trainable_only"] and not saved.manifest.options.get("trainable_only")
     missing = [
         fqn
@@ -289,7 +290,9 @@ def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str
         fqn for fqn in tensors if fqn not in expected and fqn not in left_out and not matches(fqn, escapes.dropped)
     ]
     if missing or extra:
-        raise CheckpointMismatchError(other_model(saved.folder, missing, extra, tensors.keys() | expected.keys()))
+        text = other_model(saved.folder, missing, extra, tensors.keys() | expected.keys())
+        hint = ". If options alone have changed: load(path, options_changed=True)" if may_lack and not extra else ""
+        raise CheckpointMismatchError(text + hint)
     common, shown = set(), []
     for fqn, stored in tensors.items():
         wanted = expected.get(fqn)
