@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dist_ema._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dist_ema.checkpoint.snapshots.window import SnapshotWindow as SnapshotWindow
+    from dist_ema.checkpoint.snapshots.window import log_spaced as log_spaced
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.errors import *  # noqa: F403
     from dist_ema.integrations.accelerate import attach as attach
@@ -27,8 +29,10 @@ _HOME = {
     "Bema": "dist_ema.live.correction",
     "Experts": "dist_ema.options",
     "ShardedEMA": "dist_ema.ema",
+    "SnapshotWindow": "dist_ema.checkpoint.snapshots.window",
     "attach": "dist_ema.integrations.accelerate",
     "consolidate_checkpoint": "dist_ema.offline.consolidation",
+    "log_spaced": "dist_ema.checkpoint.snapshots.window",
     "merge": "dist_ema.offline.merging.writing",
     "synthesize": "dist_ema.offline.synthesis",
 }

@@ -1,4 +1,4 @@
-"""Building an average: every rank plans alone, then all compare their plans."""
+"""Building an average, or one more track of it: every rank plans alone, then all compare their plans."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.counting.now import LIVE
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
@@ -24,7 +26,7 @@ from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.teacher import Teacher
 from dist_ema.live.teacher_state import TeacherState
 from dist_ema.options import Options, Patterns, checked_device, checked_schedules, name_patterns
-from dist_ema.ranks.calls import ended_for_all
+from dist_ema.ranks.calls import Call, ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.groups import names_of
 from dist_ema.schedules.base import Schedule
@@ -35,7 +37,7 @@ from dist_ema.topology.names import class_of, unwrapped
 from dist_ema.topology.parts import whole_model
 from dist_ema.topology.planning import is_adapted, plan_model
 
-__all__ = ["Built", "build"]
+__all__ = ["Built", "add_track", "build", "drop_track"]
 
 
 class Built(NamedTuple):
@@ -112,6 +114,46 @@ def build(
         if state.options.experts:
             warn_of_expert_copies(exchange, _ACTION, compared, state.options.declares)
     return Built(state, replicas, prepared.form_of)
+
+
+def add_track(call: Call, state: AveragedState, name: str, schedule: ScheduleLike, start: str) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.add_track`."""
+
+    def prepare() -> tuple[Schedule, Averages]:
+        (checked,) = checked_schedules({name: schedule}).values()
+        if not state.takes_tracks:
+            raise ConfigError("add_track with into: a teacher holds one average. Build a second ShardedEMA beside it")
+        if name in state.schedules:
+            raise ConfigError(f"there is a track {name!r} already, among {list(state.schedules)}: give another name")
+        if start != LIVE and start not in state.schedules:
+            raise ConfigError(f"start is {start!r}, expected {LIVE!r} or one of the tracks {list(state.schedules)}")
+        return checked, state.new_averages()
+
+    checked, averages = call.together(
+        prepare,
+        lambda prepared: {
+            "track": name,
+            "schedule": schedule_to_json(prepared[0]),
+            "start": start,
+            "num_updates": state.num_updates,
+        },
+        after_saves=True,
+    )
+    _warn_of_unknown_schedules(call.exchange, [checked])
+    state.add_track(name, checked, averages, start)
+
+
+def drop_track(call: Call, state: AveragedState, name: str) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.drop_track`."""
+
+    def prepare() -> str:
+        track = state.track(name)
+        if not state.takes_tracks or len(state.schedules) == 1:
+            raise ConfigError(f"{track!r} is the only track: an average has at least one. Add another one first")
+        return track
+
+    track = call.together(prepare, lambda track: {"track": track, "num_updates": state.num_updates}, after_saves=True)
+    state.drop_track(track)
 
 
 _ACTION = "building the average"

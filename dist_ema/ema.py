@@ -18,8 +18,10 @@ from dist_ema.averaging.usage import Use
 from dist_ema.boxes.shards import Shard
 from dist_ema.checkpoint import load_calls
 from dist_ema.checkpoint.save_calls import SaveCalls
+from dist_ema.checkpoint.snapshots.window import SnapshotWindow
+from dist_ema.checkpoint.tracks.changes import NewTracks
 from dist_ema.checks import PathLike
-from dist_ema.construction import build
+from dist_ema.construction import add_track, build, drop_track
 from dist_ema.errors import ConfigError
 from dist_ema.live import distance
 from dist_ema.live.correction import Bema, Correction
@@ -145,7 +147,7 @@ class ShardedEMA:
         self._saves = SaveCalls(built.state, built.replicas, built.form_of)
         self._calls = Calls(exchange, self._state, self._saves.wait)
         self._elsewhere = ElsewhereCalls(built.state, built.replicas)
-        self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {})
+        self._standstill = Standstill(self._state.schedules if exchange.rank == 0 else {}, self._state.own_number)
         self._on_detach: list[Callable[[], None]] = []
         if overlap:
             self.on_detach(join_before_steps(self._state))
@@ -192,8 +194,8 @@ class ShardedEMA:
 
         Args:
             found_inf: the overflow flag of a fused optimizer under a `GradScaler` (its `found_inf`): one element, not 0
-                if the step was skipped. Such a step is neither averaged nor counted; `averaging/skipped_steps.py` has
-                the cost. `attach` passes the flag by itself.
+                if the step was skipped. Such a step is neither averaged nor counted;
+                `averaging/counting/skipped_steps.py` has the cost. `attach` passes the flag by itself.
             batch_size: the size of the batch of this step over all ranks, in any unit, for `per_batch` schedules; the
                 same on every rank. None for the latest one that was given.
 
@@ -510,6 +512,10 @@ class ShardedEMA:
         *,
         new: Patterns = None,
         dropped: Patterns = None,
+        new_tracks: NewTracks = None,
+        dropped_tracks: Patterns = None,
+        renamed_tracks: Mapping[str, str] | None = None,
+        options_changed: bool = False,
         verify: bool = True,
     ) -> None:
         """Collective: every rank must call it. Restore averages and counter from a checkpoint folder.
@@ -522,6 +528,13 @@ class ShardedEMA:
             new: glob patterns of tensors that the checkpoint may lack, or have in another shape: their average starts
                 from the live weights at its next use.
             dropped: glob patterns of tensors in the checkpoint that this model may lack.
+            new_tracks: tracks that the checkpoint may lack -> "live", to begin at the live weights of the next update;
+                or the name of a track in the checkpoint, to begin at its values. "live" alone is for all such tracks.
+                The schedule of such a track counts from now, as that of `add_track` does.
+            dropped_tracks: tracks in the checkpoint that this average may lack.
+            renamed_tracks: name of a track in the checkpoint -> its name here.
+            options_changed: resume what is common if the options differ that say what is averaged, and in which dtype:
+                what was not averaged starts from the live weights, and values are converted.
             verify: whether the checksums of what is read are compared.
 
         Raises:
@@ -531,7 +544,9 @@ class ShardedEMA:
             CheckpointCorruptError: the checkpoint is damaged.
             CommunicationError: some rank did not make the call.
         """
-        self._calls("load", lambda call: load_calls.load(call, self._state, path, new, dropped, verify=verify))
+        tracks = (new_tracks, dropped_tracks, renamed_tracks)
+        tensors = (new, dropped, options_changed)
+        self._calls("load", lambda call: load_calls.load(call, self._state, path, tensors, tracks, verify=verify))
 
     def start_from(
         self,
@@ -562,6 +577,41 @@ class ShardedEMA:
         self._calls(
             "start_from", lambda call: load_calls.start_from(call, self._state, path, num_updates, new, dropped)
         )
+
+    def add_track(self, name: str, schedule: ScheduleLike, *, start: str = "live") -> None:
+        """Collective: every rank must call it. Average one more track from now on.
+
+        Its schedule counts from now: update number k of the average is update number k - start of the track, also for
+        `interval`, and after a resume. At the live weights it begins as a new average does: the next update copies
+        them. The values of another track count as its update number 0.
+
+        Args:
+            name: the name of the track.
+            schedule: its schedule.
+            start: "live", or the name of the track at whose values it begins.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: the name is taken, `start` is no track, or a teacher holds the average (`into`).
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+        """
+        self._calls("add_track", lambda call: add_track(call, self._state, name, schedule, start))
+        if self._exchange.rank == 0:
+            self._standstill.add(name, self._state.schedules[name])
+
+    def drop_track(self, name: str) -> None:
+        """Collective: every rank must call it. Average a track no more, and free its memory.
+
+        Args:
+            name: the name of the track.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, or no other one.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+        """
+        self._calls("drop_track", lambda call: drop_track(call, self._state, name))
+        self._standstill.drop(name)
 
     def snapshot(
         self,
@@ -595,6 +645,35 @@ class ShardedEMA:
             "snapshot",
             lambda call: self._saves.snapshot(call, path, dtype, max_shard_size, background=background),
         )
+
+    def snapshot_live(
+        self,
+        path: PathLike,
+        dtype: torch.dtype | None = None,
+        *,
+        keep: SnapshotWindow | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Collective: every rank must call it. Keep the live weights of now, for `dist-ema merge` and `synthesize`.
+
+        It writes `path/live-<num_updates>`, a model folder with a manifest, beside the existing ones. It takes no
+        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`).
+
+        Args:
+            path: the folder of all live snapshots of a run.
+            dtype: the dtype of floating-point tensors in the files, torch.bfloat16 say; None keeps the live one.
+            keep: a window of the run; the live snapshots in `path` that it does not keep are removed after this one is
+                in place.
+            max_shard_size: as in `save`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: `dtype` is not a floating-point one, or `keep` is no window.
+            RankMismatchError: the ranks made different calls, or different numbers of updates.
+            UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
+            CheckpointError: some rank could not write; the same error on all ranks.
+        """
+        self._calls("snapshot_live", lambda call: self._saves.snapshot_live(call, path, dtype, max_shard_size, keep))
 
     def consolidate(
         self,

@@ -30,11 +30,14 @@ ROOMS = [
     "offline",
     "checkpoint",
     "checkpoint.nodes",
+    "checkpoint.snapshots",
+    "checkpoint.tracks",
     "live.state_dicts",
     "live.elsewhere",
     "live",
     "live.holders",
     "averaging",
+    "averaging.counting",
     "ranks",
     "ranks.wires",
     "ranks.store",
@@ -60,8 +63,9 @@ MOST_ENTRIES = 22
 # Lines of code (no blank line, comment or docstring) of a module that may go beyond this need a reason.
 MOST_CODE_LINES = 250
 LONG_MODULES = {
+    "ema": "every public method stands in one place; none has more than a call of the rooms below",
+    "averaging.state": "what updates, loads and tracks that come or go do to the same fields is read side by side",
     "averaging.update": "the fast path of an update and its three kinds of care are read side by side",
-    "ema": "every public method stands in the facade, with a call of at most 8 lines",
 }
 
 
@@ -481,6 +485,8 @@ def test_public_names() -> None:
         "every",
         "merge",
         "scaled_batch",
+        "SnapshotWindow",
+        "log_spaced",
         "synthesize",
     }
     assert pinned <= set(dist_ema.__all__)

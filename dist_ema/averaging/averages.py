@@ -6,30 +6,18 @@ of that buffer. The residuals of a compensated average (`dist_ema.averaging.upda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from dist_ema.boxes.shards import Box, Held, Shard
+from dist_ema.boxes.shards import Held, Shard
 
-__all__ = ["ALIGNED_NUMEL", "Averages", "KeptBuffers", "aligned", "copy_pairwise", "copying"]
+__all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_pairwise", "copying"]
 
 # Elements; 32 bytes or more for every averaged dtype.
 ALIGNED_NUMEL = 16
-
-
-class KeptBuffers(NamedTuple):
-    """Buffers that belong to the averaged weights of one track, in place of the live ones, until these weights move.
-
-    Attributes:
-        num_updates: the counter when they were kept.
-        values: box -> the values, of what this rank holds of the buffers that are not averaged.
-    """
-
-    num_updates: int
-    values: Mapping[Box, torch.Tensor]
 
 
 class Averages:

@@ -6,7 +6,7 @@ There is one warning for a schedule.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import torch
@@ -23,32 +23,49 @@ class Standstill:
     """The ends of some schedules.
 
     Attributes:
-        next_step: the number of the first update beyond the next end; a number that no update has if there is none.
+        next_step: the number of the first update that may be beyond an end; a number that no update has if there is
+            none. A track that began later ends later.
 
     Args:
         schedules: track name -> its schedule.
+        own_number: gives the number that an update of the average has for a track.
     """
 
-    def __init__(self, schedules: Mapping[str, Schedule]) -> None:
-        steps = {name: steps_of(schedule) for name, schedule in schedules.items()}
-        self._schedules = schedules
-        # Update number total_steps is the last of a schedule: m(K) = end_momentum.
-        self._ends = {name: total_steps + 1 for name, total_steps in steps.items() if total_steps is not None}
+    def __init__(self, schedules: Mapping[str, Schedule], own_number: Callable[[str, int], int]) -> None:
+        self._own_number = own_number
+        self._schedules: dict[str, Schedule] = {}
+        self._ends: dict[str, int] = {}
+        self.next_step = sys.maxsize
+        for name, schedule in schedules.items():
+            self.add(name, schedule)
+
+    def add(self, name: str, schedule: Schedule) -> None:
+        """Look at one more track."""
+        self._schedules[name] = schedule
+        total_steps = steps_of(schedule)
+        if total_steps is not None:
+            # Update number total_steps is the last of a schedule: m(K) = end_momentum.
+            self._ends[name] = total_steps + 1
+            self.next_step = min(self._ends.values())
+
+    def drop(self, name: str) -> None:
+        """Look at a track no more."""
+        self._ends.pop(name, None)
         self.next_step = min(self._ends.values(), default=sys.maxsize)
 
     def tell(self, step: int) -> None:
         """Warn of the schedules that are over by update number `step`, if their momentum is 0 from there on."""
-        over = [name for name, end in self._ends.items() if end <= step]
+        own = {name: self._own_number(name, step) for name in self._ends}
+        over = [name for name, end in self._ends.items() if end <= own[name]]
         for name in over:
-            del self._ends[name]
-        self.next_step = min(self._ends.values(), default=sys.maxsize)
-        still = [name for name in over if _is_still(self._schedules[name], step)]
+            self.drop(name)
+        still = [name for name in over if _is_still(self._schedules[name], own[name])]
         if still:
             names = ", ".join(f"track {name!r} with {self._schedules[name]!r}" for name in still)
             tell(
-                f"update number {step} (counted from 0) and all later ones have a momentum of 0, so the average stands "
-                f"still from here on: {names}. total_steps is the number of optimizer steps of the whole run, over all "
-                "resumes: give that number, or an end_momentum above 0"
+                f"update number {own[still[0]]} (counted from 0) and all later ones have a momentum of 0, so the "
+                f"average stands still from here on: {names}. total_steps is the number of optimizer steps of the "
+                "whole run, over all resumes: give that number, or an end_momentum above 0"
             )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from dist_ema.averaging.averages import Averages, KeptBuffers, copy_pairwise
-from dist_ema.averaging.skipped_steps import LateFlag
+from dist_ema.averaging.averages import Averages, copy_pairwise
+from dist_ema.averaging.counting.now import BEGUN_TOGETHER, LIVE, Beginnings, KeptBuffers, Now, start_at
+from dist_ema.averaging.counting.skipped_steps import LateFlag
 from dist_ema.averaging.streams import Stream, join_all, stream_beside
 from dist_ema.averaging.update import Updater
 from dist_ema.averaging.usage import Use
@@ -28,25 +29,6 @@ from dist_ema.uninterrupted import Job, Lane, Once
 __all__ = ["AveragedState"]
 
 
-class _Now(NamedTuple):
-    """What changes with each update, besides the averages.
-
-    Attributes:
-        num_updates: the number of updates so far; the latest counts unless it is known to be skipped.
-        last_skipped: the flag of the latest update, while it is not known whether it was skipped; else None.
-        not_started: fqns of tensors whose average a checkpoint did not have: their next use copies the live values.
-        num_refused_before: how many live values were left out before a checkpoint was loaded; one rank has it for all.
-        is_streamed: whether the averages are being streamed, and must stay as they are.
-        kept: track -> the buffers that a swap has kept with its average, or a checkpoint had; they may be out of date.
-    """
-
-    num_updates: int = 0
-    last_skipped: LateFlag | None = None
-    not_started: frozenset[str] = frozenset()
-    num_refused_before: int = 0
-    kept: Mapping[str, KeptBuffers] = {}  # never changed in place
-
-
 class AveragedState:
     """All tracks of a `ShardedEMA` on this rank.
 
@@ -58,9 +40,11 @@ class AveragedState:
         averages: track name -> averaged values; empty until `allocate`.
         use: what has been done with the averages.
         takes_buffers: whether buffers can be kept with the averages.
+        takes_tracks: whether tracks may come and go.
     """
 
     takes_buffers = True
+    takes_tracks = True
 
     def __init__(self, plan: Plan, options: Options, schedules: Mapping[str, Schedule]) -> None:
         self.plan = plan
@@ -75,19 +59,20 @@ class AveragedState:
         self._leave: Callable[[], None] | None = None
         self.is_streamed = False
         # It is replaced as a whole by one assignment, so that its fields always agree.
-        self._now = _Now()
+        self._now = Now()
 
     def allocate(self) -> None:
         """Allocate the averaged values."""
-        dtype, device = self.options.dtype, self.options.device
-        residual_dtype = torch.bfloat16 if self.options.compensated else None
-        self.averages = {
-            name: Averages(self.shards, dtype=dtype, device=device, residual_dtype=residual_dtype)
-            for name in self.schedules
-        }
+        self.averages = {name: self.new_averages() for name in self.schedules}
         tracks = list(self.averages.values())
         skip = self.options.skip_nonfinite
         self._updater = Updater(self.shards, tracks, skip_nonfinite=skip, stream=self._stream(tracks))
+
+    def new_averages(self) -> Averages:
+        """Memory for one more track."""
+        options = self.options
+        residual_dtype = torch.bfloat16 if options.compensated else None
+        return Averages(self.shards, dtype=options.dtype, device=options.device, residual_dtype=residual_dtype)
 
     def _stream(self, tracks: Sequence[Averages]) -> Stream:
         if not self.options.overlap:
@@ -142,14 +127,38 @@ class AveragedState:
         if self._now.not_started:  # these averages move, whether or not this update averages
             now = now._replace(kept={})
         count = Once(self, "_now", now)
+        # All momenta come before the first lerp: a schedule that fails must not leave the tracks at odds.
         if step == 0:
             self._copy_live(count, first)
+        elif self._now.starts:
+            self._update_tracks_apart(step, count, found_inf, first)
         elif step % options.interval == 0:
-            # All momenta come before the first lerp: a schedule that fails must not leave the tracks at odds.
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
             self._start_from_live()
             self._updater.lerp(momenta, count, unless=found_inf, first=first)
-        elif self._now.not_started:
+        else:
+            self._only_count(count, first)
+
+    def _update_tracks_apart(
+        self, step: int, count: Once, found_inf: torch.Tensor | None, first: Sequence[Lane]
+    ) -> None:
+        """An update where tracks have numbers of their own: see [Note: tracks that begin later]."""
+        interval = self.options.interval
+        own = [self._now.own_number(track, step) for track in self.schedules]
+        if all(number % interval for number in own):
+            self._only_count(count, first)
+            return
+        momenta = [
+            0.0 if number == 0 or number % interval else self._momentum(schedule, number)
+            for schedule, number in zip(self.schedules.values(), own, strict=True)
+        ]
+        self._start_from_live()
+        beginning = [index for index, number in enumerate(own) if number == 0]
+        self._updater.lerp(momenta, count, unless=found_inf, first=first, beginning=beginning)
+
+    def _only_count(self, count: Once, first: Sequence[Lane]) -> None:
+        """An update that `interval` leaves out."""
+        if self._now.not_started:
             self._updater.set(Job([*first, self._updater.copying_live(self._now.not_started)], count))
         else:
             self._updater.run(Job(first, count))
@@ -190,26 +199,29 @@ class AveragedState:
         *,
         num_refused: int | None = None,
         buffers: Mapping[str, Mapping[Box, torch.Tensor]] | None = None,
+        beginnings: Beginnings = BEGUN_TOGETHER,
     ) -> None:
         """Take over averages and a counter, whole or not at all.
 
         Args:
             filled: the tensors of `targets`, with the values of a checkpoint; of the shards behind the averaged ones
-                they may be the live values.
+                they may be the live values. Tracks that begin at the live weights need none.
             fqns: the names in the checkpoint; the averages of the others start from the live weights.
             num_updates: the counter of the checkpoint.
             num_refused: how many live values were left out until then, for this rank to count; None to go on counting.
             buffers: track -> box -> values of the buffers that were saved as kept with its average.
+            beginnings: the tracks that have not begun with the average.
         """
         not_started = frozenset(spec.fqn for spec in self.plan.specs if spec.averaged) - fqns
         before = self._now.num_refused_before if num_refused is None else num_refused - self._updater.num_refused
         kept = {track: KeptBuffers(num_updates, values) for track, values in (buffers or {}).items()}
         self.use.tracks_with_buffers |= kept.keys()
-        self._take(self._replacing_all(filled, not_started), _Now(num_updates, None, not_started, before, kept))
+        now = Now(num_updates, None, not_started, before, kept, beginnings.starts, beginnings.begun_at)
+        self._take(self._replacing_all(filled, not_started), now)
 
     def _replacing_all(self, filled: Mapping[str, Sequence[torch.Tensor]], not_started: Collection[str]) -> list[Lane]:
         """Lanes that set all averages to the filled `targets`; those of the names `not_started` are set later."""
-        return [self._replacing(name, filled[name]) for name in self.averages]
+        return [self._replacing(name, values) for name, values in filled.items()]
 
     def _replacing(self, track: str, values: Sequence[torch.Tensor]) -> Lane:
         """The lane that sets the averages of one track."""
@@ -221,8 +233,61 @@ class AveragedState:
         lanes = []
         if step == 0 or not_started:
             lanes = [self._updater.copying_live(None if step == 0 else not_started)]
+        unbegun = [index for index, name in enumerate(self.schedules) if step and not self.count_of(name)]
+        if unbegun:
+            lanes.append(self._updater.copying_live(tracks=unbegun, counted=False))
         lanes.append(self._replacing(track, values))
-        self._take(lanes, _Now(num_updates, None, frozenset(), self._now.num_refused_before))
+        self._take(lanes, self._now.counted_anew(num_updates))
+
+    def add_track(self, name: str, schedule: Schedule, averages: Averages, start: str) -> None:
+        """Average one more track from the next update on, whole or not at all.
+
+        Args:
+            name: the name of the track, which no other one has.
+            schedule: its schedule.
+            averages: its memory (`new_averages`).
+            start: "live", or the track at whose values it begins.
+        """
+        num_updates, now = self.num_updates, self._now
+        live = start == LIVE or self.count_of(start) == 0  # the average of no update is the live model
+        if not live:
+            is_given = self.use.is_given
+            averages.replace(self.values(start))
+            self.use.is_given = is_given
+            if (kept := self.kept_buffers(start)) is not None:
+                now = now._replace(kept={**self._now.kept, name: kept._replace(num_updates=num_updates)})
+                self.use.tracks_with_buffers.add(name)
+            now = now._replace(begun_at={**now.begun_at, name: start})
+        first = start_at(num_updates, live=live)
+        if first:
+            now = now._replace(starts={**now.starts, name: first})
+        self._set_tracks({**self.schedules, name: schedule}, {**self.averages, name: averages}, now)
+
+    def drop_track(self, name: str) -> None:
+        """Average a track no more, and free its memory."""
+        schedules = {track: schedule for track, schedule in self.schedules.items() if track != name}
+        averages = {track: self.averages[track] for track in schedules}
+        _ = self.num_updates  # takes a skipped step back
+        self._set_tracks(schedules, averages, self._now.without(name))
+
+    def _set_tracks(self, schedules: dict[str, Schedule], averages: Mapping[str, Averages], now: Now) -> None:
+        self._updater.complete()
+        updater = self._updater.of_tracks(list(averages.values()))
+        # One call of C, so that an interrupt finds the former tracks or the new ones.
+        self.__dict__.update(schedules=schedules, averages=averages, _updater=updater, _now=now)
+
+    @property
+    def beginnings(self) -> Beginnings:
+        """The tracks that have not begun with the average."""
+        return Beginnings(self._now.starts, self._now.begun_at)
+
+    def own_number(self, track: str, step: int) -> int:
+        """The number that an update of the average has for a track."""
+        return self._now.own_number(track, step)
+
+    def count_of(self, track: str) -> int:
+        """The number of updates of a track: that of the average, less those before it began."""
+        return self._now.own_number(track, self.num_updates)
 
     def restart(self) -> None:
         """Forget the averages: the next update copies the live weights, as the first does."""
@@ -230,17 +295,17 @@ class AveragedState:
 
     def _forgetting(self) -> Once:
         self.use.is_begun_on_purpose = True
-        return Once(self, "_now", _Now(num_refused_before=self._now.num_refused_before))
+        return Once(self, "_now", Now(num_refused_before=self._now.num_refused_before))
 
-    def _take(self, lanes: Sequence[Lane], now: _Now) -> None:
+    def _take(self, lanes: Sequence[Lane], now: Now) -> None:
         self.use.is_begun_on_purpose = True
         self._updater.set(Job(lanes, Once(self, "_now", now)), look_later=True)
 
     def momentum(self, track: str) -> float:
         """The momentum of the latest update that averaged: 1 for the copy of update number 0."""
-        latest = max(self.num_updates - 1, 0)
-        latest -= latest % self.options.interval
-        return 1.0 if latest == 0 else self._momentum(self.schedules[track], latest)
+        latest = self._now.latest_averaging(track, max(self.num_updates - 1, 0), self.options.interval)
+        own = self._now.own_number(track, latest)
+        return 1.0 if own <= 0 else self._momentum(self.schedules[track], own)
 
     def _momentum(self, schedule: Schedule, step: int) -> float:
         return momentum_of_update(schedule, step, batch_size=self.batch_size, **self.options.rhythm)
@@ -274,15 +339,15 @@ class AveragedState:
         self._updater.complete()
         track = self.track(track)
         averages = self.averages[track]
-        self._show_live(averages, self._not_kept(track, fqns))
+        self._show_live(track, self._not_kept(track, fqns))
         if self.num_updates:
             self._updater.mend()
         return averages.values
 
-    def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
+    def _show_live(self, track: str, fqns: Collection[str] | None) -> None:
         """Set averages that have not started to the live values of now; with `fqns` only those of these names."""
-        not_started = self._now.not_started
-        if self.num_updates == 0:
+        averages, not_started = self.averages[track], self._now.not_started
+        if self.count_of(track) == 0:
             averages.copy_live(fqns)
         elif not_started:
             averages.copy_live(not_started if fqns is None else not_started.intersection(fqns))
@@ -302,7 +367,9 @@ class AveragedState:
         """
         latest = self.num_updates - 1  # it takes a skipped step back, so these updates were made
         kept = self._now.kept.get(track)
-        if kept is not None and latest >= 0 and latest - latest % self.options.interval >= kept.num_updates:
+        if kept is None or latest < 0:
+            return kept
+        if self._now.latest_averaging(track, latest, self.options.interval) >= kept.num_updates:
             self._now = self._now._replace(kept={name: it for name, it in self._now.kept.items() if name != track})
             return None
         return kept
@@ -348,6 +415,15 @@ class AveragedState:
                 if shard.fqn in fqns
             ]
         return [(shard.box, value) for shard, value in averaged if shard.fqn in fqns] + live
+
+    def live_pieces(self, part: Plan) -> list[tuple[Box, torch.Tensor]]:
+        """Every box this rank owns of a part of the plan, and its live values, as an update would see them."""
+        join_all()
+        fqns = {spec.fqn for spec in part.specs}
+        with torch.no_grad():
+            averaged = [(shard.box, shard.observed().detach()) for shard in self.shards if shard.fqn in fqns]
+            others = [(shard.box, shard.live().detach()) for shard in self.plan.owned(averaged=False)]
+        return averaged + [(box, value) for box, value in others if box.fqn in fqns]
 
     def begin(self, call: str) -> None:
         """Begin a call that uses averages or writes live weights: after all updates that run beside training.
@@ -409,6 +485,14 @@ class AveragedState:
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""
         own = {spec.fqn: self.options.dtype if spec.averaged else spec.dtype for spec in self.plan.specs}
-        if floating is None:
-            return own
-        return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
+        return _converted(own, floating)
+
+    def live_dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
+        """As `dtypes`, of the live weights."""
+        return _converted({spec.fqn: spec.dtype for spec in self.plan.specs}, floating)
+
+
+def _converted(own: dict[str, torch.dtype], floating: torch.dtype | None) -> dict[str, torch.dtype]:
+    if floating is None:
+        return own
+    return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}

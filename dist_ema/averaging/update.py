@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from dist_ema.averaging.averages import Averages, copying
+from dist_ema.averaging.counting.skipped_steps import weight_unless
 from dist_ema.averaging.infinities import Watch, is_mask, masks_of
 from dist_ema.averaging.prepared_update import Prepared
-from dist_ema.averaging.skipped_steps import weight_unless
 from dist_ema.averaging.streams import Stream
 from dist_ema.averaging.tensor_blocks import Block
 from dist_ema.boxes.shards import Shard
@@ -78,6 +78,18 @@ class Updater:
         """For a copy, which prepares its own lists; the events of these could not be copied."""
         self.complete()
         return self.__dict__ | {"_prepared": None}
+
+    def of_tracks(self, tracks: Sequence[Averages]) -> Updater:
+        """One that moves other tracks of the same shards, on the same stream, and goes on counting what is left out."""
+        other = Updater(
+            self._shards,
+            tracks,
+            skip_nonfinite=self._skip_nonfinite,
+            uncounted=self._uncounted,
+            stream=self.stream,
+        )
+        other._refused = self._refused
+        return other
 
     @property
     def nbytes(self) -> int:
@@ -154,19 +166,22 @@ class Updater:
         """
         self.set(Job([self.copying_live(fqns, counted=counted)]))
 
-    def copying_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> Lane:
-        """The lane that does what `copy_live` does, for a job of `set`."""
-        return Lane(lambda worker: self._steps_of_copy(fqns, counted=counted))
+    def copying_live(
+        self, fqns: Collection[str] | None = None, *, tracks: Sequence[int] | None = None, counted: bool = True
+    ) -> Lane:
+        """The lane that does what `copy_live` does, for a job of `set`; `tracks` are the indices of some tracks."""
+        chosen = self._tracks if tracks is None else [self._tracks[index] for index in tracks]
+        return Lane(lambda worker: self._steps_of_copy(chosen, fqns, counted=counted))
 
-    def _steps_of_copy(self, fqns: Collection[str] | None, *, counted: bool) -> Steps:
+    def _steps_of_copy(self, tracks: Sequence[Averages], fqns: Collection[str] | None, *, counted: bool) -> Steps:
         steps = Steps()
         refused: dict[torch.device, list[torch.Tensor]] = {}
 
         def copy() -> None:
             refused.clear()
-            for track in self._tracks:
+            for track in tracks:
                 track.copy_live(fqns)
-            for shard, *values in zip(self._shards, *(track.values for track in self._tracks), strict=True):
+            for shard, *values in zip(self._shards, *(track.values for track in tracks), strict=True):
                 if self._skip_nonfinite and (fqns is None or shard.fqn in fqns):
                     # A mask that never moved is no overflow.
                     taken = ~values[0].isnan() if masks_of(shard) else values[0].isfinite()
@@ -200,6 +215,7 @@ class Updater:
         *,
         unless: torch.Tensor | None = None,
         first: Sequence[Lane] = (),
+        beginning: Sequence[int] = (),
     ) -> None:
         """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
 
@@ -210,9 +226,16 @@ class Updater:
             count: counts the update.
             unless: a flag of one element; if it is not 0 nothing moves. Only the device reads it.
             first: further lanes of the same job.
+            beginning: indices of tracks that are set to the live values, in line; their momenta are 0.
         """
         # 0 * (live - averaged) is not 0 where live is not finite, so a momentum of 0 does nothing.
         active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
+        if beginning:
+            # What is left out of the live values counts once, where another track is averaged.
+            first = [*first, self.copying_live(tracks=beginning, counted=not active)]
+        if not active and beginning:
+            self.set(Job(first, count))
+            return
         if not active:
             self._run(Stream(), Job(first, count))
             return
@@ -221,7 +244,12 @@ class Updater:
         lanes = [*first, *prepared.lanes(partial(self._moves, prepared, active, flag))]
         if self._watch.due:
             lanes.append(Lane(partial(self._steps_of_look, self._watch.due)))
-        self._run(self.stream, Job(lanes, count, prepared.share))
+        stream = self.stream
+        if beginning:
+            stream.join()
+            stream = Stream()
+            self._watch.forget()  # the next update looks at what is copied now
+        self._run(stream, Job(lanes, count, prepared.share))
 
     def _ready(self) -> Prepared:
         prepared = self._prepared

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from dist_ema.disk.formats.headers import TORCH_DTYPES
 from dist_ema.disk.starts import Start
 from dist_ema.errors import CheckpointMismatchError
 
-__all__ = ["Escapes", "Fit", "fit_model", "matches", "other_model"]
+__all__ = ["Escapes", "Fit", "fit_model", "matches", "other_model", "patterns_of"]
 
 # What tools put before all names, and whether it says that the tensors are an average.
 _PREFIXES = {"module.": False, "ema_model.": True, "averaged_model.": True, "model.": False}
@@ -51,10 +51,12 @@ class Escapes:
     Attributes:
         new: glob patterns of names in this model that need not be in the checkpoint as they are now.
         dropped: glob patterns of names in the checkpoint that need not be in this model.
+        options_changed: whether the options may differ that say what is averaged, and in which dtype.
     """
 
     new: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    options_changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +268,8 @@ def _check(fit: Fit, plan: Plan, escapes: Escapes) -> None:
             missing.append(f"{spec.fqn} {list(spec.shape)} (found {existing})")
     extra = _unknown(fit, plan, escapes)
     if missing or extra:
-        text = other_model(path, missing, extra)
+        known = {*fit.start.model.tensors, *(spec.fqn for spec in plan.specs)}
+        text = other_model(path, missing, extra, known, "start_from")
         raise CheckpointMismatchError(f"{text}. It was read as {fit.way.form}. {_KNOWN}")
     for name in fit.names.values():
         if not getattr(torch, TORCH_DTYPES[tensors[name].dtype]).is_floating_point:
@@ -288,10 +291,37 @@ def _unknown(fit: Fit, plan: Plan, escapes: Escapes) -> list[str]:
     return unknown
 
 
-def other_model(folder: Path, missing: Sequence[str], extra: Sequence[str]) -> str:
-    """The refusal of weights of another model."""
+def other_model(
+    folder: Path, missing: Sequence[str], extra: Sequence[str], known: Collection[str], call: str = "load"
+) -> str:
+    """The refusal of weights of another model.
+
+    Args:
+        folder: the weights.
+        missing: the tensors of this model that they lack, perhaps with a text behind the name.
+        extra: their tensors that this model lacks.
+        known: the names of all tensors of both.
+        call: the method that was called.
+    """
+    names = [text.partition(" ")[0] for text in missing]
+    arguments = [f"new={patterns_of(names, known)!r}"] if missing else []
+    arguments += [f"dropped={patterns_of(extra, known)!r}"] if extra else []
     return (
         f"{folder} is of another model: {len(missing)} tensors of this model are not in it {list(missing[:3])}, "
         f"{len(extra)} of its tensors are not in this model {list(extra[:3])}. If that is intended, name them by "
-        "patterns: load(..., new='head.*') starts those from the live weights, dropped='old_head.*' leaves those out"
+        f"patterns: {call}(path, {', '.join(arguments)}), where new= starts tensors from the live weights, and "
+        "dropped= leaves tensors out"
     )
+
+
+def patterns_of(names: Sequence[str], known: Collection[str]) -> list[str] | str:
+    """The glob pattern or patterns, as short as may be, that match these names and no other known one."""
+    others = set(known).difference(names)
+    patterns: list[str] = []
+    for name in names:
+        if not matches(name, patterns):
+            parts = name.split(".")
+            wide = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
+            begins = next((text for text in wide if not any(other.startswith(text) for other in others)), None)
+            patterns.append(name.replace("[", "[[]") if begins is None else begins.replace("[", "[[]") + "*")
+    return patterns[0] if len(patterns) == 1 else patterns

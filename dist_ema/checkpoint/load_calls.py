@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from dist_ema.boxes.shards import EXTRA_STATE, Shard
 from dist_ema.checkpoint.fitting import Escapes
 from dist_ema.checkpoint.loading import load_average, load_model
 from dist_ema.checkpoint.record import manifest_of
+from dist_ema.checkpoint.tracks.changes import NewTracks, TrackChanges
 from dist_ema.checks import PathLike, absolute, positive_integer, working_folder
 from dist_ema.disk.manifest import Manifest
-from dist_ema.errors import CheckpointMismatchError, agreed
+from dist_ema.errors import CheckpointMismatchError, ConfigError, agreed
 from dist_ema.options import Patterns, name_patterns
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.exchange import Exchange
@@ -24,14 +25,44 @@ from dist_ema.ranks.exchange import Exchange
 __all__ = ["load", "read_start", "start_from"]
 
 
-def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, dropped: Patterns, *, verify: bool) -> None:
-    """Collective: every rank must call it. See `ShardedEMA.load`."""
-    source, escapes = _agreed(call, path, new, dropped, verify=verify)
+def load(
+    call: Call,
+    state: AveragedState,
+    path: PathLike,
+    tensors: tuple[Patterns, Patterns, bool],
+    tracks: tuple[NewTracks, Patterns, Mapping[str, str] | None],
+    *,
+    verify: bool,
+) -> None:
+    """Collective: every rank must call it. See `ShardedEMA.load`.
+
+    Args:
+        call: the call.
+        state: the averages of this rank.
+        path: as in `ShardedEMA.load`.
+        tensors: `new`, `dropped` and `options_changed` of `ShardedEMA.load`.
+        tracks: `new_tracks`, `dropped_tracks` and `renamed_tracks` of `ShardedEMA.load`.
+        verify: as in `ShardedEMA.load`.
+    """
+
+    def check() -> TrackChanges:
+        changes = TrackChanges.of(state.schedules, *tracks)
+        if not state.takes_tracks and (changes.new or changes.all_new or changes.dropped):
+            raise ConfigError(
+                "new_tracks or dropped_tracks with into: a teacher holds one average from its construction on. Load "
+                "without it, or rename its track (renamed_tracks)"
+            )
+        return changes
+
+    new, dropped, options_changed = tensors
+    source, escapes, changes = _agreed(
+        call, path, new, dropped, check, options_changed=bool(options_changed), verify=verify
+    )
     exchange = call.exchange
     now = manifest_of(state, exchange.world_size, part=state.plan)
     filled = exchange.agree(call.name, state.targets)
     kept = state.plan.live_buffers(extra_state=False) if state.takes_buffers else None
-    saved, loaded, buffers = load_average(
+    saved, sources, loaded, buffers = load_average(
         exchange,
         source,
         state.to_load,
@@ -39,22 +70,30 @@ def load(call: Call, state: AveragedState, path: PathLike, new: Patterns, droppe
         now,
         state.plan.left_out,
         escapes,
+        changes,
         filled,
         kept,
         verify=verify,
     )
     _warn_of_other_tensors(exchange, source, saved, now, state.plan.left_out)
-    for change in now.changes_since(saved):
+    for change in now.changes_since(changes.as_named(saved)):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
-    state.restore(filled, loaded, saved.num_updates, num_refused=refused, buffers=buffers)
+    state.restore(
+        {track: filled[track] for track in sources.names},
+        loaded,
+        saved.num_updates,
+        num_refused=refused,
+        buffers=buffers,
+        beginnings=sources.beginnings,
+    )
 
 
 def start_from(
     call: Call, state: AveragedState, path: PathLike, num_updates: int | None, new: Patterns, dropped: Patterns
 ) -> None:
     """Collective: every rank must call it. See `ShardedEMA.start_from`."""
-    source, escapes = _agreed(call, path, new, dropped, num_updates=num_updates)
+    source, escapes, _ = _agreed(call, path, new, dropped, TrackChanges, num_updates=num_updates)
     if num_updates is not None:
         num_updates = positive_integer("num_updates", num_updates)  # the call has compared it over the ranks
     filled = call.exchange.agree(call.name, state.targets)
@@ -109,17 +148,28 @@ def read_start(
     load_model(call.exchange, source, state.plan, shards, Escapes(new=buffers), targets)
 
 
-def _agreed(call: Call, path: PathLike, new: Patterns, dropped: Patterns, **further: object) -> tuple[Path, Escapes]:
+def _agreed(
+    call: Call,
+    path: PathLike,
+    new: Patterns,
+    dropped: Patterns,
+    changes: Callable[[], TrackChanges],
+    *,
+    options_changed: bool = False,
+    **further: object,
+) -> tuple[Path, Escapes, TrackChanges]:
     """The checked arguments, the same on all ranks."""
 
-    def prepare() -> tuple[Path, Escapes]:
-        return absolute(path), Escapes(name_patterns("new", new), name_patterns("dropped", dropped))
+    def prepare() -> tuple[Path, Escapes, TrackChanges]:
+        escapes = Escapes(name_patterns("new", new), name_patterns("dropped", dropped), options_changed)
+        return absolute(path), escapes, changes()
 
     return call.together(
         prepare,
         lambda checked: {
             "path": str(checked[0]),
             **dataclasses.asdict(checked[1]),
+            **checked[2].to_json(),
             **{name: str(value) for name, value in further.items()},
         },
         after_saves=True,

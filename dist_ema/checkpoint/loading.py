@@ -24,10 +24,11 @@ import torch
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import EXTRA_STATE, Box, Shard
-from dist_ema.checkpoint.fitting import Escapes, fit_model, matches, other_model
+from dist_ema.checkpoint.fitting import Escapes, fit_model, matches, other_model, patterns_of
 from dist_ema.checkpoint.nodes.homes import as_rank_0_sees, num_updates_at, warn_of_a_newer_one, warn_of_blind_ranks
 from dist_ema.checkpoint.nodes.views import blind_ranks
 from dist_ema.checkpoint.reading import ModelReading, Targets
+from dist_ema.checkpoint.tracks.changes import TrackChanges, TrackSources
 from dist_ema.disk.folders.steady_reading import Attempts, generation, steadily
 from dist_ema.disk.formats.checksums import checksum
 from dist_ema.disk.formats.headers import StoredModel, read_small
@@ -50,11 +51,12 @@ def load_average(
     now: Manifest,
     left_out: Collection[str],
     escapes: Escapes,
+    changes: TrackChanges,
     targets: Mapping[str, Targets],
     buffers: Plan | None,
     *,
     verify: bool,
-) -> tuple[Manifest, set[str], Mapping[str, Mapping[Box, torch.Tensor]]]:
+) -> tuple[Manifest, TrackSources, set[str], Mapping[str, Mapping[Box, torch.Tensor]]]:
     """Collective: every rank must call it. Read the averaged values of this rank's shards.
 
     Args:
@@ -65,14 +67,15 @@ def load_average(
         now: the manifest of all tensors of this run's plan; tracks and tensors must be the same in the checkpoint,
             except where an option leaves out what is not averaged.
         left_out: the names in the model that are not in the plan; the checkpoint may have them.
-        escapes: the differences that are allowed.
+        escapes: the differences of tensors that are allowed.
+        changes: the differences of tracks that are allowed.
         targets: per track, one contiguous tensor per shard to be filled.
         buffers: the buffers to read besides, of the tracks with which they were kept; None for none.
         verify: whether the checksums of what is read are compared.
 
     Returns:
-        The checkpoint's manifest, the fqns whose values it has, and per track what this rank holds of the buffers that
-        were kept with its average.
+        The checkpoint's manifest, where the tracks begin, the fqns whose values it has, and per track what this rank
+        holds of the buffers that were kept with its average.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -84,7 +87,7 @@ def load_average(
     # Rank 0 decides which folder counts: on shared file systems the others may see a new one later.
     def find() -> SavedAverage:
         saved = read_saved(target)
-        _check_tracks(saved, list(now.tracks))
+        changes.sources(saved.folder, saved.manifest, now.tracks)
         _common_tensors(saved, now, left_out, escapes)
         return saved
 
@@ -94,13 +97,13 @@ def load_average(
         common = _common_tensors(saved, now, left_out, escapes)
         wanted = common.intersection(fqns)
         kept.clear()
-        for track in now.tracks:
+        for track, source in changes.sources(saved.folder, saved.manifest, now.tracks).names.items():
             names = {fqn: fqn for fqn in wanted}
-            checksums = saved.manifest.checksums.get(track, {})  # format version 1 has none
+            checksums = saved.manifest.checksums.get(source, {})  # format version 1 has none
             expected = {fqn: value for fqn, value in checksums.items() if verify and fqn in wanted}
-            loading = ModelReading(exchange, action, saved.folder_of(track), saved.models[track], blind)
+            loading = ModelReading(exchange, action, saved.folder_of(source), saved.models[source], blind)
             loading.run(shards, names, targets[track], expected)
-            if buffers is not None and track in saved.manifest.kept_buffers:
+            if buffers is not None and source in saved.manifest.kept_buffers:
                 kept[track] = loading.kept(buffers, common, checksums if verify else {})
 
     saved = _steadily(
@@ -113,7 +116,8 @@ def load_average(
         fill=fill,
         replaced=was_replaced,
     )
-    return saved.manifest, _common_tensors(saved, now, left_out, escapes), kept
+    sources = changes.sources(saved.folder, saved.manifest, now.tracks)
+    return saved.manifest, sources, _common_tensors(saved, now, left_out, escapes), kept
 
 
 def load_model(
@@ -260,14 +264,6 @@ def _sees_average(saved: SavedAverage) -> bool:
         return False
 
 
-def _check_tracks(saved: SavedAverage, tracks: Sequence[str]) -> None:
-    if set(saved.manifest.tracks) != set(tracks):
-        raise CheckpointMismatchError(
-            f"{saved.folder} holds the tracks {sorted(saved.manifest.tracks)}, expected {sorted(tracks)}: give the "
-            "same track names as the run that saved it"
-        )
-
-
 def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str], escapes: Escapes) -> set[str]:
     """The tensors of this run that the checkpoint has as this run expects them.
 
@@ -278,36 +274,51 @@ def _common_tensors(saved: SavedAverage, now: Manifest, left_out: Collection[str
     expected = {fqn: tensor for fqn, tensor in now.tensors.items() if not fqn.endswith(EXTRA_STATE)}
     averaged_only, saved_averaged_only = (bool(record.options.get("averaged_only")) for record in (now, saved.manifest))
     only_averaged = averaged_only or saved_averaged_only
+    # Whether the other run may have left a tensor of this model out of its files.
+    may_lack = saved_averaged_only or bool(saved.manifest.options.get("exclude"))
+    leaves_out = escapes.options_changed and may_lack
     trains_less = now.options["trainable_only"] and not saved.manifest.options.get("trainable_only")
     missing = [
         fqn
         for fqn, wanted in expected.items()
-        if fqn not in tensors and (wanted.averaged or not only_averaged) and not matches(fqn, escapes.new)
+        if fqn not in tensors
+        and (wanted.averaged or not only_averaged)
+        and not (leaves_out or matches(fqn, escapes.new))
     ]
     different = []
     extra = [
         fqn for fqn in tensors if fqn not in expected and fqn not in left_out and not matches(fqn, escapes.dropped)
     ]
     if missing or extra:
-        raise CheckpointMismatchError(other_model(saved.folder, missing, extra))
-    common = set()
+        text = other_model(saved.folder, missing, extra, tensors.keys() | expected.keys())
+        hint = ". If options alone have changed: load(path, options_changed=True)" if may_lack and not extra else ""
+        raise CheckpointMismatchError(text + hint)
+    common, shown = set(), []
     for fqn, stored in tensors.items():
         wanted = expected.get(fqn)
         if wanted is None:
             continue
         # A tensor that is not averaged may have another dtype: FSDP1 casts buffers at its first forward.
         alike = (stored.shape, stored.averaged) == (wanted.shape, wanted.averaged)
-        if alike and (stored.dtype == wanted.dtype or not wanted.averaged):
+        if alike and (stored.dtype == wanted.dtype or not wanted.averaged or escapes.options_changed):
             common.add(fqn)
+        elif stored.shape == wanted.shape and escapes.options_changed:
+            continue
         elif wanted.averaged or not (averaged_only or (stored.averaged and trains_less)):
             if not matches(fqn, escapes.new):
-                different.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
+                different.append(fqn)
+                shown.append(f"{fqn} as {_shown(stored)}, expected {_shown(wanted)}")
     if different:
         raise CheckpointMismatchError(
-            f"{saved.folder} has {'; '.join(different[:3])}{' ...' if len(different) > 3 else ''} ({len(different)} "
-            "tensors differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
+            f"{saved.folder} has {'; '.join(shown[:3])}{' ...' if len(shown) > 3 else ''} ({len(shown)} tensors "
+            "differ): it is of another model, or was saved with other options (dtype, update_buffers, include, "
             "exclude, trainable_only). To start the averages of such tensors from the live weights, name them: "
-            "load(..., new='head.*')"
+            f"load(path, new={patterns_of(different, tensors.keys() | expected.keys())!r}). If options alone have "
+            "changed, load(path, options_changed=True) resumes what is common, and converts another dtype"
+        )
+    if escapes.options_changed and not any(expected[fqn].averaged for fqn in common):
+        raise CheckpointMismatchError(
+            f"{saved.folder} has the average of none of the tensors that this run averages: begin without it"
         )
     return common
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from dist_ema._version import __version__
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.plan import Plan
-from dist_ema.disk.manifest import Manifest, SavedTensor
+from dist_ema.disk.manifest import LIVE_TRACK, Manifest, SavedTensor
+from dist_ema.schedules.classic import ConstantSchedule
 from dist_ema.schedules.records import schedule_to_json
 
-__all__ = ["dtype_name", "in_files", "manifest_of"]
+__all__ = ["dtype_name", "in_files", "live_manifest_of", "manifest_of"]
 
 
 def in_files(state: AveragedState) -> Plan:
@@ -45,7 +48,32 @@ def manifest_of(
         tensors={spec.fqn: SavedTensor(spec.shape, dtype_name(dtypes[spec.fqn]), spec.averaged) for spec in plan.specs},
         aliases=plan.aliases,
         kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
+        starts=state.beginnings.starts,
+        begun_at=state.beginnings.begun_at,
         written_by={"dist_ema": __version__, "torch": torch.__version__, "world_size": world_size},
+    )
+
+
+def live_manifest_of(state: AveragedState, world_size: int, floating: torch.dtype | None, part: Plan) -> Manifest:
+    """The manifest of a snapshot of the live weights: of a track that copies at every update.
+
+    Args:
+        state: the averages of this rank.
+        world_size: the number of ranks that write.
+        floating: the dtype that every floating-point tensor gets; None keeps its own.
+        part: the part of the plan that is written.
+    """
+    dtypes = state.live_dtypes(floating)
+    now = manifest_of(state, world_size, floating, part)
+    return dataclasses.replace(
+        now,
+        tracks={LIVE_TRACK: schedule_to_json(ConstantSchedule(momentum=1.0))},
+        tensors={
+            fqn: dataclasses.replace(tensor, dtype=dtype_name(dtypes[fqn])) for fqn, tensor in now.tensors.items()
+        },
+        starts={},
+        begun_at={},
+        kept_buffers=[],
     )
 
 

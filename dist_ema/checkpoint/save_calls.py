@@ -12,9 +12,10 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.checkpoint.background import Background
-from dist_ema.checkpoint.record import in_files, manifest_of
+from dist_ema.checkpoint.record import in_files, live_manifest_of, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
+from dist_ema.checkpoint.snapshots.window import LIVE_SNAPSHOT, SnapshotWindow, trim
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
@@ -24,7 +25,7 @@ from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.forms.deciding import PLAIN_FORM, Decided, FormOf
 from dist_ema.disk.forms.form import form_from_json, form_to_json
 from dist_ema.disk.forms.models import Tensors
-from dist_ema.disk.manifest import Manifest
+from dist_ema.disk.manifest import LIVE_TRACK, Manifest
 from dist_ema.errors import ConfigError
 from dist_ema.live.correction import Correction
 from dist_ema.live.distance import sum_refused
@@ -54,6 +55,7 @@ class _Request:
         only_unchanged: whether the model may have changed.
         replaces_former: whether all saves of a run go to the same `target`.
         correct: what corrects the average that is exported.
+        is_live: whether the live weights are written in place of averages.
     """
 
     path: PathLike
@@ -66,6 +68,7 @@ class _Request:
     only_unchanged: bool = False
     replaces_former: bool = False
     correct: Correction | None = None
+    is_live: bool = False
 
 
 class _Prepared(NamedTuple):
@@ -141,6 +144,25 @@ class SaveCalls:
         self._write(call, request)
         self._warn_of_later_snapshots(call, path)
 
+    def snapshot_live(
+        self,
+        call: Call,
+        path: PathLike,
+        dtype: torch.dtype | None,
+        max_shard_size: int | str,
+        keep: SnapshotWindow | None,
+    ) -> None:
+        """Collective: every rank must call it. See `ShardedEMA.snapshot_live`."""
+
+        def target() -> Path:
+            if keep is not None and not isinstance(keep, SnapshotWindow):
+                raise ConfigError(f"keep is {keep!r}, expected a SnapshotWindow(fraction=..., num_folders=...) or None")
+            return absolute(path) / LIVE_SNAPSHOT.format(self._state.num_updates)
+
+        self._write(call, _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, is_live=True))
+        if keep is not None:  # on all ranks: a save that one rank cannot do raises on all
+            call.exchange.on_rank_0(call.name, lambda: trim(absolute(path), keep, self._state.num_updates))
+
     def consolidate(
         self,
         call: Call,
@@ -185,17 +207,18 @@ class SaveCalls:
                 )
         background, target, manifest, tracks, files, part = self._in_form_of_rank_0(request, prepared, exchange)
         part.warn(exchange)
-        if not part.has_changed:
+        if not (part.has_changed or request.is_live):
             self.warnings.warn_of_no_updates(exchange, part.plan, manifest.num_updates)
         self._replicas.check(call.name, part.plan)
         if request.is_export:
             (pieces,) = tracks.values()
+            track = next(iter(tracks))
             if request.correct is not None:
                 pieces = self._corrected(call, request, request.correct, pieces)
-            card = card_text(manifest.form, manifest.tracks[next(iter(tracks))], manifest.num_updates)
+            card = card_text(manifest.form, manifest.tracks[track], manifest.count_of(track))
             write_export(exchange, target, files, pieces, card)
             return
-        if self._state.options.skip_nonfinite:
+        if self._state.options.skip_nonfinite and not request.is_live:
             manifest = dataclasses.replace(manifest, num_refused=sum_refused(exchange, self._state))
         if background:
             self._write_behind(call, target, files, tracks, manifest)
@@ -214,7 +237,10 @@ class SaveCalls:
         part = Part.of(state.plan, in_files(state), only_unchanged=bool(request.only_unchanged), of_all=changes)
         # Rank 0 decides, and writes the small files: the module of another stage of a pipeline has no configuration.
         decided = self._decided(request, part, dtype) if rank == 0 else PLAIN_FORM
-        files = model_files(part.plan, state.dtypes(dtype), request.max_shard_size, decided)
+        files = model_files(part.plan, self._dtypes(request), request.max_shard_size, decided)
+        if request.is_live:
+            live, manifest = state.live_pieces(part.plan), live_manifest_of(state, world_size, dtype, part.plan)
+            return _Prepared(False, request.target(), manifest, {LIVE_TRACK: live}, files, part, decided)
         names = [state.track(request.track)] if request.is_export else list(state.schedules)
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         if rank == 0 and changes is None:
@@ -226,7 +252,7 @@ class SaveCalls:
 
     def _decided(self, request: _Request, part: Part, dtype: torch.dtype | None) -> Decided:
         """The form of the folder, as the model of this rank wants it."""
-        dtypes = self._state.dtypes(dtype)
+        dtypes = self._dtypes(request)
         return self._form_of(
             Tensors(
                 written={spec.fqn: (spec.shape, dtypes[spec.fqn]) for spec in part.plan.specs},
@@ -245,8 +271,7 @@ class SaveCalls:
         background, target, manifest, tracks, files, part, decided = prepared
         form = form_from_json(exchange.broadcast_object(form_to_json(decided.form)))
         if form is not None and form != decided.form:
-            dtypes = self._state.dtypes(floating_dtype("dtype", request.dtype))
-            files = model_files(part.plan, dtypes, request.max_shard_size, Decided(form, {}))
+            files = model_files(part.plan, self._dtypes(request), request.max_shard_size, Decided(form, {}))
         return background, target, dataclasses.replace(manifest, form=form), tracks, files, part
 
     def _corrected(self, call: Call, request: _Request, correct: Correction, pieces: Pieces) -> Pieces:
@@ -254,6 +279,11 @@ class SaveCalls:
         values = correct(call, self._state.values(request.track))
         corrected = {shard.box: value for shard, value in zip(self._state.shards, values, strict=True)}
         return [(box, corrected.get(box, value)) for box, value in pieces]
+
+    def _dtypes(self, request: _Request) -> dict[str, torch.dtype]:
+        """Fqn -> dtype in the files."""
+        dtype = floating_dtype("dtype", request.dtype)
+        return self._state.live_dtypes(dtype) if request.is_live else self._state.dtypes(dtype)
 
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {

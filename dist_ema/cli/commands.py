@@ -208,7 +208,8 @@ def plot(options: argparse.Namespace) -> str:
     except ConfigError as error:
         raise CheckpointMismatchError(f"{options.src} has a schedule that only its author can draw: {error}") from None
     schedules |= {text: schedule_from_text(text) for text in options.schedule}
-    now = None if manifest is None else manifest.num_updates
+    # One line marks the present: the count of the average, or of its tracks where all began later.
+    now = None if manifest is None else max(map(manifest.count_of, manifest.tracks))
     steps = options.steps
     if steps is None:
         steps = max(2 * (now or 0), max(map(_total_steps, schedules.values())) or 1000)

@@ -56,7 +56,11 @@ def _of_average(folder: Path) -> tuple[dict[str, Any], str]:
         "folder": str(folder),
         "num_updates": manifest.num_updates,
         "tracks": {
-            name: {"schedule": schedule, "momentum": _momentum(schedule, manifest.num_updates)}
+            name: {
+                "schedule": schedule,
+                "momentum": _momentum(schedule, manifest.count_of(name)),
+                "num_updates": manifest.count_of(name),
+            }
             for name, schedule in manifest.tracks.items()
         },
         "num_tensors": len(manifest.tensors),
@@ -86,8 +90,10 @@ def _text_of_average(facts: dict[str, Any]) -> str:
     ]
     for name, track in facts["tracks"].items():
         momentum = "unknown" if track["momentum"] is None else f"{track['momentum']:.6g}"
+        own = track["num_updates"]
+        late = "" if own == facts["num_updates"] else f", {own:,} updates since it was added"
         kept = ", with buffers of its own" if name in facts["kept_buffers"] else ""
-        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}{kept}")
+        lines.append(f"  track {name}: {schedule_text(track['schedule'])}, next momentum {momentum}{late}{kept}")
     lines.append("  options: " + ", ".join(f"{key}={value}" for key, value in facts["options"].items()))
     lines.append("  written by: " + ", ".join(f"{key} {value}" for key, value in facts["written_by"].items()))
     return "\n".join(lines)

@@ -28,15 +28,20 @@ from dist_ema.errors import (
 from dist_ema.schedules.records import schedule_text
 
 __all__ = [
+    "LIVE_TRACK",
     "MANIFEST_NAME",
     "Agreement",
     "Manifest",
     "SavedFile",
     "SavedTensor",
     "find_saved",
+    "is_live",
     "read_manifest",
     "read_summed",
 ]
+
+# The name of what a snapshot of the live weights has in place of averages.
+LIVE_TRACK = "live"
 
 _FORMAT = "dist_ema"
 _FORMAT_VERSION = 2
@@ -59,6 +64,9 @@ class Manifest:
         kept_buffers: the tracks whose buffers belong to the averaged weights, and are not copies of the live ones.
         files: path below the folder -> size and checksum of the file; empty in format version 1.
         checksums: track name -> fqn -> CRC-32 of the whole tensor's bytes; empty in format version 1.
+        starts: track -> the number of the update of the average that is number 0 of the track; a track that is not
+            there has begun with the average.
+        begun_at: track -> the track at whose values it began; a track that is not there began at the live weights.
         form: the form of the folder of a track; None in folders of versions that knew one form.
     """
 
@@ -84,7 +92,14 @@ class Manifest:
         default_factory=dict,
         metadata=fields.rule(fields.checksums, write=fields.written_checksums, since=2, compared=Agreement.NONE),
     )
-
+    starts: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=fields.rule(fields.starts, write=dict, since=None, compared=Agreement.NONE),
+    )
+    begun_at: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata=fields.rule(fields.begun_at, write=dict, since=None, compared=Agreement.NONE),
+    )
     form: FolderForm | None = field(
         default=None,
         metadata=fields.rule(form_from_json, write=form_to_json, since=None, compared=Agreement.NONE),
@@ -94,16 +109,23 @@ class Manifest:
         """The sub-folder of the track's files: the top for a single track, else the name of the track."""
         return "." if len(self.tracks) == 1 else track
 
+    def count_of(self, track: str) -> int:
+        """The number of updates of a track: that of the average, less those before the track began."""
+        return max(self.num_updates - self.starts.get(track, 0), 0)
+
     def changes_since(self, saved: Manifest) -> list[str]:
-        """Sentences on the schedules and options in which this run differs from the run that wrote `saved`."""
+        """Sentences on the schedules and options in which this run differs from the run that wrote `saved`.
+
+        Tracks that `saved` does not have are not compared.
+        """
         sentences = [
             f"track {name!r} was saved with {schedule_text(saved.tracks[name])}; this run goes on with "
-            f"{schedule_text(schedule)}: the new schedule alone counts, from update number {saved.num_updates} of it "
-            "on, and the averaged values stay as they are. To keep the former schedule, build it as it was saved"
+            f"{schedule_text(schedule)}: the new schedule alone counts, from update number {saved.count_of(name)} of "
+            "it on, and the averaged values stay as they are. To keep the former schedule, build it as it was saved"
             f"{_as_saved(saved.tracks[name], schedule)}; to count the new one from 0, with a new average, call "
             "restart() after the load"
             for name, schedule in self.tracks.items()
-            if saved.tracks[name] != schedule
+            if name in saved.tracks and saved.tracks[name] != schedule
         ]
         return sentences + [
             f"it was saved with {key}={saved.options[key]!r}; this run goes on with {key}={value!r}"
@@ -157,6 +179,13 @@ class Manifest:
                 f"{len(self.tracks)} tracks, expected at most {LARGEST_RECORD_BYTES:,}: use fewer tracks, or fewer "
                 "and shorter names"
             )
+
+
+def is_live(manifest: Manifest) -> bool:
+    """Whether it is that of a snapshot of the live weights: one track of hard copies, called `LIVE_TRACK`."""
+    record = manifest.tracks.get(LIVE_TRACK, {})
+    is_copy = record.get("type") == "ConstantSchedule" and record.get("momentum") == 1.0
+    return is_copy and len(manifest.tracks) == 1
 
 
 def find_saved(source: Path) -> Path:

@@ -22,6 +22,7 @@ __all__ = [
     "SavedFile",
     "SavedTensor",
     "aliases",
+    "begun_at",
     "checksums",
     "counter",
     "files",
@@ -31,6 +32,7 @@ __all__ = [
     "names",
     "rule",
     "rule_of",
+    "starts",
     "tensors",
     "tracks",
     "written_checksums",
@@ -122,6 +124,19 @@ def written_tensors(value: Mapping[str, SavedTensor]) -> dict[str, Any]:
 def aliases(value: object) -> dict[str, str]:
     """Further names of tensors and the names that they are stored under."""
     return {_name(alias): _name(fqn) for alias, fqn in json_object(value).items()}
+
+
+def starts(value: object) -> dict[str, int]:
+    """Track names and the numbers of their first updates."""
+    return {folder_name("track name", track): counter(first) for track, first in json_object(value).items()}
+
+
+def begun_at(value: object) -> dict[str, str]:
+    """Track names and the names of the tracks whose values they began at."""
+    return {
+        folder_name("track name", track): folder_name("track name", other)
+        for track, other in json_object(value).items()
+    }
 
 
 def names(value: object) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, ConfigError
 from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
-from dist_ema.integrations.resume import load_or_begin
+from dist_ema.integrations.resume import checked_load_arguments, load_or_begin
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.live.blending import Blending
 from dist_ema.messages import tell
@@ -74,6 +74,7 @@ def attach(
     *,
     name: str = "ema",
     on_missing: Literal["error", "live"] = "error",
+    on_load: Mapping[str, Any] | None = None,
     background: bool = False,
     blend_every: int | None = None,
     blend_weight: float = 0.5,
@@ -95,6 +96,8 @@ def attach(
         name: the folder of this average within a checkpoint.
         on_missing: what `load_state` does with a checkpoint that has no such folder: "error", or "live" to start the
             average anew from the loaded weights, at the first update. With `into` attach after `load_state` instead.
+        on_load: keywords of `ShardedEMA.load` for `load_state`: `dict(new_tracks={"slow": "live"})` for a run that has
+            one more track than its checkpoint, `dict(new="head.*")` for one with a new head.
         background: make `save_state` return before the average is written; see `ShardedEMA.save`. The checkpoint is
             complete only once `ema.wait()`, or the next save, has returned.
         blend_every: with n, the average of the (first) track is blended into the live weights after every n updates:
@@ -114,6 +117,7 @@ def attach(
 
     def check() -> Blending | None:
         _check(accelerator, model, optimizers, name, exchange.world_size, options)
+        checked_load_arguments(on_load)
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         blending = Blending.of(blend_every, blend_weight, options.get("interval", 1))
@@ -162,7 +166,8 @@ def attach(
             "If the run that saved it had no average, attach with on_missing='live': the average then starts from the "
             "loaded weights, at the first update"
         )
-        if not load_or_begin(ema, exchange, os.path.join(input_dir, name), on_missing=on_missing, hint=hint):
+        folder, arguments = os.path.join(input_dir, name), checked_load_arguments(on_load)
+        if not load_or_begin(ema, exchange, folder, on_missing=on_missing, hint=hint, on_load=arguments):
             ema.restart()
 
     def after_loading() -> None:

@@ -34,6 +34,7 @@ from dist_ema.integrations.lightning_saves import (
     writes_folders,
 )
 from dist_ema.integrations.lightning_steps import StepsOfBatches
+from dist_ema.integrations.resume import checked_load_arguments
 from dist_ema.live.blending import Blending
 from dist_ema.options import check_names
 from dist_ema.ranks.calls import ended_for_all
@@ -75,6 +76,7 @@ class EMACallback(Callback):
             the names that the module logs, the averaged ones as `val_ema_loss`; predict then sees the averaged ones.
         on_missing: what `ckpt_path` does with a checkpoint that has no average: "error", or "live" to begin it anew
             from the loaded weights, at the first update.
+        on_load: keywords of `ShardedEMA.load` for a resume, such as `dict(new_tracks={"slow": "live"})`.
         consolidate: write the average as a model folder, `default_root_dir/<name>`, at the end of `fit`; of several
             tracks one folder each within it.
         blend_every: as in `attach`: with n, the average of the (first) track is blended into the live weights after
@@ -93,6 +95,7 @@ class EMACallback(Callback):
         name: str = "ema",
         evaluate: Literal["averaged", "live", "both"] = "averaged",
         on_missing: Literal["error", "live"] = "error",
+        on_load: Mapping[str, Any] | None = None,
         consolidate: bool = False,
         blend_every: int | None = None,
         blend_weight: float = 0.5,
@@ -111,7 +114,12 @@ class EMACallback(Callback):
         self.evaluate = evaluate
         self._consolidate = consolidate
         self._average = AverageOfRuns(
-            schedule, name, begins_anew=on_missing == "live", blending=blending, options=options
+            schedule,
+            name,
+            begins_anew=on_missing == "live",
+            on_load=checked_load_arguments(on_load),
+            blending=blending,
+            options=options,
         )
         self._steps: StepsOfBatches | None = None
         self._swap: ExitStack | None = None

@@ -50,6 +50,7 @@ class AverageOfRuns:
         schedule: as the callback got it.
         name: the name of the average.
         begins_anew: whether a checkpoint without an average begins it anew, and is no error.
+        on_load: keywords of `ShardedEMA.load`.
         blending: when the average is blended back into the live weights; None for never.
         options: the options of `ShardedEMA`.
     """
@@ -60,6 +61,7 @@ class AverageOfRuns:
         name: str,
         *,
         begins_anew: bool,
+        on_load: Mapping[str, Any],
         blending: Blending | None,
         options: Mapping[str, Any],
     ) -> None:
@@ -70,6 +72,7 @@ class AverageOfRuns:
         self._name = name
         self._begins_anew = begins_anew
         self._blending = blending
+        self._on_load = on_load
         self._options = options
         self._built_with: Any = None
         # Whose average it is; and of a run that needed no average, the module and the checkpoint loaded into it.
@@ -211,7 +214,7 @@ class AverageOfRuns:
         if place is None:
             ema.restart()
             return
-        ema.load(place)
+        ema.load(place, **self._on_load)
         if self._num_updates_saved not in (None, ema.num_updates):
             raise CheckpointMismatchError(
                 f"{place} has {ema.num_updates} updates, the checkpoint {path} was saved with "

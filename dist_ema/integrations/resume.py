@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dist_ema.disk.folders.contents import is_average, was_begun
 from dist_ema.ema import ShardedEMA
-from dist_ema.errors import CheckpointNotFoundError
+from dist_ema.errors import CheckpointNotFoundError, ConfigError
 from dist_ema.ranks.exchange import Exchange
 
-__all__ = ["load_or_begin", "named_otherwise"]
+__all__ = ["checked_load_arguments", "load_or_begin", "named_otherwise"]
 
 _log = logging.getLogger(__name__)
 
 
+def checked_load_arguments(on_load: object) -> dict[str, Any]:
+    """Keywords of `ShardedEMA.load` for the loads that an integration makes. No communication.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    known = [name for name in inspect.signature(ShardedEMA.load).parameters if name not in ("self", "path")]
+    if on_load is None:
+        return {}
+    if not isinstance(on_load, Mapping) or not set(on_load) <= set(known):
+        raise ConfigError(f"on_load is {on_load!r}, expected keywords of ShardedEMA.load: {', '.join(known)}")
+    return dict(on_load)
+
+
 def load_or_begin(
-    ema: ShardedEMA, exchange: Exchange, folder: str, *, on_missing: Literal["error", "live"], hint: str
+    ema: ShardedEMA,
+    exchange: Exchange,
+    folder: str,
+    *,
+    on_missing: Literal["error", "live"],
+    hint: str,
+    on_load: Mapping[str, Any],
 ) -> bool:
     """Collective: every rank must call it. Load the average of a checkpoint.
 
@@ -29,6 +50,7 @@ def load_or_begin(
         on_missing: what to do if there is none: "error", or "live" to begin with the live weights, which the
             caller does.
         hint: what the error says if there is none.
+        on_load: keywords of `ShardedEMA.load`.
 
     Returns:
         Whether there was an average; the same on all ranks.
@@ -38,7 +60,7 @@ def load_or_begin(
         CheckpointError: it is of another model or other tracks, or is damaged; the same on all ranks.
     """
     try:
-        ema.load(folder)
+        ema.load(folder, **on_load)
     except CheckpointNotFoundError as error:
         # A trace of the folder means that an average was saved, and `on_missing` is not about that case. Where nodes do
         # not share a disk, the trace may lie on another node than that of rank 0.

@@ -22,7 +22,7 @@ from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
 from dist_ema.integrations.accelerate_steps import follow_engine
-from dist_ema.integrations.resume import load_or_begin
+from dist_ema.integrations.resume import checked_load_arguments, load_or_begin
 from dist_ema.integrations.trainer import (
     check_trainer,
     checkpoint_folder,
@@ -84,6 +84,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             The predictions are then of the live weights.
         on_missing: what a resume does with a checkpoint without an average: "error", or "live" to begin with the loaded
             weights.
+        on_load: keywords of `ShardedEMA.load` for a resume, such as `dict(new_tracks={"slow": "live"})`.
         consolidate: whether the end of the training writes the average as a model folder, `output_dir/<name>`; of
             several tracks one folder each in it.
         blend_every: as in `attach`: with n, the average of the (first) track is blended into the live weights after
@@ -105,6 +106,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         name: str = "ema",
         evaluate: Evaluated = "averaged",
         on_missing: Literal["error", "live"] = "error",
+        on_load: Mapping[str, Any] | None = None,
         consolidate: bool = False,
         blend_every: int | None = None,
         blend_weight: float = 0.5,
@@ -127,6 +129,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._name = name
         self._evaluated = evaluate
         self._on_missing = on_missing
+        self._on_load = checked_load_arguments(on_load)
         self._consolidates = consolidate
         self._options = options
         self._blending = blending
@@ -167,7 +170,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         ema = ShardedEMA(trainer.model if engine is None else engine, schedule, **self._options)
         if checkpoint is not None:
             folder = os.path.join(checkpoint, self._name)
-            load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE)
+            load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE, on_load=self._on_load)
         exchange.agree("train", ema.expect_updates)
         self._trainer, self._exchange, self._saved_step, self.ema = trainer, exchange, None, ema
         self._stop_updates = self._follow(inner_optimizer(trainer), engine, ema, exchange)

@@ -77,6 +77,7 @@ class TeacherState(AveragedState):
     """
 
     takes_buffers = False  # every update gives the teacher the live ones
+    takes_tracks = False
 
     def __init__(self, teacher: Teacher, options: Options, schedules: Mapping[str, Schedule]) -> None:
         super().__init__(teacher.plan, options, schedules)
@@ -143,7 +144,7 @@ class TeacherState(AveragedState):
         if self._now.not_started:
             self._teacher.drop_gathered()
 
-    def _show_live(self, averages: Averages, fqns: Collection[str] | None) -> None:
+    def _show_live(self, track: str, fqns: Collection[str] | None) -> None:
         # Every rank that holds a replica of the teacher copies, not its owners alone.
         if self.num_updates == 0:
             self._copy_live(None, [Lane.of(self._teacher.show_live)], counted=False)

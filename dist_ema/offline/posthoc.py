@@ -33,27 +33,32 @@ _LEAST_RIDGE = 1e-10
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The profile of `schedule` after `num_updates` updates (at least 1), of which one in `interval` averaged."""
+    """The profile of `schedule` after `num_updates` updates (at least 1), of which one in `interval` averaged.
+
+    The average began at the live weights of update number `begin`, which is number 0 of the schedule.
+    """
 
     schedule: Schedule
     num_updates: int
     interval: int = 1
     interval_correction: bool = False
+    begin: int = 0
 
     def momenta(self, start: int, stop: int) -> torch.Tensor:
         """The momenta of updates number `start` to `stop - 1`, as `AveragedState.update` uses them."""
         momenta = torch.zeros(stop - start, dtype=torch.float64, device="cpu")
-        steps = range(-(-max(start, 1) // self.interval) * self.interval, stop, self.interval)
+        first = -(-max(start - self.begin, 1) // self.interval) * self.interval + self.begin
+        steps = range(first, stop, self.interval)
         given = [
             momentum_of_update(
-                self.schedule, step, interval=self.interval, interval_correction=self.interval_correction
+                self.schedule, step - self.begin, interval=self.interval, interval_correction=self.interval_correction
             )
             for step in steps
         ]
         if given:
             momenta[steps.start - start :: self.interval] = torch.tensor(given, dtype=torch.float64, device="cpu")
-        if start == 0:
-            momenta[0] = 1.0
+        if start <= self.begin < stop:  # nothing of the updates before it is left
+            momenta[self.begin - start] = 1.0
         return momenta
 
 

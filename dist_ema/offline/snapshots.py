@@ -15,11 +15,12 @@ from dist_ema.checks import positive_integer
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.headers import StoredTensor
 from dist_ema.disk.listing import averages_below
-from dist_ema.disk.manifest import Manifest, read_manifest
+from dist_ema.disk.manifest import Manifest, is_live, read_manifest
 from dist_ema.disk.saved_average import SavedAverage, read_saved
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.offline.posthoc import Profile
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.profiles import EqualSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_text
 
 __all__ = ["Snapshots", "Source", "read_snapshots"]
@@ -40,6 +41,7 @@ class Source:
         profile: the weights of the observations in the average.
         tensors: fqn -> place in the files.
         checksums: the CRC-32 of every tensor, in the order of the latest manifest; empty if none were saved.
+        is_live: whether it is a snapshot of the live weights.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Source:
     profile: Profile
     tensors: Mapping[str, StoredTensor]
     checksums: Sequence[int]
+    is_live: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Snapshots:
 
     def profile(self, schedule: Schedule) -> Profile:
         """The profile of the average that `schedule` would have made in the same run."""
-        return dataclasses.replace(self.sources[0].profile, schedule=schedule, num_updates=self.num_updates)
+        options = self.latest.manifest.options
+        return Profile(schedule, self.num_updates, options["interval"], options["interval_correction"])
 
 
 def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
@@ -100,18 +104,40 @@ def read_snapshots(folder: Path, num_updates: int | None) -> Snapshots:
         )
     latest = read_saved(usable[-1][1])
     known: list[Mapping[str, StoredTensor]] = []
-    sources = [source for _, path in usable for source in _sources(path, latest, known)]
+    sources: list[Source] = []
+    latest_live = 0  # the number of updates of the latest live snapshot so far
+    for count, path in usable:
+        of_path = list(_sources(path, latest, known, latest_live))
+        if any(source.is_live for source in of_path):
+            latest_live = count
+        sources += of_path
+    if not sources:
+        raise CheckpointMismatchError(
+            f"{folder} has only tracks that began at the values of other tracks: which weights their observations have "
+            "cannot be told"
+        )
     return Snapshots(latest, wanted, tuple(sources))
 
 
-def _sources(path: Path, latest: SavedAverage, known: list[Mapping[str, StoredTensor]]) -> Iterator[Source]:
-    """The tracks of the average at `path`. `known` has the layouts of files so far: most snapshots share one."""
+def _sources(path: Path, latest: SavedAverage, known: list[Mapping[str, StoredTensor]], since: int) -> Iterator[Source]:
+    """The tracks of the average at `path` whose profiles are known.
+
+    Args:
+        path: the folder.
+        latest: the latest saved average.
+        known: the layouts of files so far: most snapshots share one.
+        since: the number of updates of the live snapshot before this one. A snapshot of the live weights stands for the
+            updates since then: it counts as the equal average of these.
+    """
     saved = latest if path == latest.folder else read_saved(path)
     for difference in _differences(saved.manifest, latest.manifest):
         raise CheckpointMismatchError(
             f"{path} cannot be summed with {latest.folder}: {difference}. Give a folder with saved averages of one run"
         )
+    live = is_live(saved.manifest)
     for track, schedule in saved.manifest.tracks.items():
+        if track in saved.manifest.begun_at or saved.manifest.count_of(track) == 0:
+            continue
         tensors: Mapping[str, StoredTensor] = saved.models[track].tensors
         if tensors not in known:
             known.append(tensors)
@@ -120,9 +146,12 @@ def _sources(path: Path, latest: SavedAverage, known: list[Mapping[str, StoredTe
             saved.folder_of(track),
             path,
             track,
-            _profile(path, track, schedule, saved.manifest),
+            Profile(EqualSchedule(), saved.manifest.num_updates, begin=since)
+            if live
+            else _profile(path, track, schedule, saved.manifest),
             known[known.index(tensors)],
             array("I", (of_track[fqn] for fqn in latest.manifest.tensors if of_track)),
+            live,
         )
 
 
@@ -140,7 +169,7 @@ def _profile(path: Path, track: str, schedule: Mapping[str, Any], manifest: Mani
             f"{path} was saved with interval={interval!r}, interval_correction={correction!r}, expected an integer of "
             "at least 1, and true or false"
         )
-    return Profile(rebuilt, manifest.num_updates, interval, correction)
+    return Profile(rebuilt, manifest.num_updates, interval, correction, manifest.starts.get(track, 0))
 
 
 def _differences(manifest: Manifest, other: Manifest) -> Iterator[str]:
@@ -155,9 +184,15 @@ def _differences(manifest: Manifest, other: Manifest) -> Iterator[str]:
             yield f"{fqn[:200]!r} is averaged in only one of them"
     if manifest.aliases != other.aliases:
         yield f"tied weights are {dict(manifest.aliases)} there, {dict(other.aliases)} here"
-    if manifest.tracks.keys() != other.tracks.keys():
+    shared = manifest.tracks.keys() & other.tracks.keys()  # tracks may have come and gone
+    if is_live(manifest) != is_live(other):
+        shared = set()
+    elif not shared:
         yield f"it has the tracks {', '.join(manifest.tracks)}, the other {', '.join(other.tracks)}"
-    for track, schedule in manifest.tracks.items():
+    for track in shared:
+        schedule = manifest.tracks[track]
+        if manifest.starts.get(track, 0) != other.starts.get(track, 0):
+            yield f"track {track!r} began at update {manifest.starts.get(track, 0)}, there at another one"
         if schedule != other.tracks[track]:
             yield f"track {track!r} is {schedule_text(schedule)} there, {schedule_text(other.tracks[track])} here"
     for key in manifest.options.keys() & other.options.keys() - {"dtype"}:

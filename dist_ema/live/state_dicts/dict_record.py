@@ -18,13 +18,16 @@ import torch
 
 from dist_ema.averaging.state import AveragedState
 from dist_ema.disk.manifest import Manifest
-from dist_ema.disk.manifest_fields import counter, json_object, names, tracks
+from dist_ema.disk.manifest_fields import begun_at, counter, json_object, names, starts, tracks
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.records import schedule_to_json
 
 __all__ = ["manifest_of_dict", "record_of", "record_tensors"]
 
 _TEXT_BYTES = 4096
+
+# Fields of the record that stand beside the options: DCP would ask an older checkpoint for an entry of their own.
+_FURTHER = ("kept_buffers", "starts", "begun_at")
 
 
 def record_of(state: AveragedState) -> Manifest:
@@ -36,18 +39,20 @@ def record_of(state: AveragedState) -> Manifest:
         tensors={},
         aliases={},
         kept_buffers=[name for name in state.schedules if state.kept_buffers(name) is not None],
+        starts=state.beginnings.starts,
+        begun_at=state.beginnings.begun_at,
         written_by={},
     )
 
 
 def record_tensors(record: Manifest) -> dict[str, Any]:
     """The entries of a dict beside its tracks. The counters are numbers."""
-    kept = {"kept_buffers": list(record.kept_buffers)} if record.kept_buffers else {}
+    further = {name: getattr(record, name) for name in _FURTHER if getattr(record, name)}
     return {
         "num_updates": record.num_updates,
         "num_refused": record.num_refused,
         "schedules": {name: _as_tensor(schedule) for name, schedule in record.tracks.items()},
-        "options": _as_tensor(_shortened({**record.options, **kept})),
+        "options": _as_tensor(_shortened({**record.options, **further})),
     }
 
 
@@ -82,6 +87,8 @@ def manifest_of_dict(state_dict: Mapping[str, Any], now: Manifest) -> Manifest:
             num_updates=counter(_number(state_dict["num_updates"])),
             num_refused=counter(_number(state_dict["num_refused"])),
             kept_buffers=names(options.pop("kept_buffers", [])),
+            starts=starts(options.pop("starts", {})),
+            begun_at=begun_at(options.pop("begun_at", {})),
             options=options,
             tracks=tracks({name: _from_tensor(text) for name, text in schedules.items()}),
             tensors={},

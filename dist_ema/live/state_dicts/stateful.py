@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dist_ema import habits
+from dist_ema.averaging.counting.now import Beginnings
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.shards import Box
 from dist_ema.disk.manifest import Manifest
@@ -204,7 +205,8 @@ def _load(
     fqns = {spec.fqn for spec in state.plan.specs if spec.averaged}
     refused = saved.num_refused if exchange.rank == 0 else 0
     restored = {track: [*values, *others] for track, values in filled.items()}
-    state.restore(restored, fqns, saved.num_updates, num_refused=refused, buffers=buffers)
+    beginnings = Beginnings(saved.starts, saved.begun_at)
+    state.restore(restored, fqns, saved.num_updates, num_refused=refused, buffers=buffers, beginnings=beginnings)
 
 
 def _tensors_of(state_dict: Mapping[str, Any], track: str) -> Mapping[str, Any]:

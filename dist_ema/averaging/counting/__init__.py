@@ -1,0 +1,1 @@
+"""How far an average and each of its tracks have come."""

@@ -1,0 +1,1 @@
+"""Which snapshots of the live weights are written, and which are kept."""
