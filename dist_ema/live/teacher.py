@@ -21,10 +21,10 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from dist_ema.averaging.averages import Averages, copy_pairwise
+from dist_ema.boxes.counterparts import matched, tensors_by_names
 from dist_ema.boxes.plan import Plan, Remains
 from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.errors import ConfigError, UnsupportedModelError
-from dist_ema.live.counterparts import matched, tensors_by_names
 from dist_ema.live.spreading import spread
 
 __all__ = ["Teacher", "TeacherAverages", "copy_pairs"]

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from dist_ema.averaging.state import AveragedState
+from dist_ema.boxes.counterparts import matched, tensors_by_names
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Held, Shard
 from dist_ema.errors import ConfigError, RankMismatchError, UnsupportedModelError, agreed
-from dist_ema.live.counterparts import matched, tensors_by_names
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.spreading import spread_all
 from dist_ema.live.swap import meeting
