@@ -545,14 +545,19 @@ def test_spectral_norm_buffers_can_be_excluded_from_buffer_averaging() -> None:
 
 
 def test_nothing_in_the_package_unpickles_files() -> None:
-    """One module reads pickles, by torch's unpickler of weights alone."""
+    """Two modules read pickles: one by torch's unpickler of weights alone, one by an unpickler of a few records."""
     package = Path(dist_ema.ema.__file__).parent
     sources = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
     reading = [name for name, source in sources.items() if "import pickle" in source or "torch.load" in source]
-    assert reading == ["disk/formats/pickles.py"]
-    calls = [node for node in ast.walk(ast.parse(sources[reading[0]])) if isinstance(node, ast.Call)]
-    loads = [call for call in calls if ast.unparse(call.func) in ("torch.load", "pickle.load", "pickle.loads")]
-    assert len(loads) == 1 and "weights_only=True" in ast.unparse(loads[0])
+    assert sorted(reading) == ["disk/formats/pickles.py", "offline/merging/dcp.py"]
+    loads = [
+        ast.unparse(node)
+        for name in reading
+        for node in ast.walk(ast.parse(sources[name]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert len(loads) == 1 and "weights_only=True" in loads[0]
+    assert "class _Unpickler(pickle.Unpickler)" in sources["offline/merging/dcp.py"], "it refuses all but its records"
 
 
 def test_a_missing_file_of_several_is_noticed(tmp_path) -> None:

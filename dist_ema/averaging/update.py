@@ -170,8 +170,8 @@ class Updater:
         self, fqns: Collection[str] | None = None, *, tracks: Sequence[int] | None = None, counted: bool = True
     ) -> Lane:
         """The lane that does what `copy_live` does, for a job of `set`; `tracks` are the indices of some tracks."""
-        chosen = self._tracks if tracks is None else [self._tracks[index] for index in tracks]
-        return Lane(lambda worker: self._steps_of_copy(chosen, fqns, counted=counted))
+        copied = self._tracks if tracks is None else [self._tracks[index] for index in tracks]
+        return Lane(lambda worker: self._steps_of_copy(copied, fqns, counted=counted))
 
     def _steps_of_copy(self, tracks: Sequence[Averages], fqns: Collection[str] | None, *, counted: bool) -> Steps:
         steps = Steps()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from dist_ema.checkpoint.background import Background
 from dist_ema.checkpoint.record import in_files, live_manifest_of, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
+from dist_ema.checkpoint.snapshots.names import SNAPSHOT, snapshots_after
 from dist_ema.checkpoint.snapshots.window import LIVE_SNAPSHOT, SnapshotWindow, trim
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
@@ -35,9 +35,6 @@ from dist_ema.ranks.calls import Call, ended_for_all
 from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["SaveCalls"]
-
-# The order of the names is the order of the numbers of updates.
-_SNAPSHOT = "updates-{:09d}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +135,7 @@ class SaveCalls:
         """Collective: every rank must call it. See `ShardedEMA.snapshot`."""
 
         def target() -> Path:
-            return absolute(path) / _SNAPSHOT.format(self._state.num_updates)
+            return absolute(path) / SNAPSHOT.format(self._state.num_updates)
 
         request = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background)
         self._write(call, request)
@@ -316,19 +313,10 @@ class SaveCalls:
         if self._warned_of_later_in == exchange.epoch:
             return
         now = self._state.num_updates
-        num_later, first = exchange.on_rank_0(call.name, lambda: _snapshots_after(now, absolute(path)))
+        num_later, first = exchange.on_rank_0(call.name, lambda: snapshots_after(now, absolute(path)))
         if num_later:
             self._warned_of_later_in = exchange.epoch
             exchange.warn(
                 f"{path} holds {num_later} snapshots with more updates than this run has had ({first}, ...): they "
                 "are of another run, or of steps that a resume took back. synthesize would mix them: move them away"
             )
-
-
-def _snapshots_after(num_updates: int, folder: Path) -> tuple[int, str]:
-    """How many snapshots are of more updates, and the first one's name; empty where there is none."""
-    if not folder.is_dir():  # a save in the background may not have made it yet
-        return 0, ""
-    snapshots = [path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name)]
-    later = [name for name in snapshots if name > _SNAPSHOT.format(num_updates)]
-    return len(later), min(later, default="")

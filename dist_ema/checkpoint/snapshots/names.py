@@ -1,0 +1,20 @@
+"""The folders of snapshots: their names, and which of them are of later updates. No communication."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["SNAPSHOT", "snapshots_after"]
+
+# The order of the names is the order of the numbers of updates.
+SNAPSHOT = "updates-{:09d}"
+
+
+def snapshots_after(num_updates: int, folder: Path) -> tuple[int, str]:
+    """How many snapshots are of more updates, and the first one's name; empty where there is none."""
+    if not folder.is_dir():  # a save in the background may not have made it yet
+        return 0, ""
+    snapshots = [path.name for path in folder.iterdir() if re.fullmatch(r"updates-\d{9}", path.name)]
+    later = [name for name in snapshots if name > SNAPSHOT.format(num_updates)]
+    return len(later), min(later, default="")
