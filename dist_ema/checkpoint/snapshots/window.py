@@ -123,7 +123,7 @@ def trim(folder: Path, window: SnapshotWindow, now: int) -> list[str]:
 
 def _snapshots(folder: Path) -> list[tuple[int, Path]]:
     """The live snapshots whose folders have only files of this package."""
-    found = []
+    snapshots = []
     for path in sorted(folder.iterdir()):
         name = _NAME.fullmatch(path.name)
         if name is None or path.is_symlink() or not contents.is_average(path):
@@ -131,5 +131,5 @@ def _snapshots(folder: Path) -> list[tuple[int, Path]]:
         with suppress(DistEMAError, OSError):
             files = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
             if is_live(read_manifest(path)) and files <= set(map(os.path.normpath, contents.own_files(path))):
-                found.append((int(name[1]), path))
-    return found
+                snapshots.append((int(name[1]), path))
+    return snapshots
