@@ -131,21 +131,27 @@ def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.M
 
 
 def test_insisting_survives_a_storm_of_signals() -> None:
+    begun: list[int] = []
     done: list[int] = []
     chance = random.Random(0)
+
+    def work() -> None:
+        begun.append(threading.get_ident())
+        time.sleep(0.02)
+        done.append(threading.get_ident())
 
     def raising(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1e-3))
         while frame is not None and frame.f_code is not insist.__code__:  # the test itself is not interrupted
             frame = frame.f_back
-        if frame is not None:
+        if frame is not None and begun:  # an interrupt before the work has begun is the caller's
             raise KeyboardInterrupt
 
     former = signal.signal(signal.SIGALRM, raising)
     try:
         with pytest.raises(KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, 1e-4)
-            insist(lambda: (time.sleep(0.02), done.append(threading.get_ident()))[1])  # type: ignore[func-returns-value]
+            insist(work)
         signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
