@@ -22,7 +22,13 @@ from torch import nn
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, ConfigError
-from dist_ema.integrations.accelerate_steps import around, check_engine, follow_engine, follow_optimizers
+from dist_ema.integrations.accelerate_steps import (
+    around,
+    check_blending,
+    check_engine,
+    follow_engine,
+    follow_optimizers,
+)
 from dist_ema.integrations.resume import checked_load_arguments, load_or_begin
 from dist_ema.integrations.watch import Watch, is_of_a_trainer
 from dist_ema.live.blending import Blending
@@ -121,11 +127,7 @@ def attach(
         if on_missing not in ("error", "live"):
             raise ConfigError(f"on_missing is {on_missing!r}, expected 'error' or 'live'")
         blending = Blending.of(blend_every, blend_weight, options.get("interval", 1))
-        if blending is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ConfigError(
-                "blend_every is given, but DeepSpeed's next step would write its masters over the blended weights: "
-                "call copy_to_model(weight=...) and then engine.optimizer.refresh_fp32_params() in the training loop"
-            )
+        check_blending(blending, accelerator)
         if on_missing == "live" and options.get("into") is not None:
             # load_state calls the hook before it loads the model: the teacher's next forward would use older weights.
             raise ConfigError(

@@ -27,14 +27,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from dist_ema.ema import ShardedEMA
-from dist_ema.errors import AttachError
+from dist_ema.errors import AttachError, ConfigError
 from dist_ema.integrations.watch import is_state_initialisation
+from dist_ema.live.blending import Blending
 
-__all__ = ["around", "check_engine", "follow_engine", "follow_optimizers"]
+__all__ = ["around", "check_blending", "check_engine", "follow_engine", "follow_optimizers"]
+
+
+def check_blending(blending: Blending | None, accelerator: Any) -> None:
+    """Refuse blends that the next step would undo. No communication.
+
+    Raises:
+        ConfigError: the average is to be blended into live weights of which DeepSpeed keeps masters.
+    """
+    if blending is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "blend_every is given, but DeepSpeed's next step would write its masters over the blended weights: call "
+            "copy_to_model(weight=...) and then engine.optimizer.refresh_fp32_params() in the training loop"
+        )
 
 
 def around(

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from dist_ema.checks import folder_name
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import AttachError, CheckpointNotFoundError, ConfigError
-from dist_ema.integrations.accelerate_steps import follow_engine
+from dist_ema.integrations.accelerate_steps import check_blending, follow_engine
 from dist_ema.integrations.resume import checked_load_arguments, load_or_begin
 from dist_ema.integrations.trainer import (
     check_trainer,
@@ -150,6 +150,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             AttachError: the Trainer cannot be served.
+            ConfigError: blends are asked for under DeepSpeed, or the function gave no schedule.
             UnsupportedModelError: the model cannot be averaged exactly as it is.
             CheckpointNotFoundError: the checkpoint has no average.
             CheckpointError: its average is of another model or other tracks, or damaged.
@@ -161,6 +162,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         def check() -> tuple[Any, Any, Schedules, str | None]:
             trainer = trainer_of(self)
             check_trainer(trainer, EMACallback, exchange.world_size)
+            check_blending(self._blending, trainer.accelerator)
             schedule = self._schedule(state.max_steps) if self._is_function else self._schedule
             return trainer, engine_of(trainer), checked_schedules(schedule), resumes_from(trainer)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trained import MOMENTUM, StopAt, assert_alike, folders, trainer_of
 from transformers import Trainer, TrainerCallback
 
-from dist_ema import AttachError, ConstantSchedule
+from dist_ema import AttachError, ConfigError, ConstantSchedule
 from dist_ema.integrations.transformers import EMACallback
 
 SCHEDULE = ConstantSchedule(momentum=MOMENTUM)
@@ -101,6 +101,12 @@ def main(kind: str, folder: str) -> None:
         assert "transformers cannot do" in str(raised)
     else:
         raise AssertionError("transformers trains twice under DeepSpeed: the refusal can go")
+    try:
+        trainer("blended", EMACallback(SCHEDULE, blend_every=2), save_strategy="no").train()
+    except ConfigError as raised:
+        assert "write its masters over the blended weights" in str(raised)
+    else:
+        raise AssertionError("blends were undone by the next step, in silence")
     if dist.get_rank() == 0:
         print("nothing is lost:", kind, flush=True)
     dist.barrier()
