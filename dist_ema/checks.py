@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 from dist_ema.errors import ConfigError
 
@@ -30,6 +31,17 @@ def folder_name(name: str, value: object) -> str:
         ConfigError: the value is something else, or could leave the folder.
     """
     return _matching(_FOLDER_NAME, name, value, "a folder name of letters, digits, '-' and '_'")
+
+
+def json_object(value: object) -> dict[str, Any]:
+    """A JSON object of any content.
+
+    Raises:
+        ValueError: the value is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
 
 
 def file_name(name: str, value: object) -> str:

@@ -357,6 +357,11 @@ def floating_dtype(name: str, value: object) -> torch.dtype | None:
     raise ConfigError(f"{name} is {value!r}, expected a floating-point torch dtype or None")
 
 
+def with_floating(dtypes: Mapping[str, torch.dtype], floating: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Names and dtypes, every floating-point one replaced by `floating`; None replaces none."""
+    return {name: floating if floating and own.is_floating_point else own for name, own in dtypes.items()}
+
+
 def name_patterns(name: str, value: Patterns) -> tuple[str, ...]:
     """One glob pattern, several, or None, as a tuple of patterns.
 

@@ -22,7 +22,7 @@ from dist_ema.averaging.usage import Use
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box, Shard
 from dist_ema.errors import ConfigError, SwapError
-from dist_ema.options import Options
+from dist_ema.options import Options, with_floating
 from dist_ema.schedules.base import Schedule, momentum_of_update
 from dist_ema.uninterrupted import Job, Lane, Once
 
@@ -485,14 +485,8 @@ class AveragedState:
     def dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """Fqn -> dtype in files and state dicts; `floating` replaces that of every floating-point tensor."""
         own = {spec.fqn: self.options.dtype if spec.averaged else spec.dtype for spec in self.plan.specs}
-        return _converted(own, floating)
+        return with_floating(own, floating)
 
     def live_dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """As `dtypes`, of the live weights."""
-        return _converted({spec.fqn: spec.dtype for spec in self.plan.specs}, floating)
-
-
-def _converted(own: dict[str, torch.dtype], floating: torch.dtype | None) -> dict[str, torch.dtype]:
-    if floating is None:
-        return own
-    return {fqn: floating if dtype.is_floating_point else dtype for fqn, dtype in own.items()}
+        return with_floating({spec.fqn: spec.dtype for spec in self.plan.specs}, floating)

@@ -10,6 +10,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from dist_ema.checks import json_object
 from dist_ema.disk import manifest_fields as fields
 from dist_ema.disk.folders import contents
 from dist_ema.disk.folders.contents import MANIFEST_NAME
@@ -71,7 +72,7 @@ class Manifest:
     """
 
     num_updates: int = field(metadata=fields.rule(fields.counter, since=1, compared=Agreement.NONE))
-    options: Mapping[str, Any] = field(metadata=fields.rule(fields.json_object, since=1, compared=Agreement.RUN))
+    options: Mapping[str, Any] = field(metadata=fields.rule(json_object, since=1, compared=Agreement.RUN))
     tracks: Mapping[str, Mapping[str, Any]] = field(
         metadata=fields.rule(fields.tracks, since=1, compared=Agreement.RUN)
     )
@@ -79,7 +80,7 @@ class Manifest:
         metadata=fields.rule(fields.tensors, write=fields.written_tensors, since=1, compared=Agreement.MODEL)
     )
     aliases: Mapping[str, str] = field(metadata=fields.rule(fields.aliases, since=1, compared=Agreement.MODEL))
-    written_by: Mapping[str, Any] = field(metadata=fields.rule(fields.json_object, since=1, compared=Agreement.RUN))
+    written_by: Mapping[str, Any] = field(metadata=fields.rule(json_object, since=1, compared=Agreement.RUN))
     num_refused: int = field(default=0, metadata=fields.rule(fields.counter, since=None, compared=Agreement.NONE))
     kept_buffers: Sequence[str] = field(
         default=(), metadata=fields.rule(fields.names, write=list, since=None, compared=Agreement.NONE)

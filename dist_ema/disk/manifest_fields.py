@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dist_ema.checks import file_name, folder_name, shown
+from dist_ema.checks import file_name, folder_name, json_object, shown
 from dist_ema.schedules.records import check_record
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "files",
     "from_hex",
     "hexadecimal",
-    "json_object",
     "names",
     "rule",
     "rule_of",
@@ -205,13 +204,6 @@ def _name(value: object) -> str:
 def _file(value: object) -> SavedFile:
     saved = dict(_filled(value))
     return SavedFile(counter(saved["size_bytes"]), from_hex(saved["checksum"]))
-
-
-def json_object(value: object) -> dict[str, Any]:
-    """A JSON object of any content."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
 
 
 _LARGEST_SIZE = 2**62

@@ -111,12 +111,8 @@ def _with_adapters(folder: Path, model: StoredModel) -> StoredModel:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith(".") and stem_in(path) == model.stem:
             file_name = f"{path.name}/{one_file_name(model.stem)}"
-            file = read_header(folder / file_name)
-            files[file_name] = file
-            tensors |= {
-                f"{path.name}/{fqn}": dataclasses.replace(stored, file=file_name)
-                for fqn, stored in file.tensors.items()
-            }
+            files[file_name] = file = read_header(folder / file_name).called(file_name)
+            tensors |= {f"{path.name}/{fqn}": stored for fqn, stored in file.tensors.items()}
     return dataclasses.replace(model, files=files, tensors=tensors)
 
 

@@ -191,12 +191,10 @@ def _with_adapters(start: Start, adapters: list[str]) -> Start:
     files, tensors = dict(start.model.files), dict(start.model.tensors)
     for adapter in adapters:
         (inner,) = _of_folder(start.folder / adapter, stem_in(start.folder / adapter) is not None)
-        for name, file in inner.model.files.items():
-            places = {
-                fqn: dataclasses.replace(tensor, file=f"{adapter}/{name}") for fqn, tensor in file.tensors.items()
-            }
-            files[f"{adapter}/{name}"] = dataclasses.replace(file, tensors=places)
-            tensors.update({f"{adapter}/{fqn}": place for fqn, place in places.items() if fqn in inner.model.tensors})
+        for name, there in inner.model.files.items():
+            files[f"{adapter}/{name}"] = file = there.called(f"{adapter}/{name}")
+            listed = {fqn: place for fqn, place in file.tensors.items() if fqn in inner.model.tensors}
+            tensors |= {f"{adapter}/{fqn}": place for fqn, place in listed.items()}
     model = dataclasses.replace(start.model, files=files, tensors=tensors)
     return dataclasses.replace(start, model=model, adapters=tuple(adapters))
 
@@ -266,7 +264,4 @@ def sees_model(folder: Path, model: StoredModel) -> bool:
 
 def _stored_file(folder: Path, name: str, part: str | None) -> StoredFile:
     path = folder / name
-    file = read_header(path) if part is None else PickledFile(path).stored(part)
-    return dataclasses.replace(
-        file, tensors={fqn: dataclasses.replace(tensor, file=name) for fqn, tensor in file.tensors.items()}
-    )
+    return (read_header(path) if part is None else PickledFile(path).stored(part)).called(name)

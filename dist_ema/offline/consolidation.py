@@ -22,7 +22,7 @@ from dist_ema.errors import CheckpointCorruptError, ConfigError
 from dist_ema.live.correction import Bema
 from dist_ema.offline.correcting import Correcting
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
-from dist_ema.options import floating_dtype
+from dist_ema.options import floating_dtype, with_floating
 
 __all__ = ["consolidate_checkpoint"]
 
@@ -72,8 +72,7 @@ def consolidate_checkpoint(
     def write(check: Callable[[], None]) -> None:
         saved = read_saved(source)
         name = saved.track(track)
-        own = stored_dtypes(saved)
-        dtypes = {fqn: converted if converted and stored.is_floating_point else stored for fqn, stored in own.items()}
+        dtypes = with_floating(stored_dtypes(saved), converted)
         files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
         by = None if correct is None and live is None else Correcting(saved, correct, live)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None), by)

@@ -24,7 +24,7 @@ from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_mode
 from dist_ema.offline.posthoc import Fit, fit
 from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
 from dist_ema.offline.summing import Chunks
-from dist_ema.options import checked_schedules, floating_dtype
+from dist_ema.options import checked_schedules, floating_dtype, with_floating
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_to_json
 
@@ -184,8 +184,7 @@ def write(
     averaged = [fqn for fqn, tensor in latest.manifest.tensors.items() if tensor.averaged]
     wide = dtype or (torch.float64 if torch.float64 in {dtypes[fqn] for fqn in averaged} else torch.float32)
     dtypes |= dict.fromkeys(averaged, wide)
-    dtypes = {fqn: dtype if dtype and own.is_floating_point else own for fqn, own in dtypes.items()}
-    files = lay_out_export(latest, last.track, dtypes, max_shard_size, wide)
+    files = lay_out_export(latest, last.track, with_floating(dtypes, dtype), max_shard_size, wide)
     if best.error > _LARGE_ERROR:
         warnings.warn(
             f"the snapshots cannot express {weighed.schedule!r} after {snapshots.num_updates} updates: the profile of "

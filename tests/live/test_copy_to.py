@@ -7,25 +7,15 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from layouts_zoo import build_layout, local, read_whole, set_whole
+from averaged_layouts import SCHEDULE, averaged
+from layouts_zoo import build_layout, local, read_whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dist_ema import ConfigError, ConstantSchedule, RankMismatchError, ShardedEMA, SwapError, UnsupportedModelError
-
-SCHEDULE = ConstantSchedule(momentum=0.25)
-
-
-def averaged(layout: str) -> tuple[nn.Module, ShardedEMA]:
-    model = build_layout(layout)
-    ema = ShardedEMA(model, SCHEDULE)
-    for step in range(3):
-        set_whole(model, step)
-        ema.update()
-    return model, ema
+from dist_ema import ConfigError, RankMismatchError, ShardedEMA, SwapError, UnsupportedModelError
 
 
 def copied(layout: str, dtype: torch.dtype) -> int:

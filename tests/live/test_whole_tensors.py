@@ -9,25 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts_zoo import build_layout, set_whole
+from averaged_layouts import SCHEDULE, averaged
+from layouts_zoo import set_whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_ema import ConfigError, ConstantSchedule, RankMismatchError, ShardedEMA, SwapError
+from dist_ema import ConfigError, RankMismatchError, ShardedEMA, SwapError
 from dist_ema.boxes.shards import Box
 from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of, parts_of
-
-SCHEDULE = ConstantSchedule(momentum=0.25)
-
-
-def averaged(layout: str) -> tuple[nn.Module, ShardedEMA]:
-    model = build_layout(layout)
-    ema = ShardedEMA(model, SCHEDULE)
-    for step in range(3):
-        set_whole(model, step)
-        ema.update()
-    return model, ema
 
 
 def assert_equal(got: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:

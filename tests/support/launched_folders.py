@@ -97,14 +97,20 @@ def own_code() -> nn.Module:
     return own_model.OwnModel(own_model.OwnConfig(width=6))
 
 
+# What the smallest UNets of diffusers have alike.
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
 def unet() -> nn.Module:
     return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
+        **SMALL,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
@@ -112,12 +118,7 @@ def unet() -> nn.Module:
 
 def conditioned() -> nn.Module:
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
+        **SMALL,
         cross_attention_dim=8,
         attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

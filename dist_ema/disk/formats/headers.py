@@ -119,6 +119,11 @@ class StoredFile:
         """Of a file of torch.save the part that is read of it."""
         return next((tensor.part for tensor in self.tensors.values()), None)
 
+    def called(self, name: str) -> StoredFile:
+        """The same file by another name: its path from the folder above, say."""
+        tensors = {fqn: dataclasses.replace(tensor, file=name) for fqn, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
     def to_json(self) -> dict[str, Any]:
         """The header as JSON; see `StoredModel.to_json`."""
         tensors = {fqn: [tensor.dtype, list(tensor.shape), tensor.start] for fqn, tensor in self.tensors.items()}

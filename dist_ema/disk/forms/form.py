@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from dist_ema.checks import file_name, folder_name
+from dist_ema.checks import file_name, folder_name, json_object
 from dist_ema.disk.folders.contents import ADAPTER_CONFIG_NAME, OWN_FILE
 from dist_ema.disk.formats.file_names import ADAPTER_STEM, DIFFUSERS_STEM, LORA_STEM, MODEL_STEM, STEMS
 from dist_ema.disk.formats.headers import METADATA
@@ -184,9 +184,9 @@ def form_from_json(value: object) -> FolderForm | None:
     """
     if value is None:
         return None
-    record = _object(value)
+    record = json_object(value)
     names, folders = _texts(record.get("names", {})), _texts(record.get("folders", {}))
-    headers = {_folder(name): _texts(header) for name, header in _object(record.get("headers", {})).items()}
+    headers = {_folder(name): _texts(header) for name, header in json_object(record.get("headers", {})).items()}
     small_files = record.get("small_files", [])
     if not isinstance(small_files, list):
         raise ValueError("the small files of the form are no list")
@@ -204,14 +204,8 @@ def form_from_json(value: object) -> FolderForm | None:
     return form
 
 
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
-
-
 def _texts(value: object) -> dict[str, str]:
-    return {_text(key): _text(text) for key, text in _object(value).items()}
+    return {_text(key): _text(text) for key, text in json_object(value).items()}
 
 
 def _text(value: object) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from dist_ema.averaging.state import AveragedState
+from dist_ema.checks import json_object
 from dist_ema.disk.manifest import Manifest
-from dist_ema.disk.manifest_fields import begun_at, counter, json_object, names, starts, tracks
+from dist_ema.disk.manifest_fields import begun_at, counter, names, starts, tracks
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from dist_ema.schedules.records import schedule_to_json
 

@@ -29,7 +29,7 @@ from dist_ema.offline.merging.forms_found import form_of_folder
 from dist_ema.offline.merging.matching import Matched, match
 from dist_ema.offline.merging.sources import Mergeable, open_source, watched
 from dist_ema.offline.summing import Chunks, TensorSource
-from dist_ema.options import floating_dtype
+from dist_ema.options import floating_dtype, with_floating
 from dist_ema.schedules.coefficients import merge_coefficients
 
 __all__ = ["Merge", "MergePlan", "MergedSource", "checked_coefficients", "merge", "plan_merge", "write_merge"]
@@ -306,8 +306,7 @@ def _lay_out(
     plan: MergePlan, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> tuple[FolderForm | None, ModelFiles]:
     naming, matched = plan.sources[plan.naming], plan.matched
-    own = {name: plan.dtype(name) for name in matched.shapes}
-    dtypes = {name: dtype if dtype and stored.is_floating_point else stored for name, stored in own.items()}
+    dtypes = with_floating({name: plan.dtype(name) for name in matched.shapes}, dtype)
     summed = {kind for name, kind in dtypes.items() if name not in matched.as_it_is}
     of_config = dtype or (next(iter(summed)) if len(summed) == 1 else None)
     if naming.saved is not None and matched.shapes.keys() == naming.shapes.keys():
