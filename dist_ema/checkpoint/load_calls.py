@@ -62,20 +62,21 @@ def load(
     now = manifest_of(state, exchange.world_size, part=state.plan)
     filled = exchange.agree(call.name, state.targets)
     kept = state.plan.live_buffers(extra_state=False) if state.takes_buffers else None
+    left_out = frozenset(state.plan.left_out)  # of a quantised base there are as many names as in the checkpoint
     saved, sources, loaded, buffers = load_average(
         exchange,
         source,
         state.to_load,
         state.fqns_to_load,
         now,
-        state.plan.left_out,
+        left_out,
         escapes,
         changes,
         filled,
         kept,
         verify=verify,
     )
-    _warn_of_other_tensors(exchange, source, saved, now, state.plan.left_out)
+    _warn_of_other_tensors(exchange, source, saved, now, left_out)
     for change in now.changes_since(changes.as_named(saved)):
         exchange.warn(f"{source}: {change}")
     refused = saved.num_refused if exchange.rank == 0 else 0
