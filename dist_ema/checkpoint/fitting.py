@@ -19,11 +19,9 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import EXTRA_STATE
-from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.starts import Start
 from dist_ema.errors import CheckpointMismatchError
 
@@ -272,7 +270,7 @@ def _check(fit: Fit, plan: Plan, escapes: Escapes) -> None:
         text = other_model(path, missing, extra, known, "start_from")
         raise CheckpointMismatchError(f"{text}. It was read as {fit.way.form}. {_KNOWN}")
     for name in fit.names.values():
-        if not getattr(torch, TORCH_DTYPES[tensors[name].dtype]).is_floating_point:
+        if not dtype_of(tensors[name]).is_floating_point:
             raise CheckpointMismatchError(f"{path} has {name} as {tensors[name].dtype}, expected floats")
 
 

@@ -21,7 +21,8 @@ from dist_ema.boxes.rank_runs import RankRuns
 from dist_ema.boxes.shards import Box, Held, Shard
 from dist_ema.disk.formats.byte_ranges import strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums, whole_checksums
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, StoredTensor, open_regular, read_exactly
+from dist_ema.disk.formats.headers import StoredModel, StoredTensor, open_regular, read_exactly
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.formats.pickles import PartBytes
 from dist_ema.disk.saved_average import damage_text
 from dist_ema.errors import CheckpointCorruptError
@@ -168,7 +169,7 @@ def _read(
         for name, box, values in wanted:
             stored = tensors[name]
             file = files.index((stored.file, stored.part or "", stored.part is None))
-            dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+            dtype = dtype_of(stored)
             direct = values.device.type == "cpu" and values.dtype == dtype
             for index, strip in strips_of_box(stored.start, stored.shape, dtype.itemsize, box):
                 for skipped_bytes, part in _blocks(values[index].reshape(strip.count, -1), dtype.itemsize):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.saved_average import damage_text, stored_bytes
 from dist_ema.disk.sources import Weights
 from dist_ema.errors import CheckpointCorruptError
@@ -61,7 +61,7 @@ def differences(
 def _chunks(weights: Weights, name: str, progress: Callable[[int], object]) -> Iterator[torch.Tensor]:
     """The chunks of a tensor; its checksum is compared at the end, where one was saved."""
     stored = weights.model.tensors[name]
-    dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+    dtype = dtype_of(stored)
     total = 0
     for chunk in stored_bytes(weights.folder, stored, chunk_bytes=_CHUNK_NUMEL * dtype.itemsize):
         total = checksum(chunk, total)

@@ -14,8 +14,7 @@ import torch
 from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.checksums import checksum
-from dist_ema.disk.formats.headers import TORCH_DTYPES
-from dist_ema.disk.formats.model_files import FileLayout
+from dist_ema.disk.formats.model_files import FileLayout, dtype_of
 from dist_ema.disk.forms.card import card_text
 from dist_ema.disk.saved_average import SavedAverage, damage_text, read_saved, stored_bytes
 from dist_ema.errors import CheckpointCorruptError, ConfigError
@@ -111,7 +110,7 @@ class _Consolidation:
         total = 0
         for chunk in stored_bytes(self._folder, stored):
             total = checksum(chunk, total)
-            yield torch.frombuffer(chunk, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
+            yield torch.frombuffer(chunk, dtype=dtype_of(stored))
             self._progress(chunk.nbytes)
         if self._checksums.get(fqn, total) != total:
             raise CheckpointCorruptError(damage_text(self._folder / stored.file, [fqn]))

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from dist_ema.checks import PathLike, absolute, shown
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel, StoredTensor, read_header, read_model_folder
-from dist_ema.disk.saved_average import SavedAverage, read_chunk
+from dist_ema.disk.formats.headers import StoredModel, StoredTensor, read_header, read_model_folder
+from dist_ema.disk.formats.model_files import dtype_of
+from dist_ema.disk.saved_average import SavedAverage
 from dist_ema.errors import CheckpointMismatchError, ConfigError
 from dist_ema.live.correction import START_TRACK, Bema, add_correction, check_start_track, wide
+from dist_ema.offline.summing import StoredTensors
 from dist_ema.schedules.records import schedule_from_json
 
 __all__ = ["Correcting"]
@@ -83,33 +85,27 @@ class _Side:
         averaged: Mapping[str, tuple[int, ...]],
         names: Mapping[str, Sequence[str]],
     ) -> None:
-        self._folder = folder
-        self._tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         missing = []
         for fqn, shape in averaged.items():
             stored = next((model.tensors[name] for name in names[fqn] if name in model.tensors), None)
-            if stored is None or stored.shape != shape or not _dtype(stored).is_floating_point:
+            if stored is None or stored.shape != shape or not dtype_of(stored).is_floating_point:
                 missing.append(f"{fqn} {list(shape)}")
             else:
-                self._tensors[fqn] = stored
+                tensors[fqn] = stored
         if missing:
             raise CheckpointMismatchError(
                 f"{folder} is of another model: {len(missing)} averaged tensors are not in it, or not as floats of "
                 f"that shape ({', '.join(missing[:3])}). Give weights of the model that was averaged"
             )
+        self._source = StoredTensors(folder, tensors)
 
     def read(self, fqn: str, start: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor, from number `start` on."""
-        stored = self._tensors[fqn]
-        itemsize = _dtype(stored).itemsize
-        buffer = bytearray(count * itemsize)
-        read_chunk(self._folder, stored, start * itemsize, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=_dtype(stored))
-
-
-def _dtype(stored: StoredTensor) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
-    return dtype
+        dtype = self._source.dtype(fqn)
+        buffer = bytearray(count * dtype.itemsize)
+        self._source.read(fqn, start, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=dtype)
 
 
 def _model_at(path: Path) -> tuple[Path, StoredModel]:

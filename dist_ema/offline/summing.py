@@ -6,14 +6,19 @@ is open only for that, so neither memory nor open files grow with the number of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from dist_ema.disk.formats.checksums import checksum
+from dist_ema.disk.formats.headers import StoredTensor
+from dist_ema.disk.formats.model_files import dtype_of
+from dist_ema.disk.saved_average import damage_text, read_chunk
+from dist_ema.errors import CheckpointCorruptError
 
-__all__ = ["Chunks", "TensorSource"]
+__all__ = ["Chunks", "StoredTensors", "TensorSource"]
 
 # Elements of a tensor that are in memory at a time: 1 MiB of float64 for the sum, which stays in the cache of a core.
 _CHUNK_NUMEL = 2**17
@@ -35,6 +40,44 @@ class TensorSource(Protocol):
 
     def check(self, name: str, checksum: int) -> None:
         """Raise if the checksum of the whole tensor is not the one that was saved."""
+
+
+class StoredTensors:
+    """The tensors of safetensors files, as a source.
+
+    Args:
+        folder: the folder of the files.
+        tensors: name -> place in the files.
+        checksum_of: gives the checksum that was saved of a tensor; None where there is none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, StoredTensor],
+        checksum_of: Callable[[str], int | None] = lambda name: None,
+    ) -> None:
+        self._folder = folder
+        self._tensors = tensors
+        self._checksum_of = checksum_of
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in the files."""
+        return dtype_of(self._tensors[name])
+
+    def read(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer from that element on."""
+        stored = self._tensors[name]
+        read_chunk(self._folder, stored, start * dtype_of(stored).itemsize, buffer)
+
+    def has_checksum(self, name: str) -> bool:
+        """Whether a checksum was saved."""
+        return self._checksum_of(name) is not None
+
+    def check(self, name: str, checksum: int) -> None:
+        """Refuse bytes that are not those that were saved."""
+        if self._checksum_of(name) not in (None, checksum):
+            raise CheckpointCorruptError(damage_text(self._folder / self._tensors[name].file, [name]))
 
 
 class Chunks:

@@ -16,14 +16,12 @@ import torch
 
 from dist_ema.checks import PathLike, absolute, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
-from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.forms.card import card_text
-from dist_ema.disk.saved_average import damage_text, read_chunk
-from dist_ema.errors import CheckpointCorruptError
 from dist_ema.offline.exporting import lay_out_export, stored_dtypes, write_model_folder
 from dist_ema.offline.posthoc import Fit, fit
 from dist_ema.offline.snapshots import Snapshots, Source, read_snapshots
-from dist_ema.offline.summing import Chunks
+from dist_ema.offline.summing import Chunks, StoredTensors
 from dist_ema.options import checked_schedules, floating_dtype, with_floating
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.records import schedule_to_json
@@ -164,8 +162,7 @@ def _rounding(source: Source, averaged: Sequence[str]) -> float:
 
 
 def _dtype(source: Source, fqn: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[source.tensors[fqn].dtype])
-    return dtype
+    return dtype_of(source.tensors[fqn])
 
 
 def write(
@@ -209,31 +206,10 @@ def write(
     )
 
 
-class _OfSnapshot:
-    """The tensors of a saved average, with their checksums in the order of the latest manifest."""
-
-    def __init__(self, source: Source, index: Mapping[str, int]) -> None:
-        self._source = source
-        self._index = index
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in the files."""
-        return _dtype(self._source, name)
-
-    def read(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill the buffer from that element on."""
-        stored = self._source.tensors[name]
-        read_chunk(self._source.folder, stored, start * self.dtype(name).itemsize, buffer)
-
-    def check(self, name: str, checksum: int) -> None:
-        """Refuse bytes that are not those that were saved."""
-        if self._source.checksums and self._source.checksums[self._index[name]] != checksum:
-            stored = self._source.tensors[name]
-            raise CheckpointCorruptError(damage_text(self._source.folder / stored.file, [name]))
-
-    def has_checksum(self, name: str) -> bool:
-        """Whether `check` compares anything."""
-        return bool(self._source.checksums)
+def _tensors_of(source: Source, index: Mapping[str, int]) -> StoredTensors:
+    """The tensors of a saved average, whose checksums are in the order of the latest manifest."""
+    checksums = source.checksums
+    return StoredTensors(source.folder, source.tensors, lambda name: checksums[index[name]] if checksums else None)
 
 
 class _Sum:
@@ -242,8 +218,8 @@ class _Sum:
     def __init__(self, weighed: WeighedSnapshots, progress: Callable[[int], object]) -> None:
         self._tensors = weighed.snapshots.latest.manifest.tensors
         index = {fqn: index for index, fqn in enumerate(self._tensors)}
-        self._parts = [(_OfSnapshot(source, index), weight) for source, weight in weighed.parts]
-        self._latest = _OfSnapshot(weighed.snapshots.sources[-1], index)
+        self._parts = [(_tensors_of(source, index), weight) for source, weight in weighed.parts]
+        self._latest = _tensors_of(weighed.snapshots.sources[-1], index)
         self._chunks = Chunks(progress)
 
     def values(self, fqn: str) -> Iterator[torch.Tensor]:

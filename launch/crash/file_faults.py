@@ -38,7 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_ema
 from dist_ema import CosineSchedule, DistEMAError, ShardedEMA
-from dist_ema.disk.formats.headers import TORCH_DTYPES, read_model_folder
+from dist_ema.disk.formats.headers import read_model_folder
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.saved_average import damaged_tensors, read_saved, stored_bytes
 
 # Update 0 copies the live values, every later one has momentum 1: the average is the live values, exactly.
@@ -309,7 +310,7 @@ def value_of(target: Path) -> int:
     found = set()
     for stored in model.tensors.values():
         for piece in stored_bytes(folder, stored):
-            found |= set(torch.frombuffer(piece, dtype=getattr(torch, TORCH_DTYPES[stored.dtype])).unique().tolist())
+            found |= set(torch.frombuffer(piece, dtype=dtype_of(stored)).unique().tolist())
     if len(found) != 1:
         raise ValueError(f"the folder holds the values {sorted(found)[:5]}")
     return int(found.pop())

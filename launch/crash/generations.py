@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import CosineSchedule, DistEMAError
-from dist_ema.disk.formats.headers import TORCH_DTYPES
+from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.saved_average import damaged_tensors, read_saved, stored_bytes
 
 # A file that somebody has added to the folder: every save must carry it on.
@@ -74,7 +74,7 @@ def generation_of(target: Path, *, added: bool = True) -> int:
     for track, model in saved.models.items():
         for fqn, stored in model.tensors.items():
             for piece in stored_bytes(saved.folder_of(track), stored):
-                values = torch.frombuffer(piece, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
+                values = torch.frombuffer(piece, dtype=dtype_of(stored))
                 if not bool((values == generation).all()):
                     found = values.unique().tolist()[:5]
                     raise ValueError(f"{fqn} holds the values {found}, the number of updates is {generation}")

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from dist_ema.disk.formats.file_names import MODEL_STEM, index_name
-from dist_ema.disk.formats.headers import LONGEST_HEADER_BYTES, METADATA, TORCH_DTYPES
+from dist_ema.disk.formats.headers import LONGEST_HEADER_BYTES, METADATA, TORCH_DTYPES, StoredTensor
 from dist_ema.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Entry",
     "FileLayout",
     "ModelFiles",
+    "dtype_of",
     "host_bytes",
     "lay_out_files",
     "write_all",
@@ -43,6 +44,12 @@ _LONG_BYTES = 2**20
 
 # The dtypes of torch in the format's spelling.
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}
+
+
+def dtype_of(stored: StoredTensor) -> torch.dtype:
+    """The dtype of a tensor in a file, as torch has it."""
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,43 +6,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from dist_ema.disk.folders import contents
 from dist_ema.disk.formats.file_names import stem_in
-from dist_ema.disk.formats.headers import TORCH_DTYPES, StoredModel
-from dist_ema.disk.saved_average import SavedAverage, damage_text, read_chunk, read_saved
+from dist_ema.disk.formats.headers import StoredModel
+from dist_ema.disk.saved_average import SavedAverage, read_saved
 from dist_ema.disk.sources import Weights, averaged_side, find_weights
-from dist_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
+from dist_ema.errors import CheckpointNotFoundError
 from dist_ema.offline.merging.dcp import METADATA_NAME, DcpCheckpoint
+from dist_ema.offline.summing import StoredTensors
 
-__all__ = ["Mergeable", "StoredWeights", "open_source", "watched"]
-
-
-class StoredWeights:
-    """The tensors of safetensors files, with their checksums where some were saved."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._tensors = weights.model.tensors
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in the files."""
-        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[self._tensors[name].dtype])
-        return dtype
-
-    def read(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill the buffer from that element on."""
-        read_chunk(self._weights.folder, self._tensors[name], start * self.dtype(name).itemsize, buffer)
-
-    def has_checksum(self, name: str) -> bool:
-        """Whether a checksum was saved."""
-        return name in self._weights.checksums
-
-    def check(self, name: str, checksum: int) -> None:
-        """Refuse bytes that are not those that were saved."""
-        if self._weights.checksums.get(name, checksum) != checksum:
-            raise CheckpointCorruptError(damage_text(self._weights.folder / self._tensors[name].file, [name]))
+__all__ = ["Mergeable", "open_source", "watched"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +35,7 @@ class Mergeable:
     """
 
     path: Path
-    tensors: StoredWeights | DcpCheckpoint
+    tensors: StoredTensors | DcpCheckpoint
     shapes: Mapping[str, tuple[int, ...]]
     spellings: tuple[Mapping[str, str], ...]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -134,7 +107,7 @@ def _of_average(path: Path, saved: SavedAverage, track: str) -> Mergeable:
     own = {fqn: fqn for fqn in saved.manifest.tensors}
     return Mergeable(
         path=path,
-        tensors=StoredWeights(Weights(folder, folder, model, checksums)),
+        tensors=StoredTensors(folder, model.tensors, checksums.get),
         shapes={fqn: tensor.shape for fqn, tensor in saved.manifest.tensors.items()},
         spellings=(own, in_files) if len(in_files) == len(own) else (own,),
         aliases=saved.manifest.aliases,
@@ -151,7 +124,7 @@ def _of_weights(path: Path, folder: Path | None, weights: Weights | None = None)
     model = weights.model
     return Mergeable(
         path=path,
-        tensors=StoredWeights(weights),
+        tensors=StoredTensors(weights.folder, weights.model.tensors, weights.checksums.get),
         shapes={name: stored.shape for name, stored in model.tensors.items()},
         spellings=({name: name for name in model.tensors},),
         aliases=dict(_aliases(model)),
