@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import inspect
 import re
 import typing
 from collections.abc import Iterable
