@@ -4,8 +4,8 @@
 
 All keep their average in float32. Those who cannot beside bfloat16 weights are listed with what they raised, those who
 are not installed with a note. On resnet50 the defaults differ about the running statistics of the batch norms: torch
-and mmengine copy them at each update, timm and ema-pytorch average them, diffusers does not know them; ShardedEMA shows
-the live ones when the average is used, or averages them with update_buffers=True.
+and mmengine copy them at each update, timm, ema-pytorch and Lightning average them, diffusers does not know them;
+ShardedEMA shows the live ones when the average is used, or averages them with update_buffers=True.
 """
 
 from __future__ import annotations
