@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measuring import Cell, Report, benchmark_parser, extra_mib, host_microseconds, measure, milliseconds, ratio
@@ -28,11 +27,10 @@ SCHEDULE = ConstantSchedule(momentum=0.001)
 PLAIN = "plain"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """Options of a `ShardedEMA`, and whether its updates are given an overflow flag, which is not set."""
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = {}
     num_tracks: int = 1
     is_flagged: bool = False
 
