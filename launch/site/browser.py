@@ -9,6 +9,7 @@ It needs chromium and chromium-driver of the system (Debian: apt-get install chr
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
 import http.server
@@ -88,6 +89,11 @@ def resize(chrome: Any, width: int, height: int) -> None:
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
+def picture_of(chrome: Any) -> bytes:
+    """A PNG of what the window shows."""
+    return base64.b64decode(chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"])
+
+
 def main() -> None:
     """Take pictures of pages."""
     parser = argparse.ArgumentParser(description="Take pictures of pages of the built site.")
@@ -104,7 +110,7 @@ def main() -> None:
                     for page in options.pages:
                         chrome.get(address + page)
                         path = options.out / f"{page.replace('/', '-').partition('.html')[0]}-{scheme}-{name}.png"
-                        chrome.save_screenshot(str(path))
+                        path.write_bytes(picture_of(chrome))
                         print(path)
 
 
