@@ -13,6 +13,7 @@ import base64
 import contextlib
 import functools
 import http.server
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -102,16 +103,16 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=1600, help="pixels of each picture (default: 1600)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    kinds = itertools.product(options.pages, WIDTHS, ("light", "dark"))
     with served(SITE) as address:
-        for name, width in WIDTHS.items():
-            for scheme in ("light", "dark"):
-                with chromium(width, dark=scheme == "dark") as chrome:
-                    resize(chrome, width, options.height)
-                    for page in options.pages:
-                        chrome.get(address + page)
-                        path = options.out / f"{page.replace('/', '-').partition('.html')[0]}-{scheme}-{name}.png"
-                        path.write_bytes(picture_of(chrome))
-                        print(path)
+        for page, width, scheme in kinds:
+            # A Chromium of its own: one that has drawn many large pictures may stop answering on a busy machine.
+            with chromium(WIDTHS[width], dark=scheme == "dark") as chrome:
+                resize(chrome, WIDTHS[width], options.height)
+                chrome.get(address + page)
+                path = options.out / f"{page.replace('/', '-').replace('.html', '')}-{scheme}-{width}.png"
+                path.write_bytes(picture_of(chrome))
+                print(path)
 
 
 if __name__ == "__main__":
