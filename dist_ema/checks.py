@@ -12,8 +12,8 @@ from typing import Any
 
 from dist_ema.errors import ConfigError
 
-# A path as users give it.
 PathLike = str | os.PathLike[str]
+"""A path of the local file system; a URL is refused."""
 
 # "s3://bucket/x", the form of pathlib ("s3:/bucket/x"), and the chains of fsspec ("simplecache::s3://bucket/x"). A
 # scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.

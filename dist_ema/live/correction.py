@@ -84,7 +84,11 @@ class Bema:
         return {"ema": self._average(), **({START_TRACK: start} if self.start is None else {})}
 
     def weight(self, num_updates: int) -> float:
-        """The weight a_t of the correction after so many updates; 0 where there is nothing to correct."""
+        """The weight a_t of the correction after so many updates; 0 where there is nothing to correct.
+
+        Args:
+            num_updates: the number of updates so far.
+        """
         step = num_updates - 1
         age = self.rho + self.gamma * step
         return 0.0 if step <= self.update_after_step or age <= 0.0 else float(age**-self.eta)

@@ -18,8 +18,8 @@ from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["Groups", "distances", "metrics", "num_refused", "relative_distance", "sum_refused"]
 
-# Name of a group -> glob pattern or patterns of the names in it.
 Groups = Mapping[str, str | Iterable[str]]
+"""Name of a group -> glob pattern or patterns of the names in it."""
 
 WHOLE = "all"
 

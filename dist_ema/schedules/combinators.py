@@ -25,6 +25,10 @@ _MOST_STEPS = 10**6
 def after(step: int, schedule: Schedule) -> After:
     """`schedule` begins at update number `step`, where its count begins; until then the average is the live weights.
 
+    Args:
+        step: the number of the update, at least 1.
+        schedule: what follows.
+
     Raises:
         ConfigError: `step` is not an integer of at least 1.
     """
@@ -54,6 +58,10 @@ def chain(*parts: tuple[int, Schedule]) -> Chain:
 def every(steps: int, schedule: Schedule) -> Every:
     """One update in `steps`, which forgets as much as all of them would have.
 
+    Args:
+        steps: the number of updates of which one averages, from 1 to 1,000,000.
+        schedule: the momentum of every single update.
+
     Raises:
         ConfigError: `steps` is not an integer from 1 to 1,000,000.
     """
@@ -66,6 +74,10 @@ def per_batch(reference_size: float, schedule: Schedule) -> PerBatch:
     The batch size of an update is given by `update(batch_size=...)`, or by `expect_batch_size` where a hook calls
     `update`. It must be the outermost of schedules within each other.
 
+    Args:
+        reference_size: the batch size that the schedule was tuned at, above 0, in the unit of `update(batch_size=...)`.
+        schedule: the schedule as it was tuned.
+
     Raises:
         ConfigError: `reference_size` is not above 0.
     """
@@ -74,6 +86,10 @@ def per_batch(reference_size: float, schedule: Schedule) -> PerBatch:
 
 def scaled_batch(kappa: float, schedule: Schedule) -> ScaledBatch:
     """`schedule` was tuned at some batch size, and is used for a batch `kappa` times as large.
+
+    Args:
+        kappa: the batch size of this run over that of the tuning, above 0.
+        schedule: the schedule as it was tuned.
 
     Raises:
         ConfigError: `kappa` is not above 0.

@@ -59,7 +59,12 @@ class SnapshotWindow:
             )
 
     def kept(self, steps: Sequence[int], now: int) -> list[int]:
-        """Those of the snapshots (numbers of updates, none above `now`) that are kept, ascending."""
+        """Those of the snapshots that are kept, ascending.
+
+        Args:
+            steps: the numbers of updates of the snapshots, none above `now`.
+            now: the number of updates so far.
+        """
         kept = sorted(steps)
         begin = now - self.fraction * now
         while len(kept) > 1 and kept[1] <= begin:

@@ -17,8 +17,8 @@ from dist_ema.options import Patterns
 
 __all__ = ["NewTracks", "TrackChanges", "TrackSources", "track_names"]
 
-# Track -> the track of the checkpoint at whose values it begins, or "live"; one word for all.
 NewTracks = Mapping[str, str] | str | None
+"""Track -> the track of the checkpoint at whose values it begins, or "live"; one word for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from dist_ema.uninterrupted import Job, Lane, Steps, insist
 __all__ = ["NamedTensors", "whole_tensors"]
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
+"""Name and whole tensor, one after the other."""
 
 
 def whole_tensors(

@@ -70,6 +70,9 @@ class StatefulAverages:
 
         It warns of another schedule or option, as `load` does.
 
+        Args:
+            state_dict: what `dcp.load` has read.
+
         Raises:
             SwapError: the averaged weights are in the model.
             CheckpointMismatchError: names, layouts or tracks are not those of this average.
