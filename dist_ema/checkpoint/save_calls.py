@@ -14,8 +14,8 @@ from dist_ema.checkpoint.background import Background
 from dist_ema.checkpoint.record import in_files, live_manifest_of, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
-from dist_ema.checkpoint.snapshots.names import SNAPSHOT, snapshots_after
-from dist_ema.checkpoint.snapshots.window import LIVE_SNAPSHOT, SnapshotWindow, trim
+from dist_ema.checkpoint.snapshots.names import LIVE_SNAPSHOT, SNAPSHOT, snapshots_after
+from dist_ema.checkpoint.snapshots.window import SnapshotWindow, trim
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
@@ -141,7 +141,7 @@ class SaveCalls:
 
         request = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background)
         self._write(call, request)
-        self._warn_of_later_snapshots(call, path)
+        self._warn_of_later_snapshots(call, path, SNAPSHOT)
 
     def snapshot_live(
         self,
@@ -162,6 +162,7 @@ class SaveCalls:
         self._write(call, live)
         if keep is not None:  # on all ranks: a save that one rank cannot do raises on all
             call.exchange.on_rank_0(call.name, lambda: trim(absolute(path), keep, self._state.num_updates))
+        self._warn_of_later_snapshots(call, path, LIVE_SNAPSHOT)
 
     def consolidate(
         self,
@@ -308,12 +309,12 @@ class SaveCalls:
         with ended_for_all(exchange, call.name):  # an interrupt before the thread has begun
             self.background.start(write)
 
-    def _warn_of_later_snapshots(self, call: Call, path: PathLike) -> None:
+    def _warn_of_later_snapshots(self, call: Call, path: PathLike, form: str) -> None:
         exchange = call.exchange
         if self._warned_of_later_in == exchange.epoch:
             return
         now = self._state.num_updates
-        num_later, first = exchange.on_rank_0(call.name, lambda: snapshots_after(now, absolute(path)))
+        num_later, first = exchange.on_rank_0(call.name, lambda: snapshots_after(form, now, absolute(path)))
         if num_later:
             self._warned_of_later_in = exchange.epoch
             exchange.warn(

@@ -258,7 +258,8 @@ class PerBatch(Combined):
         if batch_size is None:
             raise ConfigError(
                 f"{self!r} wants the batch size of every update, and none was given: call update(batch_size=...), or "
-                "expect_batch_size(...) before the step where a hook calls update"
+                "expect_batch_size(...) before the step where a hook calls update. No file has these sizes: such an "
+                "average can be neither synthesized nor a source of synthesize"
             )
         momentum = self.schedule.momentum(step)
         kappa = fraction_between("batch_size", batch_size, 0.0, math.inf) / self.reference_size
