@@ -74,6 +74,21 @@ def positive_integer(name: str, value: object) -> int:
     return number
 
 
+def update_number(name: str, value: object) -> int:
+    """`value` as the number of an update, which counts from 0; bools and floats are refused.
+
+    Raises:
+        ConfigError: it is not such a number.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**62:
+        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 0 (and below 2^62)")
+    return number
+
+
 def real_number(name: str, value: object) -> float:
     """`value` as a finite float; bools and strings are refused.
 

@@ -665,7 +665,8 @@ class ShardedEMA:
         """Collective: every rank must call it. Keep the live weights of now, for `dist-ema merge` and `synthesize`.
 
         It writes `path/live-<num_updates>`, a model folder with a manifest, beside the existing ones. It takes no
-        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`).
+        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`). It warns as
+        `snapshot` does.
 
         Args:
             path: the folder of all live snapshots of a run.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_ema.checks import positive_integer
+from dist_ema.checks import positive_integer, update_number
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, fraction_between
 from dist_ema.schedules.nesting import Combined, check_inner, steps_of
@@ -147,9 +147,9 @@ class Chain:
 
     def __init__(self, starts: Sequence[int], schedules: Sequence[Schedule]) -> None:
         check_inner(*schedules)
-        numbers = [start if index == 0 else positive_integer("start", start) for index, start in enumerate(starts)]
+        numbers = [update_number("start", start) for start in starts]
         rises = all(before < after for before, after in itertools.pairwise(numbers))
-        if len(numbers) != len(schedules) or not numbers or type(numbers[0]) is not int or numbers[0] != 0 or not rises:
+        if len(numbers) != len(schedules) or not numbers or numbers[0] != 0 or not rises:
             raise ConfigError(f"the parts of a chain begin at {list(starts)!r}, expected numbers that rise from 0")
         object.__setattr__(self, "starts", tuple(numbers))
         object.__setattr__(self, "schedules", tuple(schedules))
@@ -274,7 +274,8 @@ class PerBatch(Combined):
         if batch_size is None:
             raise ConfigError(
                 f"{self!r} wants the batch size of every update, and none was given: call update(batch_size=...), or "
-                "expect_batch_size(...) before the step where a hook calls update"
+                "expect_batch_size(...) before the step where a hook calls update. No file has these sizes: such an "
+                "average can be neither synthesized nor a source of synthesize"
             )
         momentum = self.schedule.momentum(step)
         kappa = fraction_between("batch_size", batch_size, 0.0, math.inf) / self.reference_size

@@ -61,7 +61,7 @@ def whole_tensors(
         }
         return request, state.pieces(track)
 
-    request, pieces = call.together(prepare, lambda prepared: prepared[0])
+    request, pieces = call.together(prepare, lambda prepared: {**prepared[0], **state.progress})
     replicas.check_once(call.name, state.num_updates)
     receivers: list[int] | None = request["ranks"]
     own, values = boxes_by_tensor(specs, pieces)

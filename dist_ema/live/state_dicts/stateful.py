@@ -86,7 +86,7 @@ class StatefulAverages:
 
     def _sharded(self, call: Call) -> dict[str, Any]:
         state = self._state
-        record = call.together(lambda: record_of(state), lambda record: {"num_updates": record.num_updates})
+        record = call.together(lambda: record_of(state), lambda record: state.progress)
         if state.options.skip_nonfinite:
             record = dataclasses.replace(record, num_refused=sum_refused(call.exchange, state))
         tensors = {track: sharded.averaged_state_dict(call, state, self._replicas, track) for track in state.schedules}
