@@ -24,7 +24,7 @@ from dist_ema.ranks import relays
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
 
-__all__ = ["Bytes", "Guard", "Parcels", "Part", "Window"]
+__all__ = ["Bytes", "Desk", "Guard", "Parcels", "Part", "Window"]
 
 # In worlds of more ranks, parcels of at most so many bytes go by relays. So a writer hears directly from as many ranks
 # at most as larger parcels have room in its part of a file.
@@ -212,7 +212,8 @@ def _parcel_bytes(parts: Sequence[Part]) -> int:
 def _pack(message: Bytes, parts: Sequence[Part]) -> None:
     head = [len(parts)]
     for part in parts:
-        head += dataclasses.astuple(part.strip)
+        strip = part.strip
+        head += (strip.start, strip.run_bytes, strip.stride_bytes, strip.count)
     at = 8 * len(head)
     message[8:at].view(np.int64)[:] = head[1:]
     for part in parts:
@@ -226,6 +227,11 @@ class Desk:
 
     def __init__(self) -> None:
         self._bytes: Bytes = np.empty(0, dtype=np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size: that of the longest stretch so far."""
+        return len(self._bytes)
 
     def take(self, size_bytes: int) -> Bytes:
         """So many bytes, which the next call may give again."""
@@ -294,7 +300,11 @@ def _entangled(pieces: _Pieces) -> Iterator[_Pieces]:
 
 
 def _without_gaps(strips: Sequence[Strip]) -> Iterator[tuple[int, int]]:
-    """The offsets of the longest stretches without a gap that the strips make together."""
+    """The offsets of the longest stretches without a gap that the strips, which do not overlap, make together."""
+    first_start, last_stop = min(strip.start for strip in strips), max(strip.stop for strip in strips)
+    if sum(strip.nbytes for strip in strips) == last_stop - first_start:
+        yield first_start, last_stop
+        return
     starts = np.concatenate([strip.start + strip.stride_bytes * np.arange(strip.count) for strip in strips])
     stops = starts + np.repeat([strip.run_bytes for strip in strips], [strip.count for strip in strips])
     order = np.argsort(starts)
