@@ -370,7 +370,7 @@ class ShardedEMA:
             track: the name of the average; may be left out if there is one.
             dtype: floating-point tensors are sent in it, torch.bfloat16 say; None keeps the averaged dtype.
             bucket_bytes: bytes of messages that a rank keeps at a time. Besides what the caller keeps, a stream takes
-                this and the largest tensor.
+                at most twice this or twice the largest tensor.
             ranks: the ranks that get the tensors; None for all. On the others the call returns an empty iterator when
                 what they own has been sent.
 
