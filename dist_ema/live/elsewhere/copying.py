@@ -113,7 +113,9 @@ class _Target:
     def __init__(self, plan: Plan, of_module: Plan, picks: Callable[[Sequence[str]], bool]) -> None:
         self.drop_gathered = of_module.drop_gathered
         own, others = _picked(plan, picks), _picked(of_module, picks)
-        missing = sorted(sorted(names) for names in own.keys() - others.keys())
+        # The plan of the model has the tensors of all ranks (stages, experts), that of the module those of this rank.
+        held_here = {held.spec.fqn for division in plan.divisions for held in division.held}
+        missing = sorted(sorted(names) for names in own.keys() - others.keys() if own[names] in held_here)
         extra = sorted(sorted(names) for names in others.keys() - own.keys())
         if missing or extra:
             raise UnsupportedModelError(
@@ -121,7 +123,7 @@ class _Target:
                 f"model has not {extra[:3]}, expected the same names, tied alike: leave out by exclude= what only one "
                 "of them has"
             )
-        self._fqns = {others[names]: fqn for names, fqn in own.items()}
+        self._fqns = {others[names]: fqn for names, fqn in own.items() if names in others}
         _check_specs(plan, of_module, self._fqns)
         self._counterparts = matched(_part(plan, own.values()), of_module, self._fqns, "the module")
         self._live = [
