@@ -510,12 +510,15 @@ def test_importing_the_package_or_its_command_line_does_not_load_torch() -> None
 
 
 def test_tests_lie_in_the_folders_of_the_package() -> None:
-    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps."""
+    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps.
+
+    `everything` has what `launch/everything.sh` alone runs.
+    """
 
     def folders(parent: Path) -> set[str]:
         return {path.parent.name for path in parent.glob("*/*.py")}
 
-    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash"} == folders(PACKAGE)
+    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash", "everything"} == folders(PACKAGE)
     tests = [path for path in TESTS.rglob("*.py") if "def test_" in path.read_text()]
     assert [path for path in tests if not path.name.startswith("test_")] == [], "pytest does not collect these"
 

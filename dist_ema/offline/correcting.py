@@ -26,7 +26,8 @@ class Correcting:
     """The correction of a saved average.
 
     Args:
-        saved: the average.
+        saved: the saved averages.
+        track: the one that is corrected.
         bema: the constants; without `start` the average must have the track "start".
         live: the folder or file of the live weights of the same moment.
 
@@ -36,7 +37,7 @@ class Correcting:
         CheckpointCorruptError: files are missing or damaged.
     """
 
-    def __init__(self, saved: SavedAverage, bema: object, live: PathLike | None) -> None:
+    def __init__(self, saved: SavedAverage, track: str, bema: object, live: PathLike | None) -> None:
         if not isinstance(bema, Bema) or live is None:
             raise ConfigError(
                 f"correct is {shown(bema)} and live is {shown(live)}, expected a dist_ema.Bema, and the folder or file "
@@ -52,7 +53,7 @@ class Correcting:
         names = {fqn: [fqn] for fqn in self._averaged}
         for alias, fqn in manifest.aliases.items():
             names.get(fqn, []).append(alias)
-        self._weight = bema.weight(manifest.num_updates)
+        self._weight = bema.weight(manifest.count_of(track))
         self._skip_nonfinite = bool(manifest.options.get("skip_nonfinite"))
         self._live = _Side(*_model_at(absolute(live)), self._averaged, names)
         if bema.start is None:

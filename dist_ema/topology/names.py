@@ -101,8 +101,15 @@ def _buffers(model: nn.Module) -> Iterator[_Met]:
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Pairs of a canonical prefix with its dot and a module; a shared module comes under all of its names."""
+    met: dict[str, tuple[str, nn.Module]] = {}  # canonical_prefix would begin at the root again for every module
     for raw_name, module in model.named_modules(remove_duplicate=False):
-        yield canonical_prefix(model, raw_name), module
+        prefix = ""
+        if raw_name:
+            above, _, name = raw_name.rpartition(".")
+            outer, owner = met[above]
+            prefix = outer if _wraps(owner, name) else f"{outer}{name}."
+        met[raw_name] = prefix, module
+        yield prefix, module
 
 
 def canonical_prefix(model: nn.Module, raw_name: str) -> str:

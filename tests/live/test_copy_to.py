@@ -114,6 +114,9 @@ def refuse() -> None:
     refused(Block(extra=True), UnsupportedModelError, "laid out as in the model")  # not wrapped
     refused(module(extra=True), ConfigError, "matches no name", exclude="hed.*")
     refused(module(extra=True), ConfigError, "track", track="slow")
+    with torch.inference_mode():
+        frozen = module(extra=True)
+    refused(frozen, UnsupportedModelError, "inference_mode")
     refused(model, ConfigError, "the model's own tensor")
     # One rank alone brings another module.
     refused(module(extra=True) if rank == 0 else module(), UnsupportedModelError, "1 of 2 ranks")

@@ -16,8 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_ema import ConfigError, RankMismatchError, ShardedEMA, SwapError
+from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box
-from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of, parts_of
+from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of
+from dist_ema.live.elsewhere.routes import ALIGNMENT, Tensors, routes_of
 
 
 def assert_equal(got: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -238,9 +240,30 @@ def test_a_stream_takes_no_more_than_two_buckets_or_two_largest_tensors_and_64_m
 
 
 def test_chunks_have_every_element_once_in_order_and_keep_to_their_bytes() -> None:
-    sizes = [(0,), (), (3,), (50, 7), (1000, 3), (2, 2)]
-    itemsizes = (4, 8, 2, 4, 2, 1)
+    sizes = [(0,), (), (3,), (50, 7), (1000, 3), (2, 2), (2, 30, 1000)]
+    itemsizes = (4, 8, 2, 4, 2, 1, 4)
     tensors = [Sized(torch.Size(size).numel(), itemsize) for size, itemsize in zip(sizes, itemsizes, strict=True)]
+    # Two owners, of which the second has two boxes of the fourth tensor.
+    owners = [
+        [
+            [],
+            [Box("b", (), ())],
+            [],
+            [Box("d", (0, 0), (20, 7))],
+            [Box("e", (0, 0), (1000, 1))],
+            [],
+            [Box("g", (0, 0, 0), (1, 30, 1000)), Box("g", (1, 0, 0), (1, 11, 1000))],
+        ],
+        [
+            [],
+            [],
+            [Box("c", (0,), (3,))],
+            [Box("d", (20, 0), (30, 2)), Box("d", (20, 2), (30, 5))],
+            [Box("e", (0, 1), (1000, 2))],
+            [Box("f", (0, 0), (2, 2))],
+            [Box("g", (1, 11, 0), (1, 19, 1000))],
+        ],
+    ]
     for most_bytes in (1, 7, 64, 1000, 10**6):
         chunks = chunks_of(tensors, most_bytes)
         portions = [portion for chunk in chunks for portion in chunk]
@@ -250,30 +273,48 @@ def test_chunks_have_every_element_once_in_order_and_keep_to_their_bytes() -> No
             for portion in [next(portion for portion in portions if portion.tensor == index)]
             for number in range(portion.total)
         ]
-        # Two owners, of which the second has two boxes of the fourth tensor.
-        owners = [
-            [[], [Box("b", (), ())], [], [Box("d", (0, 0), (20, 7))], [Box("e", (0, 0), (1000, 1))], []],
-            [
-                [],
-                [],
-                [Box("c", (0,), (3,))],
-                [Box("d", (20, 0), (30, 2)), Box("d", (20, 2), (30, 5))],
-                [Box("e", (0, 1), (1000, 2))],
-                [Box("f", (0, 0), (2, 2))],
-            ],
-        ]
-        counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-        for chunk in chunks:
-            total = 0
-            for owned in owners:
-                parts, nbytes = parts_of(chunk, owned, itemsizes)
-                total += nbytes
-                end = 0
-                for portion, of_portion in zip(chunk, parts, strict=True):
-                    for part in of_portion:
-                        assert part.start_byte >= end and part.start_byte % tensors[portion.tensor].itemsize == 0
-                        end = part.stop_byte
-                        assert end - part.start_byte == part.box.numel * tensors[portion.tensor].itemsize
-                        counts[portion.tensor][part.box.region] += 1
-            assert total <= most_bytes + 2 * 8 * len(chunk)
-        assert all(bool((count == 1).all()) for count in counts)
+        for least_direct_bytes in (1, 50, 10**7):
+            counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+            for chunk in chunks:
+                total = 0
+                for owned in owners:
+                    routes = routes_of(chunk, owned, Tensors(sizes, itemsizes), least_direct_bytes)
+                    end = 0
+                    for portion, direct, packed in zip(chunk, routes.direct, routes.packed, strict=True):
+                        count, itemsize = counts[portion.tensor], itemsizes[portion.tensor]
+                        for run in direct:
+                            assert run.nbytes == run.numel * itemsize >= least_direct_bytes
+                            assert run.start_byte % ALIGNMENT == 0
+                            # Where its elements lie end to end is where the box has them.
+                            flat = torch.zeros_like(count)
+                            flat.view(-1)[run.start_byte // itemsize :][: run.numel] = 1
+                            for _, part in boxes_of_run(owned[portion.tensor][run.owned], run.first, run.numel):
+                                count[part.region] += flat[part.region]
+                            total += run.nbytes
+                        for run in packed:
+                            assert run.start_byte >= end and run.start_byte % itemsize == 0
+                            end = run.start_byte + run.nbytes
+                            assert run.nbytes == run.numel * itemsize
+                            for _, part in boxes_of_run(owned[portion.tensor][run.owned], run.first, run.numel):
+                                count[part.region] += 1
+                    assert routes.packed_bytes == end
+                    total += end
+                assert total <= most_bytes + 2 * 8 * len(chunk)
+            assert all(bool((count == 1).all()) for count in counts)
+
+
+def test_rows_go_directly_and_columns_and_small_or_odd_runs_are_packed() -> None:
+    chunk = (Portion(0, 0, 1),)
+
+    def is_direct(shape: tuple[int, ...], box: Box, itemsize: int = 4) -> bool:
+        routes = routes_of(chunk, [[box]], Tensors([shape], [itemsize]), 1024)
+        assert [len(routes.direct[0]), len(routes.packed[0])] in ([1, 0], [0, 1])
+        return bool(routes.direct[0])
+
+    assert is_direct((64, 64), Box("w", (16, 0), (16, 64)))
+    assert is_direct((1, 4, 64, 64), Box("w", (0, 3, 16, 0), (1, 1, 16, 64)))
+    assert is_direct((4096,), Box("w", (1024,), (512,)))
+    assert not is_direct((64, 64), Box("w", (0, 16), (64, 16)))
+    assert not is_direct((4, 64, 64), Box("w", (0, 16, 0), (4, 16, 64)))
+    assert not is_direct((64, 64), Box("w", (16, 0), (3, 64)))  # a message costs more
+    assert not is_direct((64, 63), Box("w", (1, 0), (16, 63)))  # it begins where no other dtype may lie

@@ -63,6 +63,7 @@ def copy_to(
         prepare,
         lambda _: {
             "track": state.track(track),
+            **state.progress,
             "include": name_patterns("include", include),
             "exclude": name_patterns("exclude", exclude),
         },
@@ -188,6 +189,11 @@ def _check_memory(held: Held, counterpart: Held | None) -> None:
     if counterpart is None:
         return
     live, target = held.values(), counterpart.values()
+    if target.is_inference():
+        raise UnsupportedModelError(
+            f"{held.spec.fqn} of the module was made in torch.inference_mode(), where alone torch lets it be written: "
+            "build the module without that mode"
+        )
     if live.numel() and live.data_ptr() == target.data_ptr():
         raise ConfigError(
             f"{held.spec.fqn} of the module is the model's own tensor, expected another module: call copy_to_model() "
