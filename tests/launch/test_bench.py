@@ -66,6 +66,7 @@ ALONE = {
     "accuracy": (2, ("--updates", 20, "--elements", 8)),
     "export": (1, ("--rounds", 1, "--elements", 8000)),
     "merge": (1, ("--rounds", 1, "--elements", 8000)),
+    "start_up": (2, ("--rounds", 1)),
     "against": (
         1,
         (
