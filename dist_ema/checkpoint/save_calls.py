@@ -273,7 +273,7 @@ class SaveCalls:
 
     def _corrected(self, call: Call, request: _Request, correct: Correction, pieces: Pieces) -> Pieces:
         """Collective where the correction reads from disk: the pieces with corrected values."""
-        values = correct(call, self._state.values(request.track))
+        values = correct(call, self._state.values(request.track), request.track)
         corrected = {shard.box: value for shard, value in zip(self._state.shards, values, strict=True)}
         return [(box, corrected.get(box, value)) for box, value in pieces]
 

@@ -84,7 +84,7 @@ class Bema:
         return {"ema": self._average(), **({START_TRACK: start} if self.start is None else {})}
 
     def weight(self, num_updates: int) -> float:
-        """The weight a_t of the correction after so many updates; 0 where there is nothing to correct."""
+        """The weight a_t of the correction after so many updates of a track; 0 where there is nothing to correct."""
         step = num_updates - 1
         age = self.rho + self.gamma * step
         return 0.0 if step <= self.update_after_step or age <= 0.0 else float(age**-self.eta)
@@ -145,18 +145,19 @@ class Correction:
             check_start_track(self._state.schedules)
 
     @torch.no_grad()
-    def __call__(self, call: Call, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def __call__(self, call: Call, values: Sequence[torch.Tensor], track: str | None) -> tuple[torch.Tensor, ...]:
         """Collective where theta_0 is read from disk: every rank must call it, when all have passed `check`.
 
         Args:
             call: the call in which the values are used.
             values: the averaged values of `state.shards`, which stay as they are.
+            track: whose values they are; t counts its updates, also where it was added during the run.
 
         Returns:
             The corrected values, in new memory, in float32 or wider; of averaged buffers the given ones.
         """
         state = self._state
-        weight = self._bema.weight(state.num_updates)
+        weight = self._bema.weight(state.count_of(state.track(track)))
         parameters = [index for index, shard in enumerate(state.shards) if not shard.held.spec.is_buffer]
         shards = [state.shards[index] for index in parameters]
 
@@ -192,10 +193,10 @@ def check_start_track(schedules: object) -> None:
     """
     kept = dict(schedules).get(START_TRACK)  # type: ignore[call-overload]
     if not isinstance(kept, MergeSchedule) or kept.num_steps != 1:
+        present = f"there is no track {START_TRACK!r}" if kept is None else f"the track {START_TRACK!r} is {kept!r}"
         raise ConfigError(
-            f"correct=Bema(...) has no start=, and the track {START_TRACK!r} is {kept!r}, expected one that keeps the "
-            "weights at which the average began: give start= the folder of these weights, or build the average of "
-            "bema.schedules"
+            f"correct=Bema(...) has no start=, and {present}, expected one that keeps the weights at which the average "
+            "began: give start= the folder of these weights, or build the average of bema.schedules"
         )
 
 

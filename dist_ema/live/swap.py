@@ -197,7 +197,7 @@ def agreed_values(
         values, done = call.together(prepare, lambda _: {"track": state.track(track), **same})
         if state.plan.has_replicas:
             replicas.check_once(call.name, state.num_updates)
-    return values if correct is None else correct(call, values), done
+    return values if correct is None else correct(call, values, track), done
 
 
 def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:

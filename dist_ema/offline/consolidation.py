@@ -73,12 +73,13 @@ def consolidate_checkpoint(
         name = saved.track(track)
         dtypes = with_floating(stored_dtypes(saved), converted)
         files = lay_out_export(saved, name, dtypes, max_shard_size, converted)
-        by = None if correct is None and live is None else Correcting(saved, correct, live)
+        by = None if correct is None and live is None else Correcting(saved, name, correct, live)
         work = _Consolidation(saved, name, progress or (lambda num_bytes: None), by)
         card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.count_of(name))
         write_model_folder(target, files, work.values, work.unchanged, check, card=card, link=link)
 
-    steadily([source], write)
+    start = correct.start if isinstance(correct, Bema) else None
+    steadily([source, *(absolute(path) for path in (live, start) if path is not None)], write)
 
 
 class _Consolidation:

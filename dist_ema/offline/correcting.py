@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.checks import PathLike, absolute, shown
+from dist_ema.disk.formats.file_names import stem_in
 from dist_ema.disk.formats.headers import StoredModel, StoredTensor, read_header, read_model_folder
 from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.saved_average import SavedAverage
@@ -27,6 +28,7 @@ class Correcting:
 
     Args:
         saved: the average.
+        track: the name of the track that is corrected.
         bema: the constants; without `start` the average must have the track "start".
         live: the folder or file of the live weights of the same moment.
 
@@ -36,7 +38,7 @@ class Correcting:
         CheckpointCorruptError: files are missing or damaged.
     """
 
-    def __init__(self, saved: SavedAverage, bema: object, live: PathLike | None) -> None:
+    def __init__(self, saved: SavedAverage, track: str, bema: object, live: PathLike | None) -> None:
         if not isinstance(bema, Bema) or live is None:
             raise ConfigError(
                 f"correct is {shown(bema)} and live is {shown(live)}, expected a dist_ema.Bema, and the folder or file "
@@ -52,7 +54,7 @@ class Correcting:
         names = {fqn: [fqn] for fqn in self._averaged}
         for alias, fqn in manifest.aliases.items():
             names.get(fqn, []).append(alias)
-        self._weight = bema.weight(manifest.num_updates)
+        self._weight = bema.weight(manifest.count_of(track))
         self._skip_nonfinite = bool(manifest.options.get("skip_nonfinite"))
         self._live = _Side(*_model_at(absolute(live)), self._averaged, names)
         if bema.start is None:
@@ -113,4 +115,10 @@ def _model_at(path: Path) -> tuple[Path, StoredModel]:
     if path.is_file():
         file = read_header(path)
         return path.parent, StoredModel({path.name: file}, file.tensors, None)
+    dcp = [below for below in (path, *path.glob("pytorch_model_fsdp_*")) if (below / ".metadata").is_file()]
+    if dcp and stem_in(path) is None:
+        raise CheckpointMismatchError(
+            f"{dcp[0]} is a checkpoint of torch's DCP, expected safetensors: write it as a model folder first, by "
+            f"`dist-ema merge FOLDER {dcp[0]}`, and give that folder"
+        )
     return path, read_model_folder(path)

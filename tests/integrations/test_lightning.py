@@ -262,7 +262,7 @@ def case_resume(root: Path, layout: str) -> None:
 
 
 def case_blends(root: Path, layout: str) -> None:
-    """The live weights are the average after every third step. A resume between two blends adds a track, and keeps it."""
+    """The live weights are the average after every third step, also where a resume between two blends adds a track."""
     steady = ConstantSchedule(momentum=0.3)
     blends: dict[str, Any] = {"evaluate": "live", "blend_every": 3, "blend_weight": 1.0}
     whole, stopped = average(schedule=steady, **blends), average(schedule=steady, **blends)

@@ -173,6 +173,33 @@ def test_before_the_first_update_and_within_the_burn_in_there_is_nothing_to_corr
         assert not torch.equal(net.weight, live)
 
 
+def test_on_a_track_that_was_added_during_the_run_the_correction_counts_from_then_on(tmp_path) -> None:
+    """It counted the updates of the whole run, so the correction had faded before the track began."""
+    net, bema = nn.Linear(2, 2), Bema(eta=0.5, rho=1.0)
+    ema = ShardedEMA(net, ConstantSchedule(decay=0.9))
+    for _ in range(5):
+        ema.update()
+    ema.add_track("late", bema.schedules["ema"])
+    ema.add_track("start", bema.schedules["start"])
+    new = ShardedEMA(net, bema.schedules)
+    for _ in range(4):
+        with torch.no_grad():
+            net.weight.add_(1.0)
+        ema.update()
+        new.update()
+    with new.average_parameters("ema", correct=bema):
+        expected = net.weight.detach().clone()
+    with ema.average_parameters("late", correct=bema):
+        assert torch.equal(net.weight, expected)
+    ema.save(tmp_path / "ema")
+    save_file(net.state_dict(), tmp_path / "live.safetensors")
+    ema.consolidate(tmp_path / "run", track="late", correct=bema)
+    live = tmp_path / "live.safetensors"
+    consolidate_checkpoint(tmp_path / "ema", tmp_path / "offline", track="late", correct=bema, live=live)
+    for made in ("run", "offline"):
+        assert torch.allclose(load_file(tmp_path / made / "model.safetensors")["weight"], expected, rtol=1e-6)
+
+
 def test_averaged_statistics_and_masks_are_not_corrected_into_negative_variances_or_nan() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

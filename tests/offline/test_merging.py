@@ -219,7 +219,7 @@ def test_wrong_arguments_are_told_before_anything_is_read(tmp_path) -> None:
     for sources in ([], "folder"):
         with pytest.raises(ConfigError, match="sources"):
             merge(tmp_path / "out", sources)
-    with pytest.raises(CheckpointNotFoundError):
+    with pytest.raises(CheckpointNotFoundError, match="expected weights to merge"):
         merge(tmp_path / "out", missing)
 
 
