@@ -171,8 +171,8 @@ class ConstantSchedule:
             )
         if half_life is not None and per_step is None:
             raise ConfigError(
-                f"half_life={half_life!r} is in no unit, expected per_step beside it: how many tokens, images or epochs "
-                "one update is. In updates it is half_life_steps"
+                f"half_life={half_life!r} is in no unit, expected per_step beside it: how many tokens, images or "
+                "epochs one update is. In updates it is half_life_steps"
             )
         if [decay, momentum, half_life_steps, half_life].count(None) != 3 or (half_life is None) != (per_step is None):
             raise ConfigError(
