@@ -7,6 +7,7 @@ that the command line answers without loading torch.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from dist_ema._version import __version__ as __version__
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from dist_ema.offline.synthesis import synthesize as synthesize
     from dist_ema.options import Experts as Experts
     from dist_ema.schedules.catalog import *  # noqa: F403
+
+if os.name != "posix":
+    raise ImportError(
+        f"dist_ema runs on POSIX systems alone, such as Linux and macOS, and this one is {os.name!r}: it locks folders "
+        "with flock, and its ranks talk through POSIX sockets. On Windows, run it in WSL 2"
+    )
 
 # Name -> its module.
 _HOME = {

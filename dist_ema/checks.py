@@ -12,8 +12,8 @@ from typing import Any
 
 from dist_ema.errors import ConfigError
 
-# A path as users give it.
 PathLike = str | os.PathLike[str]
+"""A path of the local file system; a URL is refused."""
 
 # "s3://bucket/x", the form of pathlib ("s3:/bucket/x"), and the chains of fsspec ("simplecache::s3://bucket/x"). A
 # scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
@@ -71,6 +71,21 @@ def positive_integer(name: str, value: object) -> int:
         number = 0
     if isinstance(value, bool) or not 1 <= number <= _LARGEST_INTEGER:
         raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 1 (and below 2^63)")
+    return number
+
+
+def update_number(name: str, value: object) -> int:
+    """`value` as the number of an update, which counts from 0; bools and floats are refused.
+
+    Raises:
+        ConfigError: it is not such a number.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**62:
+        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 0 (and below 2^62)")
     return number
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dist_ema.boxes.holding import Proof
 from dist_ema.boxes.plan import Plan
 from dist_ema.checkpoint.record import dtype_name, in_files, manifest_of
 from dist_ema.checkpoint.saving import model_files
+from dist_ema.checks import folder_name
 from dist_ema.disk.forms.deciding import FormOf, decide
 from dist_ema.disk.forms.models import Model
 from dist_ema.disk.manifest import Agreement
@@ -30,7 +31,10 @@ from dist_ema.ranks.calls import Call, ended_for_all
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.groups import names_of
 from dist_ema.schedules.base import Schedule
+from dist_ema.schedules.combinators import Every
 from dist_ema.schedules.functions import ScheduleLike
+from dist_ema.schedules.merging import MergeSchedule
+from dist_ema.schedules.nesting import inner_of
 from dist_ema.schedules.records import is_known, schedule_text, schedule_to_json
 from dist_ema.topology.experts import check_numbers
 from dist_ema.topology.names import class_of, unwrapped
@@ -108,6 +112,7 @@ def build(
         )
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
+        _warn_of_sampled_merges(exchange, state.schedules.values(), state.options)
         compared = in_files(state)
         replicas = Replicas(exchange, compared)
         replicas.check(_ACTION)
@@ -120,12 +125,12 @@ def add_track(call: Call, state: AveragedState, name: str, schedule: ScheduleLik
     """Collective: every rank must call it. See `ShardedEMA.add_track`."""
 
     def prepare() -> tuple[Schedule, Averages]:
-        (checked,) = checked_schedules({name: schedule}).values()
+        (checked,) = checked_schedules({folder_name("track name", name): schedule}).values()
         if not state.takes_tracks:
             raise ConfigError("add_track with into: a teacher holds one average. Build a second ShardedEMA beside it")
         if name in state.schedules:
             raise ConfigError(f"there is a track {name!r} already, among {list(state.schedules)}: give another name")
-        if start != LIVE and start not in state.schedules:
+        if start != LIVE and (not isinstance(start, str) or start not in state.schedules):
             raise ConfigError(f"start is {start!r}, expected {LIVE!r} or one of the tracks {list(state.schedules)}")
         return checked, state.new_averages()
 
@@ -135,11 +140,12 @@ def add_track(call: Call, state: AveragedState, name: str, schedule: ScheduleLik
             "track": name,
             "schedule": schedule_to_json(prepared[0]),
             "start": start,
-            "num_updates": state.num_updates,
+            **state.progress,
         },
         after_saves=True,
     )
     _warn_of_unknown_schedules(call.exchange, [checked])
+    _warn_of_sampled_merges(call.exchange, [checked], state.options)
     state.add_track(name, checked, averages, start)
 
 
@@ -152,7 +158,7 @@ def drop_track(call: Call, state: AveragedState, name: str) -> None:
             raise ConfigError(f"{track!r} is the only track: an average has at least one. Add another one first")
         return track
 
-    track = call.together(prepare, lambda track: {"track": track, "num_updates": state.num_updates}, after_saves=True)
+    track = call.together(prepare, lambda track: {"track": track, **state.progress}, after_saves=True)
     state.drop_track(track)
 
 
@@ -236,6 +242,28 @@ def _warn_of_unknown_schedules(exchange: Exchange, schedules: Iterable[Schedule]
             f"only your code can rebuild the schedule {', '.join(own)}: a checkpoint keeps its repr. A resume sees a "
             "change only if the repr tells, and dist-ema can neither draw it nor synthesize from its snapshots"
         )
+
+
+def _warn_of_sampled_merges(exchange: Exchange, schedules: Iterable[Schedule], options: Options) -> None:
+    """Collective: every rank must call it."""
+    interval = options.interval
+    if interval == 1 or options.interval_correction:
+        return
+    sampled = [one for one in schedules if not (isinstance(one, Every) and one.num_steps % interval == 0)]
+    merges = [merge for schedule in sampled for merge in _merges_in(schedule) if merge.num_steps > 1]
+    if merges:
+        exchange.warn(
+            f"{merges[0]!r} counts every update as a value, but interval={interval} leaves most of them out, so the "
+            f"first value would keep most of the weight. Give every({interval}, {merges[0]!r}): each value that is "
+            "taken then has the weight of those that it stands for"
+        )
+
+
+def _merges_in(schedule: Schedule) -> Iterator[MergeSchedule]:
+    if isinstance(schedule, MergeSchedule):
+        yield schedule
+    for inner in inner_of(schedule):
+        yield from _merges_in(inner)
 
 
 def _check_overlap(plan: Plan, *, has_teacher: bool) -> None:

@@ -370,7 +370,7 @@ class ShardedEMA:
             track: the name of the average; may be left out if there is one.
             dtype: floating-point tensors are sent in it, torch.bfloat16 say; None keeps the averaged dtype.
             bucket_bytes: bytes of messages that a rank keeps at a time. Besides what the caller keeps, a stream takes
-                this and the largest tensor.
+                at most twice this or twice the largest tensor.
             ranks: the ranks that get the tensors; None for all. On the others the call returns an empty iterator when
                 what they own has been sent.
 
@@ -401,6 +401,7 @@ class ShardedEMA:
             under all of them: DTensors under FSDP2, HSDP and TP, whole tensors under DDP.
 
         Raises:
+            SwapError: the averaged weights are in the model.
             UnsupportedModelError: the model is under FSDP1, whose flat shards have no such form.
             ConfigError: there is no such track.
         """
@@ -421,6 +422,7 @@ class ShardedEMA:
 
         Raises:
             SwapError: the averaged weights are in the model.
+            ConfigError: there is no such track, or `num_updates` is out of range.
             CheckpointMismatchError: names or layouts are not the model's.
         """
         self._calls(
@@ -450,6 +452,10 @@ class ShardedEMA:
         A dict of new tensors and numbers: `["tracks"][track][name]` are the averaged tensors, whole, `["num_updates"]`
         is the counter, `["kept_buffers"]` has what swaps have kept. Calling it on several ranks raises a `ConfigError`
         that names `save` and `stateful`, and so does `accelerator.register_for_checkpointing(ema)`.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            ConfigError: there are several ranks.
         """
         habits.refuse_registration()  # a method could not
         return functools.partial(self._calls, "state_dict", functools.partial(stateful.whole, state=self._state))
@@ -493,6 +499,7 @@ class ShardedEMA:
 
         Raises:
             SwapError: the averaged weights are in the model.
+            ConfigError: `max_shard_size` is no size.
             ModelChangedError: the model has other modules, names or shapes than when the average was built.
             RankMismatchError: the ranks made different calls, or different numbers of updates.
             UnsupportedModelError: ranks that should hold the same weights do not; nothing was written.
@@ -570,6 +577,7 @@ class ShardedEMA:
 
         Raises:
             SwapError: the averaged weights are in the model.
+            ConfigError: `num_updates` is below 1.
             CheckpointMismatchError: names or shapes differ from the model's, or several sets of weights fit.
             CheckpointCorruptError: a file is missing or damaged, or a pickle of more than tensors.
             CommunicationError: some rank did not make the call.
@@ -657,7 +665,8 @@ class ShardedEMA:
         """Collective: every rank must call it. Keep the live weights of now, for `dist-ema merge` and `synthesize`.
 
         It writes `path/live-<num_updates>`, a model folder with a manifest, beside the existing ones. It takes no
-        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`).
+        memory beyond bounded chunks. Call it after `update`, at the steps that you choose (`log_spaced`). It warns as
+        `snapshot` does.
 
         Args:
             path: the folder of all live snapshots of a run.
@@ -728,7 +737,11 @@ class ShardedEMA:
         self._saves.expect_updates()
 
     def num_refused(self) -> int:
-        """Collective: every rank must call it. How many live values `skip_nonfinite` has left out, over all updates."""
+        """Collective: every rank must call it. How many live values `skip_nonfinite` has left out, over all updates.
+
+        Returns:
+            The number over all ranks; the same on every rank.
+        """
         return self._calls("num_refused", lambda call: distance.num_refused(call, self._state))
 
     def restart(self) -> None:
@@ -750,7 +763,11 @@ class ShardedEMA:
             self._on_detach = []
 
     def on_detach(self, undo: Callable[[], None]) -> None:
-        """Have `detach` call `undo`; for integrations that register hooks. No communication."""
+        """Have `detach` call `undo`; for integrations that register hooks. No communication.
+
+        Args:
+            undo: a function that removes a hook.
+        """
         self._on_detach.append(undo)
 
     def __getattr__(self, name: str) -> NoReturn:

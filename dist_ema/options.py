@@ -28,8 +28,8 @@ __all__ = [
     "name_patterns",
 ]
 
-# One glob pattern of names, several, or none, as users give them.
 Patterns = str | Iterable[str] | None
+"""One glob pattern of names, several, or none. A pattern matches a whole name, and `*` crosses dots."""
 
 _AVERAGED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

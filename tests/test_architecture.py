@@ -237,6 +237,7 @@ PRIVATE_NAMES = {
     "boxes.shards": {"_extra_state": "test_a_tensor_of_extra_state_is_in_the_files_so_that_a_strict_load_works"},
     "averaging.update": {"_foreach_lerp_": OF_TENSORS},
     "averaging.averages": {"_foreach_copy_": OF_TENSORS},
+    "averaging.standstill": {"_dynamo": "test_a_compiler_that_is_loaded_after_the_first_update_does_not_trace_updates"},
     "uninterrupted": {"_version": OF_TENSORS},
     "integrations.accelerate": {"_models": "test_detach_removes_the_hooks_and_frees_the_name"},
     "integrations.watch": {"_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted"},
@@ -509,12 +510,15 @@ def test_importing_the_package_or_its_command_line_does_not_load_torch() -> None
 
 
 def test_tests_lie_in_the_folders_of_the_package() -> None:
-    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps."""
+    """A test of `dist_ema/disk/` is found in `tests/disk/`; `launch` and `crash` mirror launch/ and its sweeps.
+
+    `everything` has what `launch/everything.sh` alone runs.
+    """
 
     def folders(parent: Path) -> set[str]:
         return {path.parent.name for path in parent.glob("*/*.py")}
 
-    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash"} == folders(PACKAGE)
+    assert folders(TESTS) - {"support", "fixtures", "golden", "launch", "crash", "everything"} == folders(PACKAGE)
     tests = [path for path in TESTS.rglob("*.py") if "def test_" in path.read_text()]
     assert [path for path in tests if not path.name.startswith("test_")] == [], "pytest does not collect these"
 

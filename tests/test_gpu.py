@@ -66,10 +66,10 @@ def warmed_up(ema: ShardedEMA) -> ShardedEMA:
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Within a rounding unit: a GPU may fuse what a CPU does not."""
+    """Within some rounding units of 1: one kernel may fuse what another does not, and differences cancel."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value.cpu(), rtol=3e-7, atol=1e-7)
+        torch.testing.assert_close(found[name], value.cpu(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

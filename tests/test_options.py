@@ -88,11 +88,11 @@ def test_an_option_says_whether_it_is_recorded(name) -> None:
 
 @pytest.mark.parametrize("name", [*FIELDS, "into"])
 def test_an_option_is_told_wherever_a_reader_looks(name) -> None:
-    assert re.search(rf"^ {{8}}{name}: ", ShardedEMA.__doc__, re.MULTILINE), "the docstring of ShardedEMA"
+    assert re.search(rf"^ {{4}}{name}: ", inspect.getdoc(ShardedEMA), re.MULTILINE), "the docstring of ShardedEMA"
     table = (ROOT / "docs" / "training.md").read_text().split("## Options of")[1].split("\n## ")[0]
     assert re.search(rf"`{name}[=`]", table), "docs/training.md"
     if name in FIELDS:
-        assert re.search(rf"^ {{8}}{name}: ", Options.__doc__, re.MULTILINE), "the docstring of Options"
+        assert re.search(rf"^ {{4}}{name}: ", inspect.getdoc(Options), re.MULTILINE), "the docstring of Options"
         row = next(line for line in FORMAT_PAGE.splitlines() if line.startswith("| `options` |"))
         assert (f"`{name}`" in row) == FIELDS[name].metadata["recorded"], "docs/checkpoint_format.md"
 

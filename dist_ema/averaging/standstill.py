@@ -76,7 +76,6 @@ def _is_still(schedule: Schedule, step: int) -> bool:
 
 
 def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    """Do one update: see `ShardedEMA.update`. It counts as a use, and warns when a schedule is over."""
     step, mode = state.num_updates, torch.is_grad_enabled()
     try:
         try:
@@ -92,5 +91,21 @@ def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: t
         standstill.tell(step)
 
 
-# A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update.
-update_and_count = torch.compiler.disable(_update_and_count)
+# The module of the compiler, which `torch.compiler.disable` would load: that takes a second.
+_COMPILER = "torch._dynamo"
+_untraced: Callable[[AveragedState, Standstill, torch.Tensor | None], None] | None = None
+
+
+def update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
+    """Do one update, as `ShardedEMA.update` describes it; it counts as a use, and warns when a schedule is over.
+
+    A compiled optimizer step traces its hooks too, and must not trace the lists and counters of an update. Nothing is
+    compiled before the compiler is loaded, which may come after the first updates.
+    """
+    global _untraced
+    if _untraced is None:
+        if _COMPILER not in sys.modules:
+            _update_and_count(state, standstill, found_inf)
+            return
+        _untraced = torch.compiler.disable(_update_and_count)
+    _untraced(state, standstill, found_inf)

@@ -8,6 +8,8 @@ methods communicate.
 from __future__ import annotations
 
 import functools
+import math
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from dist_ema.boxes.shards import Box, Shard
 from dist_ema.errors import ConfigError, SwapError
 from dist_ema.options import Options, with_floating
 from dist_ema.schedules.base import Schedule, momentum_of_update
+from dist_ema.schedules.records import is_known
 from dist_ema.uninterrupted import Job, Lane, Once
 
 __all__ = ["AveragedState"]
@@ -58,6 +61,7 @@ class AveragedState:
         self._swapped: str | None = None
         self._leave: Callable[[], None] | None = None
         self.is_streamed = False
+        self._watches_momenta = _may_differ(self.schedules)
         # It is replaced as a whole by one assignment, so that its fields always agree.
         self._now = Now()
 
@@ -126,27 +130,43 @@ class AveragedState:
         now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
         if self._now.not_started:  # these averages move, whether or not this update averages
             now = now._replace(kept={})
-        count = Once(self, "_now", now)
         # All momenta come before the first lerp: a schedule that fails must not leave the tracks at odds.
         if step == 0:
-            self._copy_live(count, first)
-        elif self._now.starts:
-            self._update_tracks_apart(step, count, found_inf, first)
+            self._copy_live(Once(self, "_now", now), first)
+        elif now.starts:
+            self._update_tracks_apart(step, now, found_inf, first)
         elif step % options.interval == 0:
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
             self._start_from_live()
-            self._updater.lerp(momenta, count, unless=found_inf, first=first)
+            self._updater.lerp(momenta, self._counting(now, momenta), unless=found_inf, first=first)
         else:
-            self._only_count(count, first)
+            self._only_count(Once(self, "_now", now), first)
 
-    def _update_tracks_apart(
-        self, step: int, count: Once, found_inf: torch.Tensor | None, first: Sequence[Lane]
-    ) -> None:
+    def _counting(self, now: Now, momenta: Sequence[float]) -> Once:
+        """Sets the counters of an update with these momenta."""
+        if self._watches_momenta:
+            # Three digits: the functions of C may round differently on other machines.
+            text = " ".join(f"{momentum:.3g}" for momentum in momenta)
+            now = now._replace(momenta=zlib.crc32(text.encode(), now.momenta))
+        return Once(self, "_now", now)
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """What must be alike on all ranks: the number of updates and, where users give them, their momenta."""
+        momenta = (
+            {"momenta so far (made of batch_size=, or by a schedule of your own; checksums)": self._now.momenta}
+            if self._watches_momenta
+            else {}
+        )
+        return {"num_updates": self.num_updates, **momenta}
+
+    def _update_tracks_apart(self, step: int, now: Now, found_inf: torch.Tensor | None, first: Sequence[Lane]) -> None:
         """An update where tracks have numbers of their own: see [Note: tracks that begin later]."""
         interval = self.options.interval
         own = [self._now.own_number(track, step) for track in self.schedules]
+        self.use.first_start = step - own[0]
         if all(number % interval for number in own):
-            self._only_count(count, first)
+            self._only_count(Once(self, "_now", now), first)
             return
         momenta = [
             0.0 if number == 0 or number % interval else self._momentum(schedule, number)
@@ -154,6 +174,7 @@ class AveragedState:
         ]
         self._start_from_live()
         beginning = [index for index, number in enumerate(own) if number == 0]
+        count = self._counting(now, momenta)
         self._updater.lerp(momenta, count, unless=found_inf, first=first, beginning=beginning)
 
     def _only_count(self, count: Once, first: Sequence[Lane]) -> None:
@@ -274,7 +295,11 @@ class AveragedState:
         self._updater.complete()
         updater = self._updater.of_tracks(list(averages.values()))
         # One call of C, so that an interrupt finds the former tracks or the new ones.
-        self.__dict__.update(schedules=schedules, averages=averages, _updater=updater, _now=now)
+        self.use.first_start = 0  # the next update tells, if it is another number
+        watches = _may_differ(schedules)
+        self.__dict__.update(
+            schedules=schedules, averages=averages, _updater=updater, _watches_momenta=watches, _now=now
+        )
 
     @property
     def beginnings(self) -> Beginnings:
@@ -294,18 +319,22 @@ class AveragedState:
         self._forgetting().call()
 
     def _forgetting(self) -> Once:
-        self.use.is_begun_on_purpose = True
+        self.use.is_begun_on_purpose, self.use.first_start = True, 0
         return Once(self, "_now", Now(num_refused_before=self._now.num_refused_before))
 
     def _take(self, lanes: Sequence[Lane], now: Now) -> None:
-        self.use.is_begun_on_purpose = True
+        self.use.is_begun_on_purpose, self.use.first_start = True, 0
         self._updater.set(Job(lanes, Once(self, "_now", now)), look_later=True)
 
     def momentum(self, track: str) -> float:
-        """The momentum of the latest update that averaged: 1 for the copy of update number 0."""
+        """The momentum of the latest update that averaged: 1 for the copy of update number 0; nan if unknown."""
         latest = self._now.latest_averaging(track, max(self.num_updates - 1, 0), self.options.interval)
         own = self._now.own_number(track, latest)
-        return 1.0 if own <= 0 else self._momentum(self.schedules[track], own)
+        if own <= 0:
+            return 1.0
+        schedule = self.schedules[track]
+        is_unknown = self.batch_size is None and hasattr(schedule, "momentum_for")  # of a run before a resume
+        return math.nan if is_unknown else self._momentum(schedule, own)
 
     def _momentum(self, schedule: Schedule, step: int) -> float:
         return momentum_of_update(schedule, step, batch_size=self.batch_size, **self.options.rhythm)
@@ -490,3 +519,8 @@ class AveragedState:
     def live_dtypes(self, floating: torch.dtype | None = None) -> dict[str, torch.dtype]:
         """As `dtypes`, of the live weights."""
         return with_floating({spec.fqn: spec.dtype for spec in self.plan.specs}, floating)
+
+
+def _may_differ(schedules: Mapping[str, Schedule]) -> bool:
+    """Whether the momenta are made of what each rank gives: a batch size, or a schedule of the user's own."""
+    return any(hasattr(schedule, "momentum_for") or not is_known(schedule) for schedule in schedules.values())

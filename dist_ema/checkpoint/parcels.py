@@ -24,12 +24,16 @@ from dist_ema.ranks import relays
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.ranks.wires.wires import Wires
 
-__all__ = ["Bytes", "Guard", "Parcels", "Part", "Window"]
+__all__ = ["Bytes", "Desk", "Guard", "Parcels", "Part", "Window"]
 
 # In worlds of more ranks, parcels of at most so many bytes go by relays. So a writer hears directly from as many ranks
 # at most as larger parcels have room in its part of a file.
 _MOST_DIRECT = 64
 _SMALL_BYTES = 2**15
+# What a writer receives at most in the first round of a file on top of a window: few bytes do not wait for theirs.
+_EARLY_BYTES = 8 * 2**20
+# Up to so many bytes, what touches is written together. What overlaps lies in one window.
+_JOINED_BYTES = 2**20
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -50,10 +54,13 @@ class Part:
             rows = self.values[cut.row : cut.row + strip.count, first : first + strip.run_bytes // itemsize]
             yield Part(strip, rows, self.dtype)
 
-    def content(self) -> Bytes:
-        """The bytes, one row for every stretch."""
-        flat: Bytes = host_bytes(self.values, self.dtype).numpy()
-        return flat.reshape(self.strip.count, self.strip.run_bytes)
+    def copy_to(self, rows: Bytes) -> None:
+        """Convert and copy the bytes: one row of contiguous bytes for every stretch."""
+        itemsize = self.dtype.itemsize
+        if rows.ctypes.data % itemsize == 0 and rows.strides[0] % itemsize == 0:
+            torch.from_numpy(rows).view(self.dtype).copy_(self.values.detach())  # without a contiguous copy in between
+        else:
+            rows[...] = host_bytes(self.values, self.dtype).numpy().reshape(rows.shape)
 
 
 class Guard:
@@ -92,6 +99,7 @@ class Parcels:
         self._relayed: dict[tuple[int, int], list[Bytes]] = {}
         self._message = np.empty(0, dtype=np.uint8)
         self._inbox: Bytes | None = None
+        self._desk = Desk()
 
     def put(self, file: int, window: int, writer: int, part: Part) -> None:
         """Add a part, which lies in one window, to what a writer gets; the writer may be this rank."""
@@ -107,6 +115,7 @@ class Parcels:
         """
         if exchange.world_size > _MOST_DIRECT:
             self._relay(exchange, wires, action)
+        self._send_few_at_once(_EARLY_BYTES // exchange.world_size)
         to_writer: dict[int, list[tuple[int, int, int]]] = {}
         for (file, window), by_writer in self._sent.items():
             for writer, parts in by_writer.items():
@@ -121,6 +130,19 @@ class Parcels:
                 self._received_bytes.setdefault((file, window), {})[source] = size
         most = max((sum(by_source.values()) for by_source in self._received_bytes.values()), default=0)
         self._guard(self._take_memory, most)
+
+    def _send_few_at_once(self, few_bytes: int) -> None:
+        """Move what a writer gets of a file to one round, the first, if it is little in all: a round has its price."""
+        by_pair: dict[tuple[int, int], list[int]] = {}
+        for file, window in sorted(self._sent):
+            for writer in self._sent[file, window]:
+                by_pair.setdefault((file, writer), []).append(window)
+        for (file, writer), windows in by_pair.items():
+            if windows == [0] or sum(_parcel_bytes(self._sent[file, window][writer]) for window in windows) > few_bytes:
+                continue
+            parts = [part for window in windows for part in self._sent[file, window].pop(writer)]
+            self._sent.setdefault((file, 0), {})[writer] = parts
+        self._sent = {place: by_writer for place, by_writer in self._sent.items() if by_writer}
 
     def _take_memory(self, most_bytes: int) -> None:
         self._inbox = np.empty(most_bytes, dtype=np.uint8)
@@ -148,7 +170,7 @@ class Parcels:
         """Point to point: pass on the parcels of a file, round after round. Yields what this rank is to write."""
         places = {place for place in (*self._sent, *self._received_bytes, *self._relayed) if place[0] == file}
         for place in sorted(places):
-            window = Window()
+            window = Window(self._desk)
             by_writer = self._sent.pop(place, {})
             self._guard(window.put_parts, by_writer.pop(self._rank, []))
             for content in self._relayed.pop(place, []):
@@ -190,49 +212,103 @@ def _parcel_bytes(parts: Sequence[Part]) -> int:
 def _pack(message: Bytes, parts: Sequence[Part]) -> None:
     head = [len(parts)]
     for part in parts:
-        head += dataclasses.astuple(part.strip)
+        strip = part.strip
+        head += (strip.start, strip.run_bytes, strip.stride_bytes, strip.count)
     at = 8 * len(head)
     message[8:at].view(np.int64)[:] = head[1:]
     for part in parts:
-        message[at : at + part.strip.nbytes] = part.content().reshape(-1)
+        part.copy_to(message[at : at + part.strip.nbytes].reshape(part.strip.count, part.strip.run_bytes))
         at += part.strip.nbytes
     message[:8].view(np.int64)[:] = len(parts)
 
 
-class Window:
-    """The bytes that a writer has received in one round, put together."""
+class Desk:
+    """Memory on which one window after the other is put together; fresh memory costs the kernel as much as a copy."""
 
     def __init__(self) -> None:
-        self._stretches: list[tuple[Strip, Bytes]] = []
+        self._bytes: Bytes = np.empty(0, dtype=np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size: that of the longest stretch so far."""
+        return len(self._bytes)
+
+    def take(self, size_bytes: int) -> Bytes:
+        """So many bytes, which the next call may give again."""
+        if len(self._bytes) < size_bytes:
+            self._bytes = np.empty(size_bytes, dtype=np.uint8)
+        return self._bytes[:size_bytes]
+
+
+class Window:
+    """The bytes that a writer has received in one round, put together.
+
+    Args:
+        desk: where that is done.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._pieces: list[tuple[Strip, Callable[[Bytes], None]]] = []  # the function puts the bytes into rows
 
     def put_parts(self, parts: Sequence[Part]) -> None:
         """Take this rank's own bytes."""
-        self._stretches += [(part.strip, part.content()) for part in parts]
+        self._pieces += [(part.strip, part.copy_to) for part in parts]
 
     def put_message(self, message: Bytes) -> None:
-        """Take the bytes of another rank."""
+        """Take the bytes of another rank; they must stay where they are until the window is written."""
         count = int(message[:8].view(np.int64)[0])
         at = 8 * (1 + 4 * count)
         for numbers in message[8:at].view(np.int64).reshape(count, 4).tolist():
             strip = Strip(*numbers)
-            self._stretches.append((strip, message[at : at + strip.nbytes].reshape(strip.count, strip.run_bytes)))
+            self._pieces.append((strip, partial(_copy_rows, message[at : at + strip.nbytes])))
             at += strip.nbytes
 
     def stretches(self) -> Iterator[tuple[int, Bytes]]:
-        """Offset in the file and bytes of every longest stretch without a gap."""
-        if not self._stretches:
-            return
-        strips = [strip for strip, _ in self._stretches]
-        origin, end = min(strip.start for strip in strips), max(strip.stop for strip in strips)
-        window = np.empty(end - origin, dtype=np.uint8)
-        for strip, content in self._stretches:
-            first = window[strip.start - origin :]
-            np.lib.stride_tricks.as_strided(first, content.shape, (strip.stride_bytes, 1))[...] = content
-        starts = np.concatenate([strip.start + strip.stride_bytes * np.arange(strip.count) for strip in strips])
-        stops = starts + np.repeat([strip.run_bytes for strip in strips], [strip.count for strip in strips])
-        order = np.argsort(starts)
-        starts, stops = starts[order], stops[order]
-        gaps = np.flatnonzero(starts[1:] != stops[:-1])
-        first_of, last_of = np.concatenate([[0], gaps + 1]), np.concatenate([gaps, [len(starts) - 1]])
-        for start, stop in zip(starts[first_of].tolist(), stops[last_of].tolist(), strict=True):
-            yield start, window[start - origin : stop - origin]
+        """Offset in the file and bytes of every longest stretch without a gap; the bytes are valid until the next."""
+        for pieces in _entangled(self._pieces):
+            strips = [strip for strip, _ in pieces]
+            origin, end = strips[0].start, max(strip.stop for strip in strips)
+            place = self._desk.take(end - origin)
+            for strip, copy_to in pieces:
+                shape, strides = (strip.count, strip.run_bytes), (strip.stride_bytes, 1)
+                copy_to(np.lib.stride_tricks.as_strided(place[strip.start - origin :], shape, strides))
+            for start, stop in _without_gaps(strips):
+                yield start, place[start - origin : stop - origin]
+
+
+_Pieces = list[tuple[Strip, Callable[[Bytes], None]]]
+
+
+def _copy_rows(content: Bytes, rows: Bytes) -> None:
+    rows[...] = content.reshape(rows.shape)
+
+
+def _entangled(pieces: _Pieces) -> Iterator[_Pieces]:
+    """The pieces in order, in groups. No two groups overlap; those that touch are one up to `_JOINED_BYTES`."""
+    group: _Pieces = []
+    stop = 0
+    for piece in sorted(pieces, key=lambda piece: piece[0].start):
+        strip = piece[0]
+        if group and (strip.start > stop or (strip.start == stop and strip.stop - group[0][0].start > _JOINED_BYTES)):
+            yield group
+            group = []
+        group.append(piece)
+        stop = max(stop, strip.stop)
+    if group:
+        yield group
+
+
+def _without_gaps(strips: Sequence[Strip]) -> Iterator[tuple[int, int]]:
+    """The offsets of the longest stretches without a gap that the strips, which do not overlap, make together."""
+    first_start, last_stop = min(strip.start for strip in strips), max(strip.stop for strip in strips)
+    if sum(strip.nbytes for strip in strips) == last_stop - first_start:
+        yield first_start, last_stop
+        return
+    starts = np.concatenate([strip.start + strip.stride_bytes * np.arange(strip.count) for strip in strips])
+    stops = starts + np.repeat([strip.run_bytes for strip in strips], [strip.count for strip in strips])
+    order = np.argsort(starts)
+    starts, stops = starts[order], stops[order]
+    gaps = np.flatnonzero(starts[1:] != stops[:-1])
+    first_of, last_of = np.concatenate([[0], gaps + 1]), np.concatenate([gaps, [len(starts) - 1]])
+    yield from zip(starts[first_of].tolist(), stops[last_of].tolist(), strict=True)

@@ -14,8 +14,8 @@ from dist_ema.checkpoint.background import Background
 from dist_ema.checkpoint.record import in_files, live_manifest_of, manifest_of
 from dist_ema.checkpoint.save_warnings import SaveWarnings
 from dist_ema.checkpoint.saving import model_files, write_average, write_export
-from dist_ema.checkpoint.snapshots.names import SNAPSHOT, snapshots_after
-from dist_ema.checkpoint.snapshots.window import LIVE_SNAPSHOT, SnapshotWindow, trim
+from dist_ema.checkpoint.snapshots.names import LIVE_SNAPSHOT, SNAPSHOT, snapshots_after
+from dist_ema.checkpoint.snapshots.window import SnapshotWindow, trim
 from dist_ema.checkpoint.unchanged_part import Changes, Part
 from dist_ema.checkpoint.writing import Pieces
 from dist_ema.checks import PathLike, absolute, target_folder, working_folder
@@ -53,6 +53,7 @@ class _Request:
         replaces_former: whether all saves of a run go to the same `target`.
         correct: what corrects the average that is exported.
         is_live: whether the live weights are written in place of averages.
+        keep: which snapshots of the live weights are kept.
     """
 
     path: PathLike
@@ -66,6 +67,7 @@ class _Request:
     replaces_former: bool = False
     correct: Correction | None = None
     is_live: bool = False
+    keep: SnapshotWindow | None = None
 
 
 class _Prepared(NamedTuple):
@@ -139,7 +141,7 @@ class SaveCalls:
 
         request = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, background=background)
         self._write(call, request)
-        self._warn_of_later_snapshots(call, path)
+        self._warn_of_later_snapshots(call, path, SNAPSHOT)
 
     def snapshot_live(
         self,
@@ -156,9 +158,11 @@ class SaveCalls:
                 raise ConfigError(f"keep is {keep!r}, expected a SnapshotWindow(fraction=..., num_folders=...) or None")
             return absolute(path) / LIVE_SNAPSHOT.format(self._state.num_updates)
 
-        self._write(call, _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, is_live=True))
+        live = _Request(path=path, target=target, dtype=dtype, max_shard_size=max_shard_size, is_live=True, keep=keep)
+        self._write(call, live)
         if keep is not None:  # on all ranks: a save that one rank cannot do raises on all
             call.exchange.on_rank_0(call.name, lambda: trim(absolute(path), keep, self._state.num_updates))
+        self._warn_of_later_snapshots(call, path, LIVE_SNAPSHOT)
 
     def consolidate(
         self,
@@ -208,8 +212,7 @@ class SaveCalls:
             self.warnings.warn_of_no_updates(exchange, part.plan, manifest.num_updates)
         self._replicas.check(call.name, part.plan)
         if request.is_export:
-            (pieces,) = tracks.values()
-            track = next(iter(tracks))
+            ((track, pieces),) = tracks.items()
             if request.correct is not None:
                 pieces = self._corrected(call, request, request.correct, pieces)
             card = card_text(manifest.form, manifest.tracks[track], manifest.count_of(track))
@@ -273,7 +276,7 @@ class SaveCalls:
 
     def _corrected(self, call: Call, request: _Request, correct: Correction, pieces: Pieces) -> Pieces:
         """Collective where the correction reads from disk: the pieces with corrected values."""
-        values = correct(call, self._state.values(request.track), request.track)
+        values = correct(call, request.track, self._state.values(request.track))
         corrected = {shard.box: value for shard, value in zip(self._state.shards, values, strict=True)}
         return [(box, corrected.get(box, value)) for box, value in pieces]
 
@@ -284,14 +287,12 @@ class SaveCalls:
 
     def _same(self, request: _Request, prepared: _Prepared) -> dict[str, Any]:
         return {
+            **self._state.progress,  # before the path: that of a snapshot has the number
             "path": str(prepared.target),
             "tracks": list(prepared.tracks),
-            "num_updates": prepared.manifest.num_updates,
             "kept_buffers": list(prepared.manifest.kept_buffers),
-            "dtype": str(request.dtype),
-            "correct": repr(request.correct),
+            **{name: str(getattr(request, name)) for name in ("dtype", "correct", "keep", "max_shard_size")},
             "only_unchanged": bool(request.only_unchanged),
-            "max_shard_size": str(request.max_shard_size),
             "background": prepared.background,
         }
 
@@ -308,12 +309,12 @@ class SaveCalls:
         with ended_for_all(exchange, call.name):  # an interrupt before the thread has begun
             self.background.start(write)
 
-    def _warn_of_later_snapshots(self, call: Call, path: PathLike) -> None:
+    def _warn_of_later_snapshots(self, call: Call, path: PathLike, form: str) -> None:
         exchange = call.exchange
         if self._warned_of_later_in == exchange.epoch:
             return
         now = self._state.num_updates
-        num_later, first = exchange.on_rank_0(call.name, lambda: snapshots_after(now, absolute(path)))
+        num_later, first = exchange.on_rank_0(call.name, lambda: snapshots_after(form, now, absolute(path)))
         if num_later:
             self._warned_of_later_in = exchange.epoch
             exchange.warn(

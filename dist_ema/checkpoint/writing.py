@@ -39,11 +39,14 @@ _PAGE_BYTES = 64 * 2**10
 # A small file has few writers: each further one costs every rank a message.
 _LEAST_PAGES = 16
 # Shorter stretches are sent to the writer of their page.
-_LONG_BYTES = 2**20
+_LONG_BYTES = 2**18
 # What a writer receives in one round; a multiple of the page.
 _WINDOW_BYTES = 8 * 2**20
-# What is brought to the host, converted and written at a time.
+# What is brought to the host and converted at a time.
 _CHUNK_BYTES = 8 * 2**20
+# What is summed up and then written at a time: it stays in the processor's cache between the two, and the kernel lets
+# one rank at a time write to a file.
+_WRITE_BYTES = 2**19
 
 
 def write_tensors(
@@ -82,12 +85,18 @@ def write_tensors(
         for number, writing in enumerate(writings):
             writing.write(parcels.windows(None, number))
         return guard.failure
-    with exchange.wires(f"writing {folder}") as wires:
-        if any(writing.may_receive for writing in writings):
-            wires.listen()
-        parcels.announce(exchange, wires, f"writing {folder}")
-        for number, writing in enumerate(writings):
-            writing.write(parcels.windows(wires, number))
+    try:
+        with exchange.wires(f"writing {folder}") as wires:
+            if any(writing.may_receive for writing in writings):
+                wires.listen()
+            for writing in writings[:1]:
+                writing.write_in_place()  # the disk is at work while the ranks wait for one another
+            parcels.announce(exchange, wires, f"writing {folder}")
+            for number, writing in enumerate(writings):
+                writing.write(parcels.windows(wires, number))
+    finally:
+        for writing in writings[:1]:
+            writing.close()
     return guard.failure
 
 
@@ -139,19 +148,24 @@ class _FileWriting:
         self._direct: list[Part] = []
         self._descriptor = -1
 
+    def write_in_place(self) -> None:
+        """Write the parts that this rank writes in place, unless that was done."""
+        self._guard(self._write_direct)
+        self._direct = []
+
     def write(self, windows: Iterable[Window]) -> None:
         """Write the parts that this rank writes in place, and then the windows, as they come."""
         try:
-            self._guard(self._write_direct)
+            self.write_in_place()
             for window in windows:
                 self._guard(self._write_window, window)
             if self._descriptor >= 0:
                 self._guard(os.fsync, self._descriptor)
         finally:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
-        """Close the file. A network file system may report only now that a write has failed."""
+    def close(self) -> None:
+        """Close the file. A network file system may report only now that a write has failed. Twice does no harm."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:
@@ -196,14 +210,22 @@ class _FileWriting:
     def _write(self, offset: int, content: Bytes) -> None:
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_WRONLY)
-        if self._checksums is not None:
-            for entry in self._entries[max(bisect.bisect_right(self._starts, offset) - 1, 0) :]:
-                if entry.start >= offset + len(content):
-                    break
-                first, last = max(entry.start, offset), min(entry.start + entry.nbytes, offset + len(content))
-                if first < last:
-                    self._checksums.add(entry.fqn, first - entry.start, content[first - offset : last - offset])
-        write_all(self._descriptor, content, offset)
+        for start in range(0, len(content), _WRITE_BYTES):
+            piece = content[start : start + _WRITE_BYTES]
+            self._add_checksums(offset + start, piece)
+            write_all(self._descriptor, piece, offset + start)
+
+    def _add_checksums(self, offset: int, content: Bytes) -> None:
+        if self._checksums is None:
+            return
+        stop = offset + len(content)
+        for index in range(max(bisect.bisect_right(self._starts, offset) - 1, 0), len(self._entries)):
+            entry = self._entries[index]
+            if entry.start >= stop:
+                break
+            first, last = max(entry.start, offset), min(entry.start + entry.nbytes, stop)
+            if first < last:
+                self._checksums.add(entry.fqn, first - entry.start, content[first - offset : last - offset])
 
     @property
     def may_receive(self) -> bool:

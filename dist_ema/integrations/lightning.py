@@ -63,10 +63,11 @@ _REFUSED = ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
 class EMACallback(Callback):
     """Averages the LightningModule while `trainer.fit` trains it, under the names of its state dict.
 
-    There is one update after each real optimizer step; of several optimizers (manual optimization) one at the end of
-    each batch in which any has stepped. `X.ckpt` has its average in `X.<name>/` beside it, a folder checkpoint in
-    `<folder>/<name>/`; it is removed with its checkpoint, and `ckpt_path` loads it. Validation, test and predict see
-    the averaged weights; between them, and after `fit`, the model holds the live ones.
+    Collective: all ranks train, and every rank has the callback. There is one update after each real optimizer step; of
+    several optimizers (manual optimization) one at the end of each batch in which any has stepped. `X.ckpt` has its
+    average in `X.<name>/` beside it, a folder checkpoint in `<folder>/<name>/`; it is removed with its checkpoint, and
+    `ckpt_path` loads it. Validation, test and predict see the averaged weights; between them, and after `fit`, the
+    model holds the live ones.
 
     Args:
         schedule: a schedule, `{track_name: schedule}`, or a function of the run's number of optimizer steps
@@ -86,6 +87,8 @@ class EMACallback(Callback):
 
     Raises:
         ConfigError: an argument is not one of the above.
+        AttachError: the Trainer cannot be served; when `fit` begins.
+        CheckpointNotFoundError: the checkpoint of `ckpt_path` has no average; when `fit` begins.
     """
 
     def __init__(

@@ -97,6 +97,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ConfigError: an option is unknown or out of range.
+        AttachError: the Trainer cannot be served; when it is made, or when `train` begins.
     """
 
     def __init__(

@@ -110,8 +110,9 @@ class Watch:
         self._record.num_hook_updates += 1
         self._seen_calls = self._record.use.num_calls
         # Of a step that may have been skipped only a second look at the count, which waits for the device, knows more.
-        if self._blending is not None and self._blending.is_due(following) and ema.num_updates == following:
-            ema.copy_to_model(ema.tracks[0], weight=self._blending.weight)
+        blending, start = self._blending, ema.use.first_start
+        if blending is not None and blending.is_due(following, start) and ema.num_updates == following:
+            ema.copy_to_model(ema.tracks[0], weight=blending.weight)
 
     def _notice_others(self) -> None:
         """Notice updates of the user since the last one of the hook."""

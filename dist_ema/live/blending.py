@@ -50,8 +50,14 @@ class Blending:
             interval=positive_integer("interval", interval),
         )
 
-    def is_due(self, num_updates: int) -> bool:
-        """Whether a blend follows the latest of so many updates. Update number 0 is a copy, and has none."""
-        if num_updates < 2 or (num_updates - 1) % self.interval:
+    def is_due(self, num_updates: int, start: int = 0) -> bool:
+        """Whether a blend follows the latest of so many updates. Update number 0 is a copy, and has none.
+
+        Args:
+            num_updates: the number of updates.
+            start: the number of the update at which the track began: its `interval` counts from there.
+        """
+        own_number = num_updates - 1 - start
+        if own_number < 1 or own_number % self.interval:
             return False
         return num_updates // self.every > max(num_updates - self.interval, 0) // self.every

@@ -84,7 +84,11 @@ class Bema:
         return {"ema": self._average(), **({START_TRACK: start} if self.start is None else {})}
 
     def weight(self, num_updates: int) -> float:
-        """The weight a_t of the correction after so many updates of a track; 0 where there is nothing to correct."""
+        """The weight a_t of the correction after so many updates of a track; 0 where there is nothing to correct.
+
+        Args:
+            num_updates: the number of updates of the track so far.
+        """
         step = num_updates - 1
         age = self.rho + self.gamma * step
         return 0.0 if step <= self.update_after_step or age <= 0.0 else float(age**-self.eta)
@@ -145,13 +149,13 @@ class Correction:
             check_start_track(self._state.schedules)
 
     @torch.no_grad()
-    def __call__(self, call: Call, values: Sequence[torch.Tensor], track: str | None) -> tuple[torch.Tensor, ...]:
+    def __call__(self, call: Call, track: str | None, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Collective where theta_0 is read from disk: every rank must call it, when all have passed `check`.
 
         Args:
             call: the call in which the values are used.
+            track: the average that is corrected, whose updates t counts; may be None if there is one.
             values: the averaged values of `state.shards`, which stay as they are.
-            track: whose values they are; t counts its updates, also where it was added during the run.
 
         Returns:
             The corrected values, in new memory, in float32 or wider; of averaged buffers the given ones.
@@ -169,7 +173,7 @@ class Correction:
             self._read(call, state, Path(str(self._bema.start)), shards, results)
         else:
             results = room()
-            start = state.averages[START_TRACK].values
+            start = state.values(START_TRACK)  # the live ones where it has none yet
             for result, index in zip(results, parameters, strict=True):
                 result.copy_(start[index])
         corrected = list(values)

@@ -18,8 +18,8 @@ from dist_ema.ranks.exchange import Exchange
 
 __all__ = ["Groups", "distances", "metrics", "num_refused", "relative_distance", "sum_refused"]
 
-# Name of a group -> glob pattern or patterns of the names in it.
 Groups = Mapping[str, str | Iterable[str]]
+"""Name of a group -> glob pattern or patterns of the names in it."""
 
 WHOLE = "all"
 
@@ -44,7 +44,7 @@ def distances(
 
     def same(prepared: tuple[list[str], dict[str, set[str]]]) -> dict[str, Any]:
         names, members = prepared
-        return {"tracks": names, "groups": {group: sorted(fqns) for group, fqns in members.items()}}
+        return {"tracks": names, **state.progress, "groups": {group: sorted(fqns) for group, fqns in members.items()}}
 
     names, members = call.together(prepare, same)
     return [_distances(call.exchange, state, name, members) for name in names]

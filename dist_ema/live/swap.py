@@ -194,10 +194,10 @@ def agreed_values(
         values, done = call.alone(prepare)
     else:
         same = {"correct": repr(correct), **further}
-        values, done = call.together(prepare, lambda _: {"track": state.track(track), **same})
+        values, done = call.together(prepare, lambda _: {"track": state.track(track), **state.progress, **same})
         if state.plan.has_replicas:
             replicas.check_once(call.name, state.num_updates)
-    return values if correct is None else correct(call, values, track), done
+    return values if correct is None else correct(call, track, values), done
 
 
 def meeting(call: Call, state: AveragedState) -> Sequence[Callable[[], None]]:

@@ -27,8 +27,8 @@ class Correcting:
     """The correction of a saved average.
 
     Args:
-        saved: the average.
-        track: the name of the track that is corrected.
+        saved: the saved averages.
+        track: the one that is corrected.
         bema: the constants; without `start` the average must have the track "start".
         live: the folder or file of the live weights of the same moment.
 

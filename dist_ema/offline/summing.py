@@ -105,6 +105,7 @@ class Chunks:
             chunk_numel: the most elements of a chunk; None for a size that suits the caches.
         """
         checksums = [0] * len(parts)
+        is_negative = any(weight < 0 for _, _, weight in parts)
         is_complex = any(source.dtype(name).is_complex for source, name, _ in parts)
         for start, count in _cuts(numel, chunk_numel):
             self._make_room(count)
@@ -112,6 +113,8 @@ class Chunks:
             for index, (source, name, weight) in enumerate(parts):
                 values, checksums[index] = self._read(source, name, start, count, checksums[index])
                 self._add(total, _real(values) if is_complex else values, weight)
+            if is_negative and not total.isfinite().all():
+                self._keep_equal(total, parts, start, count, is_complex=is_complex)
             yield torch.view_as_complex(total.view(count, 2)) if is_complex else total
         for (source, name, _), present in zip(parts, checksums, strict=True):
             source.check(name, present)
@@ -131,17 +134,38 @@ class Chunks:
         for part, block in zip(total.split(_BLOCK_NUMEL), values.split(_BLOCK_NUMEL), strict=True):
             part.add_(self._block[: len(block)].copy_(block), alpha=weight)
 
+    def _keep_equal(
+        self,
+        total: torch.Tensor,
+        parts: Sequence[tuple[TensorSource, str, float]],
+        start: int,
+        count: int,
+        *,
+        is_complex: bool,
+    ) -> None:
+        """Set values that are infinite, and alike in all sources (masks), to themselves: inf - inf is no number."""
+        first, alike = torch.empty(0), torch.ones_like(total, dtype=torch.bool)
+        for index, (source, name, _) in enumerate(parts):
+            values = self._read(source, name, start, count, 0, is_counted=False)[0]
+            wide = (_real(values) if is_complex else values).to(torch.float64)
+            first = wide.clone() if index == 0 else first
+            alike &= (wide == first) & wide.isinf()
+        torch.where(alike, first, total, out=total)
+
     def _make_room(self, numel: int) -> None:
         if numel > self._numel:
             self._sum = torch.empty(2 * numel, dtype=torch.float64, device="cpu")  # untouched pages take no memory
             self._buffer = memoryview(bytearray(numel * 8))
             self._numel = numel
 
-    def _read(self, source: TensorSource, name: str, start: int, count: int, present: int) -> tuple[torch.Tensor, int]:
+    def _read(
+        self, source: TensorSource, name: str, start: int, count: int, present: int, *, is_counted: bool = True
+    ) -> tuple[torch.Tensor, int]:
         dtype = source.dtype(name)
         chunk = self._buffer[: count * dtype.itemsize]
         source.read(name, start, chunk)
-        self._progress(chunk.nbytes)
+        if is_counted:
+            self._progress(chunk.nbytes)
         return torch.frombuffer(chunk, dtype=dtype), checksum(chunk, present) if source.has_checksum(name) else 0
 
 

@@ -239,7 +239,8 @@ class Channel:
         world, link = self._present(action)
         link.num_boards += 1
         board = Board(self._client or world.clients.store, link, f"{link.name}/board/{link.num_boards}")
-        wires: Wires = world.make_wires(world.rank, board, opened_by=world.insist if self._client is None else None)
+        opened_by = world.insist if self._client is None else None
+        wires: Wires = world.make_wires(world.rank, board, num_ranks=world.size, opened_by=opened_by)
         try:
             yield wires
         except LeftError as error:

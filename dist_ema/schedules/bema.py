@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dist_ema.checks import shown
+from dist_ema.checks import update_number
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import fraction_between
 from dist_ema.schedules.registry import registered
@@ -42,10 +42,8 @@ class BemaSchedule:
     def __post_init__(self) -> None:
         for name, high in (("kappa", math.inf), ("rho", math.inf), ("gamma", math.inf), ("floor", 1.0)):
             object.__setattr__(self, name, fraction_between(name, getattr(self, name), 0.0, high, closed=True))
-        if type(self.update_after_step) is not int or not 0 <= self.update_after_step < 2**62:
-            raise ConfigError(
-                f"update_after_step is {shown(self.update_after_step)}, expected an integer of at least 0"
-            )
+        number = update_number("update_after_step", self.update_after_step)
+        object.__setattr__(self, "update_after_step", number)
         if self.rho + self.gamma < 1.0:
             raise ConfigError(
                 f"rho is {self.rho:g} and gamma {self.gamma:g}, expected a sum of at least 1: the momentum of "

@@ -113,7 +113,9 @@ class LinearSchedule:
 
     def momentum(self, step: int) -> float:
         """The weight of the live values in update number `step`."""
-        fraction = min(max(step, 0), self.total_steps) / self.total_steps
+        if step >= self.total_steps:  # the sum below may be off by a rounding
+            return self.end_momentum
+        fraction = max(step, 0) / self.total_steps
         return self.start_momentum + (self.end_momentum - self.start_momentum) * fraction
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_ema.checks import positive_integer
+from dist_ema.checks import positive_integer, update_number
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.base import Schedule, fraction_between
 from dist_ema.schedules.nesting import Combined, check_inner, steps_of
@@ -24,6 +24,10 @@ _MOST_STEPS = 10**6
 
 def after(step: int, schedule: Schedule) -> After:
     """`schedule` begins at update number `step`, where its count begins; until then the average is the live weights.
+
+    Args:
+        step: the number of the update, at least 1.
+        schedule: what follows.
 
     Raises:
         ConfigError: `step` is not an integer of at least 1.
@@ -54,6 +58,10 @@ def chain(*parts: tuple[int, Schedule]) -> Chain:
 def every(steps: int, schedule: Schedule) -> Every:
     """One update in `steps`, which forgets as much as all of them would have.
 
+    Args:
+        steps: the number of updates of which one averages, from 1 to 1,000,000.
+        schedule: the momentum of every single update.
+
     Raises:
         ConfigError: `steps` is not an integer from 1 to 1,000,000.
     """
@@ -66,6 +74,10 @@ def per_batch(reference_size: float, schedule: Schedule) -> PerBatch:
     The batch size of an update is given by `update(batch_size=...)`, or by `expect_batch_size` where a hook calls
     `update`. It must be the outermost of schedules within each other.
 
+    Args:
+        reference_size: the batch size that the schedule was tuned at, above 0, in the unit of `update(batch_size=...)`.
+        schedule: the schedule as it was tuned.
+
     Raises:
         ConfigError: `reference_size` is not above 0.
     """
@@ -74,6 +86,10 @@ def per_batch(reference_size: float, schedule: Schedule) -> PerBatch:
 
 def scaled_batch(kappa: float, schedule: Schedule) -> ScaledBatch:
     """`schedule` was tuned at some batch size, and is used for a batch `kappa` times as large.
+
+    Args:
+        kappa: the batch size of this run over that of the tuning, above 0.
+        schedule: the schedule as it was tuned.
 
     Raises:
         ConfigError: `kappa` is not above 0.
@@ -131,9 +147,9 @@ class Chain:
 
     def __init__(self, starts: Sequence[int], schedules: Sequence[Schedule]) -> None:
         check_inner(*schedules)
-        numbers = [start if index == 0 else positive_integer("start", start) for index, start in enumerate(starts)]
+        numbers = [update_number("start", start) for start in starts]
         rises = all(before < after for before, after in itertools.pairwise(numbers))
-        if len(numbers) != len(schedules) or not numbers or type(numbers[0]) is not int or numbers[0] != 0 or not rises:
+        if len(numbers) != len(schedules) or not numbers or numbers[0] != 0 or not rises:
             raise ConfigError(f"the parts of a chain begin at {list(starts)!r}, expected numbers that rise from 0")
         object.__setattr__(self, "starts", tuple(numbers))
         object.__setattr__(self, "schedules", tuple(schedules))
@@ -258,7 +274,8 @@ class PerBatch(Combined):
         if batch_size is None:
             raise ConfigError(
                 f"{self!r} wants the batch size of every update, and none was given: call update(batch_size=...), or "
-                "expect_batch_size(...) before the step where a hook calls update"
+                "expect_batch_size(...) before the step where a hook calls update. No file has these sizes: such an "
+                "average can be neither synthesized nor a source of synthesize"
             )
         momentum = self.schedule.momentum(step)
         kappa = fraction_between("batch_size", batch_size, 0.0, math.inf) / self.reference_size

@@ -10,8 +10,8 @@ from dist_ema.schedules.base import Schedule
 
 __all__ = ["FunctionSchedule", "ScheduleLike", "as_schedule"]
 
-# What users give for a schedule.
 ScheduleLike = Schedule | Callable[[int], float]
+"""A schedule, or a function from the number of an update to its momentum."""
 
 
 def as_schedule(value: object) -> object:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dist_ema.checks import positive_integer, real_number, shown
+from dist_ema.checks import positive_integer, real_number, shown, update_number
 from dist_ema.errors import ConfigError
 from dist_ema.schedules.registry import registered
 
@@ -79,11 +79,9 @@ class MergeSchedule:
             raise ConfigError(
                 f"shape is {shown(shape)}, expected one of {sorted(_SHAPES)}, or a function of s in [0, 1]"
             )
-        if isinstance(start_step, bool) or not isinstance(start_step, int) or not 0 <= start_step < 2**62:
-            raise ConfigError(f"start_step is {shown(start_step)}, expected an integer of at least 0")
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "num_steps", positive_integer("num_steps", num_steps))
-        object.__setattr__(self, "start_step", start_step)
+        object.__setattr__(self, "start_step", update_number("start_step", start_step))
         if callable(shape):
             self._check_curve()
 

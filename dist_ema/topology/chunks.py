@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box
+from dist_ema.topology.seam.loaded import is_dtensor
 
 __all__ = ["chunks_of"]
 
@@ -22,7 +22,7 @@ def chunks_of(fqn: str, entry: torch.Tensor) -> list[Box]:
         fqn: the name of the tensor.
         entry: the entry; a plain tensor stands for the whole one.
     """
-    if not isinstance(entry, DTensor):
+    if not is_dtensor(entry):
         return [Box(fqn, (0,) * entry.ndim, tuple(entry.shape))]
     chunked: Any = entry
     chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunked.__create_chunk_list__()]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import Box, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View
+from dist_ema.topology.seam.loaded import dtensor_from_local, is_dtensor, is_fsdp2
 from dist_ema.topology.seam.meshes import place
 from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["DTensors"]
 
@@ -26,7 +29,7 @@ class DTensors(Layout):
 
     def claims(self, named: Named) -> bool:
         """Whether the source is a DTensor."""
-        return isinstance(named.source, DTensor)
+        return is_dtensor(named.source)
 
     def locator(self, model: nn.Module, rank: int, world_size: int) -> Locator:
         """The locator refuses a Partial placement, an axis of ranks that do not ascend, and another local shape."""
@@ -42,7 +45,7 @@ class DTensors(Layout):
         Raises:
             ModelChangedError: a group cannot be resharded.
         """
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        modules = [module for module in model.modules() if is_fsdp2(module)]
         for module in modules:
             _finish_gathers(module)
             module.reshard()
@@ -140,7 +143,7 @@ def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
     strided = [placements[axis].dim % tensor.ndim for axis in (first, *others) if _is_strided(placements[axis])]
     if not _is_strided(placements[first]) or strided[0] not in strided[1:]:
         return None
-    managed = any(isinstance(module, FSDPModule) and named.owner in module.modules() for module in model.modules())
+    managed = any(is_fsdp2(module) and named.owner in module.modules() for module in model.modules())
     return first if managed else None
 
 
@@ -175,7 +178,7 @@ class _LocalValues:
         current = self._current()
         if current is None:
             return True  # the tensor was removed from the model, which is not FSDP's work
-        return isinstance(current, DTensor) and _lie_alike(current, self._sharded)
+        return is_dtensor(current) and _lie_alike(current, self._sharded)
 
     def takes_gradient(self) -> bool:
         """Whether the sharded parameter requires a gradient."""
@@ -188,7 +191,7 @@ class _LocalValues:
                 f"{self._attribute!r} of {type(self._owner).__name__} was removed since the average was built: build a "
                 "new ShardedEMA after changing a model"
             )
-        if current is not self._sharded and isinstance(current, DTensor) and _lie_alike(current, self._sharded):
+        if current is not self._sharded and is_dtensor(current) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():
             local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
@@ -229,18 +232,15 @@ class _DTensorForm:
         self._shape, self._stride = live.shape, live.stride()
 
     def wrap(self, values: torch.Tensor) -> torch.Tensor:
-        # Without shape and stride torch would invent local x world on uneven shards.
-        return DTensor.from_local(
-            values, self._mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
-        )
+        return dtensor_from_local(values, self._mesh, self._placements, self._shape, self._stride)
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
-        alike = isinstance(entry, DTensor) and (entry.device_mesh, entry.placements, entry.shape) == (
+        alike = is_dtensor(entry) and (entry.device_mesh, entry.placements, entry.shape) == (
             self._mesh,
             self._placements,
             self._shape,
         )
-        if not isinstance(entry, DTensor) or not alike:
+        if not is_dtensor(entry) or not alike:
             raise CheckpointMismatchError(
                 f"the entry of {fqn} is a {type(entry).__name__} of {list(entry.shape)}, expected a DTensor of "
                 f"{list(self._shape)} placed {self._placements} as in the model"

@@ -18,13 +18,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Plan
@@ -35,6 +34,10 @@ from dist_ema.options import Experts
 from dist_ema.topology.extra import whole_state
 from dist_ema.topology.plain import PlainForm, whole_tensor
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, Part
+from dist_ema.topology.seam.loaded import dtensor_from_local, is_dtensor, shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["DeclaredExperts", "check_numbers", "with_parts"]
 
@@ -198,7 +201,7 @@ def _part_along(named: Named, dim: int, group: Any, position: int, size: int) ->
     """A tensor of this rank as a part of the whole one, along a dimension."""
     fqn, shape = named.fqns[0], list(named.shape)
     if not _is_plain(named):
-        kind = "a DTensor" if isinstance(named.source, DTensor) else "sharded by FSDP"
+        kind = "a DTensor" if is_dtensor(named.source) else "sharded by FSDP"
         raise ConfigError(
             f"{fqn} is {kind}, and experts= declares it: expected a plain tensor, because a sharded one shows by "
             "itself where it lies. Leave it out of the patterns, or out of FSDP (ignored_params, ignored_states)"
@@ -241,7 +244,7 @@ def _check_names(tensors: Sequence[Named]) -> None:
 
 
 def _is_plain(named: Named) -> bool:
-    return isinstance(named.source, torch.Tensor) and not isinstance(named.source, DTensor)
+    return isinstance(named.source, torch.Tensor) and not is_dtensor(named.source)
 
 
 class _StackedForm:
@@ -255,17 +258,10 @@ class _StackedForm:
 
     def wrap(self, values: torch.Tensor) -> torch.Tensor:
         stride = tuple(math.prod(self._shape[at + 1 :]) for at in range(len(self._shape)))
-        return DTensor.from_local(
-            values,
-            self._mesh(values),
-            [Shard(self._dim)],
-            run_check=False,
-            shape=torch.Size(self._shape),
-            stride=stride,
-        )
+        return dtensor_from_local(values, self._mesh(values), [shard(self._dim)], self._shape, stride)
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
-        if not isinstance(entry, DTensor) or not self._is_laid_out_here(entry):
+        if not is_dtensor(entry) or not self._is_laid_out_here(entry):
             raise CheckpointMismatchError(
                 f"the entry of {fqn} is a {type(entry).__name__} of {list(entry.shape)}, expected a DTensor of "
                 f"{list(self._shape)} that is sharded along dim {self._dim} over the ranks of its group of experts, as "
@@ -275,7 +271,7 @@ class _StackedForm:
             return entry.to_local()
 
     def _is_laid_out_here(self, entry: DTensor) -> bool:
-        placed = (entry.placements, tuple(entry.shape)) == ((Shard(self._dim),), self._shape)
+        placed = (entry.placements, tuple(entry.shape)) == ((shard(self._dim),), self._shape)
         return placed and entry.device_mesh == self._mesh(entry)
 
     def _mesh(self, values: torch.Tensor) -> DeviceMesh:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dist_ema.boxes.shards import EXTRA_STATE, Box
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
@@ -16,6 +15,7 @@ from dist_ema.options import Options
 from dist_ema.topology.names import canonical_prefix
 from dist_ema.topology.plain import PlainForm, holders_of_plain
 from dist_ema.topology.seam.layout import HeldBox, Layout, Locator, Named
+from dist_ema.topology.seam.loaded import is_dtensor
 from dist_ema.topology.values import foreign_kind
 
 __all__ = ["ExtraStates", "extra_states", "whole_state"]
@@ -75,7 +75,7 @@ def whole_state(named: Named) -> HeldBox:
 
 
 def _is_plain(state: object) -> bool:
-    if not isinstance(state, torch.Tensor) or isinstance(state, DTensor):
+    if not isinstance(state, torch.Tensor) or is_dtensor(state):
         return False
     return foreign_kind(state) is None and state.layout is torch.strided and not state.is_meta
 

@@ -19,19 +19,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box, NoForm, same_memory
 from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View, Where
+from dist_ema.topology.seam.loaded import is_fsdp1
 from dist_ema.topology.seam.meshes import place
 from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 __all__ = ["FSDP1"]
 
@@ -85,7 +88,7 @@ class FSDP1(Layout):
         """
         slices: dict[Where, Any] = {}
         for module in model.modules():
-            if isinstance(module, FullyShardedDataParallel):
+            if is_fsdp1(module):
                 slices.update(_flat_slices(module))
         if not slices:
             return {}
@@ -108,11 +111,7 @@ class FSDP1(Layout):
         Raises:
             ModelChangedError: the call was made within `summon_full_params`.
         """
-        handles = [
-            module._handle
-            for module in model.modules()
-            if isinstance(module, FullyShardedDataParallel) and module._handle is not None
-        ]
+        handles = [module._handle for module in model.modules() if is_fsdp1(module) and module._handle is not None]
         if any(handle._training_state.name == "SUMMON_FULL_PARAMS" for handle in handles):
             raise ModelChangedError(
                 "this call was made within FSDP.summon_full_params(), where the parameters are whole and will be "

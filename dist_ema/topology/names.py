@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.plan import Remains
@@ -15,6 +14,7 @@ from dist_ema.errors import ModelChangedError, UnsupportedModelError
 from dist_ema.options import Options
 from dist_ema.topology.parts import Parts
 from dist_ema.topology.seam.layout import Named, Where
+from dist_ema.topology.seam.loaded import is_class_of_fsdp2
 
 __all__ = [
     "canonical_prefix",
@@ -101,8 +101,15 @@ def _buffers(model: nn.Module) -> Iterator[_Met]:
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Pairs of a canonical prefix with its dot and a module; a shared module comes under all of its names."""
+    met: dict[str, tuple[str, nn.Module]] = {}  # canonical_prefix would begin at the root again for every module
     for raw_name, module in model.named_modules(remove_duplicate=False):
-        yield canonical_prefix(model, raw_name), module
+        prefix = ""
+        if raw_name:
+            above, _, name = raw_name.rpartition(".")
+            outer, owner = met[above]
+            prefix = outer if _wraps(owner, name) else f"{outer}{name}."
+        met[raw_name] = prefix, module
+        yield prefix, module
 
 
 def canonical_prefix(model: nn.Module, raw_name: str) -> str:
@@ -236,4 +243,4 @@ def unchanged_names(planned: Sequence[Named], now: Sequence[Named]) -> Remains:
 
 def class_of(module: nn.Module) -> type:
     """The class of a module as its author wrote it: `fully_shard` puts a class of its own in that place."""
-    return next(author_class for author_class in type(module).__mro__ if not issubclass(author_class, FSDPModule))
+    return next(author_class for author_class in type(module).__mro__ if not is_class_of_fsdp2(author_class))

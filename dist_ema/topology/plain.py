@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.boxes.shards import Box, Slot, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named
+from dist_ema.topology.seam.loaded import is_dtensor
 
 __all__ = ["Plain", "PlainForm", "holders_of_plain", "whole_tensor"]
 
@@ -81,7 +81,7 @@ class PlainForm:
 
     def unwrap(self, fqn: str, entry: torch.Tensor) -> torch.Tensor:
         """The entry itself, unless it is a DTensor."""
-        if isinstance(entry, DTensor):
+        if is_dtensor(entry):
             raise CheckpointMismatchError(f"the entry of {fqn} is a DTensor, expected a plain tensor as in the model")
         return entry
 
@@ -110,7 +110,7 @@ class _PlainValues:
 
     def _check(self, values: object) -> None:
         name = f"{self._attribute!r} of {type(self._owner).__name__}"
-        if isinstance(values, DTensor):
+        if is_dtensor(values):
             raise ModelChangedError(
                 f"{name} was plain when the average was built and is a DTensor now: wrap the model first (fully_shard, "
                 "parallelize_module), then build the ShardedEMA"

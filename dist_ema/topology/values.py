@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.topology.seam.layout import Named
+from dist_ema.topology.seam.loaded import is_dtensor
 
 __all__ = ["check_tensor", "foreign_kind"]
 
@@ -31,7 +31,7 @@ _DECLARED = (
 
 def foreign_kind(tensor: object) -> str | None:
     """The kind of a tensor whose bytes alone are not its values; None for a plain tensor, also in a DTensor."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         with torch.no_grad():
             tensor = tensor.to_local()
     if not isinstance(tensor, torch.Tensor):
@@ -61,7 +61,7 @@ def check_tensor(named: Named) -> None:
             f"{fqn} is on the meta device and has no values: materialise the model first (to_empty, then its "
             "initialisation or a load)"
         )
-    if isinstance(tensor, nn.Parameter) and not isinstance(tensor, DTensor):
+    if isinstance(tensor, nn.Parameter) and not is_dtensor(tensor):
         _check_present(named, tensor)
     if tensor.layout is not torch.strided:
         raise UnsupportedModelError(f"{fqn} has layout {tensor.layout}, expected a dense tensor")

@@ -14,7 +14,9 @@ is removed before (not timed). A time is that of the slowest rank, all fsynced:
                    one that has (which must survive a failure, and so takes a second copy until the end)
     dcp.load       the same tensors, in place, without checksums
 
-Loads read from the page cache. "extra MiB" is the largest growth of resident memory of any rank during the call.
+With `--device cuda` weights and averages lie on the GPU, the floor writes from host memory, and the ranks talk over
+gloo all the same. Loads read from the page cache. "extra MiB" is the largest growth of resident memory of any rank
+during the call.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from launched import joined, laid_out, leave, shared_folder
-from measuring import Cell, Report, benchmark_parser, interleaved, milliseconds, peak_bytes, ratio
+from measuring import Cell, Report, add_device, benchmark_parser, interleaved, milliseconds, peak_bytes, ratio
 from models import MODELS, build
 from torch.distributed import checkpoint as dcp
 
@@ -57,6 +59,8 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
     before = peak_bytes(reset=True)
     began = time.perf_counter()
     call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     told = torch.tensor([time.perf_counter() - began, (peak_bytes() - before) / 2**20], dtype=torch.float64)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return float(told[0]), float(told[1])
@@ -111,13 +115,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = benchmark_parser("Ratios of saving and loading to plain writing and to DCP.", rounds=7)
     parser.add_argument("--layout", choices=("ddp", "fsdp2", "columns"), default="fsdp2")
     parser.add_argument("--model", choices=tuple(MODELS), default="gpt2")
+    add_device(parser)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one otherwise")
     options = parser.parse_args(arguments)
     if not joined():
         parser.error("start it with torchrun")
     report = Report("checkpoint", options)
     torch.manual_seed(0)
-    model = laid_out(build(options.model), options.layout)
+    model = laid_out(build(options.model, device=options.device), options.layout)
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.01))
     ema.update()
     folder = shared_folder(options.folder)
@@ -146,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
             "to save": lambda name: _SAVE,
         }
         report.add(
-            f"{options.model}, {options.layout}, {dist.get_world_size()} ranks, {mib:.0f} MiB", rows(found, bases)
+            f"{options.model}, {options.layout}, {dist.get_world_size()} ranks, {options.device}, {mib:.0f} MiB",
+            rows(found, bases),
         )
         shutil.rmtree(folder)
 

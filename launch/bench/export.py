@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from checkpoint import Samples, Save, rows
 from launched import joined, laid_out, leave, shared_folder
-from measuring import Report, benchmark_parser, interleaved, peak_bytes
+from measuring import Report, add_device, benchmark_parser, interleaved, peak_bytes
 from models import MODELS, build
 from safetensors.torch import save_file
 from torch import nn
@@ -43,8 +43,8 @@ def fsynced(path: Path) -> None:
     os.close(descriptor)
 
 
-def collective(model_name: str, rounds: int) -> Samples:
-    model = laid_out(build(model_name), "fsdp2")
+def collective(model_name: str, rounds: int, device: str) -> Samples:
+    model = laid_out(build(model_name, device=device), "fsdp2")
     ema = ShardedEMA(model, ConstantSchedule(momentum=0.01))
     ema.update()
     folder = shared_folder()
@@ -138,13 +138,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = benchmark_parser("Ratios of exports to torch's way and to plain copies.", rounds=5)
     parser.add_argument("--model", choices=tuple(MODELS), default="gpt2", help="that is exported by several ranks")
     parser.add_argument("--elements", type=int, default=80 * 2048**2, help="of the average that is exported offline")
+    add_device(parser)
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if joined():
             report = Report("export", options)
-            found = collective(options.model, options.rounds)
-            title = f"{options.model} on {dist.get_world_size()} ranks, FSDP2"
+            found = collective(options.model, options.rounds, options.device)
+            title = f"{options.model} on {dist.get_world_size()} ranks, FSDP2, {options.device}"
             if dist.get_rank() == 0:
                 report.add(title, rows(found, {"to gathering": lambda name: _GATHERED}))
         else:

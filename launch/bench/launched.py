@@ -39,7 +39,7 @@ def laid_out(model: nn.Module, layout: str) -> nn.Module:
     if layout == "fsdp2":
         fully_shard(model)
         return model
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),), mesh_dim_names=("tp",))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             placed = distribute_tensor(parameter.data, mesh, [Shard(parameter.dim() - 1)])

@@ -1,7 +1,8 @@
 """The averages of other libraries, set up as their users do, at a constant decay from the first update on.
 
 Each maker gets a model, the decay, and the dtype that the average shall have; what a library has for that it uses, and
-what cannot do it raises, here or at its update. Imports are inside: a library may not be there.
+what cannot do it raises, here or at its update. Imports are inside: a library may not be there. torchtitan is not here:
+its newest release, 0.3.0, has no average.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,6 +109,29 @@ def mmengine(model: nn.Module, decay: float, dtype: torch.dtype) -> Average:
     return Average(lambda: average.update_parameters(model), average.module.parameters)
 
 
+def lightning(model: nn.Module, decay: float, dtype: torch.dtype) -> Average:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+    module, callback = Module(), EMAWeightAveraging(device=next(model.parameters()).device, decay=decay)
+    trainer = cast(Trainer, SimpleNamespace(global_step=0))  # it is asked for nothing else
+    callback.setup(trainer, module, "fit")
+    average = callback._average_model
+    assert average is not None
+    average.to(dtype)
+
+    def update() -> None:
+        trainer.global_step += 1  # type: ignore[misc]
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+
+    return Average(update, average.module.parameters)
+
+
 @dataclass(frozen=True)
 class Library:
     """A way to average, and the distribution that has it."""
@@ -135,4 +160,5 @@ LIBRARIES = (
     Library("EMAModel", "diffusers", diffusers()),
     Library("EMAModel, foreach=True", "diffusers", diffusers(foreach=True)),
     Library("ExponentialMovingAverage", "mmengine", mmengine),
+    Library("EMAWeightAveraging", "lightning", lightning),
 )

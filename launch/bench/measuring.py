@@ -15,14 +15,19 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from cells import Cell as Cell
+from cells import Spread as Spread
+from cells import markdown
+from cells import shown as shown
 
 T = TypeVar("T")
 
@@ -86,25 +91,6 @@ def measure(calls: Mapping[str, Callable[[], object]], rounds: int, device: str 
     return interleaved({name: functools.partial(timed, call) for name, call in calls.items()}, rounds)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Of the values of all rounds."""
-
-    median: float
-    p10: float
-    p90: float
-
-    @staticmethod
-    def of(values: Iterable[float]) -> Spread:
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
-
-    def __str__(self) -> str:
-        digits = 2 if abs(self.median) >= 0.1 else 3
-        return f"{self.median:.{digits}f} ({self.p10:.{digits}f} to {self.p90:.{digits}f})"
-
-
 def ratio(own: Sequence[float], base: Sequence[float]) -> Spread:
     """How much longer one takes than the other, round by round."""
     return Spread.of(a / b for a, b in zip(own, base, strict=True))
@@ -114,14 +100,29 @@ def milliseconds(seconds: Sequence[float]) -> float:
     return 1000 * statistics.median(seconds)
 
 
+def host_microseconds(call: Callable[[], object], rounds: int, device: str = "cpu") -> float:
+    """The median time until a call returns, when the device has nothing else to do."""
+    found = []
+    for _ in range(rounds):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        found.append(1e6 * (time.perf_counter() - began))
+    return statistics.median(found)
+
+
 def peak_bytes(reset: bool = False) -> int:
     """Largest resident memory of this process since the last reset."""
     if reset:
         with contextlib.suppress(AttributeError):  # what was freed before must not hide what is taken now
             ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # some sandboxes do not have it: there a peak stays what it was
+            Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    if "VmHWM:" in status:
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def extra_mib(call: Callable[[], object], device: str = "cpu") -> float:
@@ -138,9 +139,6 @@ def extra_mib(call: Callable[[], object], device: str = "cpu") -> float:
     return (peak_bytes() - before) / 2**20
 
 
-Cell = float | str | Spread | None
-
-
 class Report:
     """Tables on the screen, and all of them with the machine's facts in one JSON file. Sets torch's threads."""
 
@@ -152,20 +150,11 @@ class Report:
         self._told = {"benchmark": benchmark, "options": chosen, "machine": machine(), "tables": self._tables}
 
     def add(self, title: str, rows: Sequence[Mapping[str, Cell]]) -> None:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
         print(f"\n{title}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
-        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for row in rows:
-            print(f"| {' | '.join(shown(row.get(column)) for column in columns)} |", flush=True)
+        print(*markdown(rows), sep="\n", flush=True)
         self._tables.append({"title": title, "rows": rows})
         if self._path is not None:
             self._path.write_text(json.dumps(self._told, indent=2, default=asdict) + "\n")
-
-
-def shown(cell: Cell) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:#.3g}"
-    return "" if cell is None else str(cell)
 
 
 def machine() -> dict[str, object]:

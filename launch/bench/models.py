@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,7 @@ MODELS: dict[str, Callable[[], Listing]] = {
     "gpt2": gpt2,
     "resnet50": resnet50,
     "tiny": lambda: Listing({f"p{index}": (64,) for index in range(500)}, rounds=200),
+    "gpt2-xl": lambda: gpt2(width=1600, layers=48),  # 1.56 billion elements
     "quarter": lambda: gpt2(layers=3, vocabulary=50257 // 4),
     "small": lambda: gpt2(width=16, layers=2, vocabulary=256, rounds=100),
 }
@@ -126,4 +128,5 @@ def add_cases(parser: argparse.ArgumentParser, *, dtypes: tuple[str, ...] = ("fl
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for name in options.models:
         for dtype in options.dtypes:
+            gc.collect()  # the former case: a device has no room for two large ones
             yield Case(name, dtype, options.device, options.rounds or MODELS[name]().rounds)

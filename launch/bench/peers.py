@@ -4,8 +4,8 @@
 
 All keep their average in float32. Those who cannot beside bfloat16 weights are listed with what they raised, those who
 are not installed with a note. On resnet50 the defaults differ about the running statistics of the batch norms: torch
-and mmengine copy them at each update, timm and ema-pytorch average them, diffusers does not know them; ShardedEMA shows
-the live ones when the average is used, or averages them with update_buffers=True.
+and mmengine copy them at each update, timm, ema-pytorch and Lightning average them, diffusers does not know them;
+ShardedEMA shows the live ones when the average is used, or averages them with update_buffers=True.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from libraries import LIBRARIES, Average, sharded_ema
-from measuring import Cell, Report, benchmark_parser, extra_mib, measure, milliseconds, ratio
+from measuring import Cell, Report, benchmark_parser, extra_mib, host_microseconds, measure, milliseconds, ratio
 from models import Case, add_cases, cases
 from torch import nn
 from update import FLOOR, MOMENTUM, OURS, RAW
@@ -51,6 +51,7 @@ def rows(case: Case) -> list[Mapping[str, Cell]]:
     calls, why = made(case.build())
     extra = {name: extra_mib(call, case.device) for name, call in calls.items()}
     seconds = measure(calls, case.rounds, case.device)
+    on_gpu = case.device == "cuda"
     measured: list[Mapping[str, Cell]] = [
         {
             "average": name,
@@ -58,6 +59,7 @@ def rows(case: Case) -> list[Mapping[str, Cell]]:
             "to floor": ratio(own, seconds[FLOOR]),
             "ShardedEMA to it": ratio(seconds[OURS], own),
             "extra MiB": extra[name],
+            **({"host, us": host_microseconds(calls[name], case.rounds, case.device)} if on_gpu else {}),
         }
         for name, own in seconds.items()
     ]

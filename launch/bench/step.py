@@ -1,7 +1,8 @@
 """What the average adds to a whole training step of the demo's model, through accelerate and the hook of `attach`.
 
     python launch/bench/step.py
-    python launch/bench/step.py --device cuda --overlap --width 2048 --depth 20 --heads 16 --context 512 --batch-size 8
+    python launch/bench/step.py --device cuda --overlap --width 2048 --depth 20 --heads 16 \
+        --context 512 --batch-size 16 --mixed-precision bf16 --rounds 4 --repeats 1
 
 One process trains one model by two optimizers in turn, in shuffled order; an average is attached to one of them. They
 are made anew several times, since where tensors happen to lie in memory is worth more than the average costs. In
@@ -38,8 +39,9 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         config = ByteLMConfig(width=options.width, depth=options.depth, heads=options.heads, context=options.context)
-        self.accelerator = Accelerator(cpu=options.device == "cpu")
-        model: nn.Module = ByteLM(config)
+        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
+        with self.accelerator.device:  # a billion random numbers take a CPU long
+            model: nn.Module = ByteLM(config)
         plain, averaging = (
             torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), foreach=True) for _ in range(2)
         )
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_device(parser)
     parser.add_argument("--steps", type=int, default=None, help="of a round; 1 on a CPU, 10 on a GPU if left out")
     parser.add_argument("--overlap", action="store_true", help="have updates run beside training")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of accelerate")
     parser.add_argument("--offload", action="store_true", help="keep the averages in host memory")
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"

@@ -5,7 +5,8 @@
 The floor is one in-place pass over a flat buffer of the model's size (12 bytes a parameter: two reads and a write; an
 update from bfloat16 moves 10). "raw" is what an update cannot do without: `_foreach_lerp_` over lists that were made
 before, after `_foreach_copy_` into a scratch as large as the model where live values are bfloat16. GB/s counts the
-bytes that each must move at least; a plain copy of a flat buffer tells what bandwidth there is.
+bytes that each must move at least; a plain copy of a flat buffer tells what bandwidth there is, and the next column
+what share of it each has. "host, us", on a GPU alone: until the call returns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from measuring import Cell, Report, benchmark_parser, extra_mib, measure, milliseconds, ratio
+from measuring import Cell, Report, benchmark_parser, extra_mib, host_microseconds, measure, milliseconds, ratio
 from models import Case, add_cases, cases
 from torch import nn
 
@@ -69,14 +70,18 @@ def rows(case: Case) -> list[Mapping[str, Cell]]:
     seconds = measure(calls, case.rounds, case.device)
     moved = {name: 8 * numel + (live_bytes if name in (OURS, RAW, RAW_FLAT) else 4 * numel) for name in calls}
     moved[COPY] = 8 * numel
+    per_byte = {name: [each / moved[name] for each in own] for name, own in seconds.items()}
+    on_gpu = case.device == "cuda"
     return [
         {
             "candidate": name,
             "ms": milliseconds(own),
             "GB/s": moved[name] / milliseconds(own) / 1e6,
+            "of the copy's GB/s": ratio(per_byte[COPY], per_byte[name]),
             "to floor": ratio(own, seconds[FLOOR]),
             "to raw": ratio(own, seconds[RAW]),
             "extra MiB": extra[name],
+            **({"host, us": host_microseconds(calls[name], case.rounds, case.device)} if on_gpu else {}),
         }
         for name, own in seconds.items()
     ]

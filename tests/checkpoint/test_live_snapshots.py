@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from layouts_zoo import build_layout, set_whole
 from safetensors.torch import load_file
 from tiny import HALF
@@ -18,6 +19,7 @@ from dist_ema import (
     ConstantSchedule,
     EqualSchedule,
     PowerSchedule,
+    RankMismatchError,
     ShardedEMA,
     SnapshotWindow,
     after,
@@ -104,7 +106,8 @@ def test_nothing_but_old_live_snapshots_is_removed(tmp_path: Path) -> None:
     resumed.load(tmp_path / "updates-000000004")
     move(model, 5)
     resumed.update()
-    resumed.snapshot_live(tmp_path, keep=keep)  # the later ones are of steps that the resume took back
+    with pytest.warns(UserWarning, match=r"3 snapshots with more updates .*live-000000010"):
+        resumed.snapshot_live(tmp_path, keep=keep)  # the later ones are of steps that the resume took back
     assert {"live-000000010", "live-000000011", "live-000000012"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -179,3 +182,21 @@ def test_a_track_that_was_added_is_a_source_of_synthesize_from_its_start_on(tmp_
     assert torch.allclose(load_file(made.folder / "model.safetensors")["weight"], expected, atol=1e-5)
     consolidate_checkpoint(tmp_path / "run" / "updates-000000060", tmp_path / "late", track="late")
     assert "updates: 40" in (tmp_path / "late" / "README.md").read_text()
+
+
+def keep_differently(folder: str) -> None:
+    rank = dist.get_rank()
+    ema = ShardedEMA(build_layout("ddp"), HALF)
+    ema.update()
+    window = SnapshotWindow(fraction=0.5, num_folders=3)
+    for keep in (window if rank else None, SnapshotWindow(fraction=0.5, num_folders=3 + rank)):
+        with pytest.raises(RankMismatchError, match="keep"):
+            ema.snapshot_live(folder, keep=keep)
+    assert not list(Path(folder).iterdir())
+    ema.snapshot_live(folder, keep=window)
+    ema.metrics()  # no rank is left in the former call
+    ema.detach()
+
+
+def test_ranks_that_keep_different_windows_are_refused_and_the_next_call_is_whole(world: Any, tmp_path: Path) -> None:
+    world(2).run(keep_differently, str(tmp_path))

@@ -277,6 +277,7 @@ def test_other_tracks_raise_with_the_exact_call(tmp_path: Path) -> None:
         {"new_tracks": {"slow": 3}},
         {"new_tracks": ["slow"]},
         {"dropped_tracks": ["slow"]},
+        {"dropped_tracks": 3},
         {"renamed_tracks": {"fast": "unknown"}},
         {"renamed_tracks": {"fast": "slow"}, "new_tracks": {"slow": "live"}},
         {"renamed_tracks": {"fast": "slow"}, "dropped_tracks": ["fast"]},
@@ -287,6 +288,22 @@ def test_other_tracks_raise_with_the_exact_call(tmp_path: Path) -> None:
     ema.load(path, new_tracks={"slow": "live"}, dropped_tracks="fast")
     assert ema.num_updates == 2
     assert ema._state.count_of("slow") == 0
+    two = saved(tmp_path / "two", {"a": FAST, "b": FAST})
+    for names, given, call in (
+        (("a", "c"), {"new_tracks": "live"}, {"new_tracks": "live", "dropped_tracks": ["b"]}),
+        (
+            ("c", "d"),
+            {"renamed_tracks": {"a": "c"}},
+            {"new_tracks": {"d": "live"}, "dropped_tracks": ["b"], "renamed_tracks": {"a": "c"}},
+        ),
+    ):
+        other = ShardedEMA(model, dict.fromkeys(names, FAST))
+        with pytest.raises(CheckpointMismatchError) as raised:
+            other.load(two, **given)  # type: ignore[arg-type]
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call.items()).replace("'", '"')
+        assert f"load(path, {arguments})" in str(raised.value), "the call keeps what was given"
+        other.load(two, **call)  # type: ignore[arg-type]
+        assert other.num_updates == 2
 
 
 def test_an_average_in_a_teacher_has_its_track_for_good(tmp_path: Path) -> None:

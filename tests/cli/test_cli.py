@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -151,6 +152,21 @@ def test_diff_tells_the_distance_of_two_sets_of_weights(saved, tmp_path, capsys)
     assert main(["diff", str(saved / "ema" / "a"), str(tmp_path / "other.safetensors")]) == 1
     told = capsys.readouterr()
     assert "all 0 tensors" in told.out and "3 tensors cannot be compared" in told.err
+
+
+def test_a_long_schedule_in_a_picture_leaves_the_curves_their_room(tmp_path) -> None:
+    """Its text stood within the axes, was cut at the edge of the picture, and took a third of their width."""
+    inner = "CosineSchedule(0.004, total_steps=8_000)"
+    long = f"chain((0, LinearSchedule(0.01, 0.004, total_steps=2_000)), (2_000, {inner}))"
+    picture = tmp_path / "long.svg"
+    assert main(["plot", "--schedule", long, "--schedule", inner, "--steps", "100", "--out", str(picture)]) == 0
+    text = picture.read_text()
+    width = float(re.search(r'width="([\d.]+)pt"', text)[1])
+    left, right = (
+        float(number) for number in re.search(r'"axes_1".*?d="M ([\d.]+) \S+ \nL ([\d.]+)', text, re.S).groups()
+    )
+    assert right - left > 0.8 * width
+    assert text.count(">CosineSchedule(") == 1, "a legend names a schedule once"
 
 
 def test_plot_draws_the_schedules(saved, tmp_path, capsys) -> None:

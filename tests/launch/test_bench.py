@@ -60,6 +60,7 @@ ALONE = {
     "update": (2, SMALL),
     "peers": (2, SMALL),
     "tracks": (1, SMALL),
+    "variants": (3, SMALL),
     "busy": (1, (*SMALL, "--busy", 1)),
     "step": (1, ("--rounds", 1, "--repeats", 1, "--width", 16, "--heads", 2, "--context", 8, "--batch-size", 2)),
     "accuracy": (2, ("--updates", 20, "--elements", 8)),

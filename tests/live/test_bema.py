@@ -173,33 +173,6 @@ def test_before_the_first_update_and_within_the_burn_in_there_is_nothing_to_corr
         assert not torch.equal(net.weight, live)
 
 
-def test_on_a_track_that_was_added_during_the_run_the_correction_counts_from_then_on(tmp_path) -> None:
-    """It counted the updates of the whole run, so the correction had faded before the track began."""
-    net, bema = nn.Linear(2, 2), Bema(eta=0.5, rho=1.0)
-    ema = ShardedEMA(net, ConstantSchedule(decay=0.9))
-    for _ in range(5):
-        ema.update()
-    ema.add_track("late", bema.schedules["ema"])
-    ema.add_track("start", bema.schedules["start"])
-    new = ShardedEMA(net, bema.schedules)
-    for _ in range(4):
-        with torch.no_grad():
-            net.weight.add_(1.0)
-        ema.update()
-        new.update()
-    with new.average_parameters("ema", correct=bema):
-        expected = net.weight.detach().clone()
-    with ema.average_parameters("late", correct=bema):
-        assert torch.equal(net.weight, expected)
-    ema.save(tmp_path / "ema")
-    save_file(net.state_dict(), tmp_path / "live.safetensors")
-    ema.consolidate(tmp_path / "run", track="late", correct=bema)
-    live = tmp_path / "live.safetensors"
-    consolidate_checkpoint(tmp_path / "ema", tmp_path / "offline", track="late", correct=bema, live=live)
-    for made in ("run", "offline"):
-        assert torch.allclose(load_file(tmp_path / made / "model.safetensors")["weight"], expected, rtol=1e-6)
-
-
 def test_averaged_statistics_and_masks_are_not_corrected_into_negative_variances_or_nan() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -222,3 +195,50 @@ def test_averaged_statistics_and_masks_are_not_corrected_into_negative_variances
         assert net.mask.tolist() == [0.0, -torch.inf]
         assert torch.equal(net.norm.running_var, plain) and (plain > 0).all()
         assert torch.allclose(net.weight, torch.tensor([1.0, 2.0]) + 11.0**-0.5 + 1.0)
+
+
+def test_an_average_that_began_later_is_corrected_by_its_own_age_and_from_its_own_start(tmp_path) -> None:
+    def corrected(ema: ShardedEMA, net: nn.Module, track: str) -> float:
+        with ema.average_parameters(track, correct=bema):
+            return net.weight.item()
+
+    bema, nets = Bema(eta=0.5, rho=1.0), [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    old = ShardedEMA(nets[0], ConstantSchedule(momentum=0.5))
+    for step in range(50):
+        nn.init.constant_(nets[0].weight, float(step))
+        old.update()
+    for track, schedule in bema.schedules.items():
+        old.add_track(track.replace("ema", "bema"), schedule)
+    fresh = ShardedEMA(nets[1], bema.schedules)
+    nn.init.constant_(nets[1].weight, 49.0)
+    assert corrected(old, nets[0], "bema") == corrected(fresh, nets[1], "ema") == 49.0
+    for step in range(50, 60):
+        for net, ema in zip(nets, (old, fresh), strict=True):
+            nn.init.constant_(net.weight, float(step))
+            ema.update()
+    value = corrected(old, nets[0], "bema")
+    assert value == corrected(fresh, nets[1], "ema") > 59.0
+    old.save(tmp_path / "old")
+    save_file({"weight": nets[0].weight.detach()}, tmp_path / "live.safetensors")
+    live = tmp_path / "live.safetensors"
+    consolidate_checkpoint(tmp_path / "old", tmp_path / "out", track="bema", correct=bema, live=live)
+    assert float(load_file(tmp_path / "out/model.safetensors")["weight"]) == pytest.approx(value, rel=1e-6)
+
+
+def test_tensors_that_a_checkpoint_did_not_have_are_not_corrected_from_nothing(tmp_path) -> None:
+    def net(width: int) -> nn.Module:
+        made = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, width)})
+        for parameter in made.parameters():
+            nn.init.constant_(parameter, 7.0)
+        return made
+
+    bema, former = Bema(eta=0.0), net(2)
+    ema = ShardedEMA(former, bema.schedules)
+    for _ in range(3):
+        ema.update()
+    ema.save(tmp_path / "former")
+    other = net(3)
+    resumed = ShardedEMA(other, bema.schedules)
+    resumed.load(tmp_path / "former", new="head.*")
+    with resumed.average_parameters("ema", correct=bema):
+        assert all((parameter == 7.0).all() for parameter in other.parameters())

@@ -207,3 +207,20 @@ def test_the_blends_follow_the_number_of_updates_and_wait_for_one_that_averages(
     for every, weight in ((0, 0.5), (1.5, 0.5), (2, 0.0), (2, 2.0)):
         with pytest.raises(ConfigError, match="blend_"):
             Blending.of(every, weight, 1)
+
+
+def test_a_blend_waits_for_the_first_track_to_move_also_where_it_began_later() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    ema = ShardedEMA(net, {"old": HALF}, interval=3)
+    watch = Watch(ema, "ema", rank=0, ends=False, blending=Blending.of(3, 1.0, 3))
+    ema.update()
+    ema.update()
+    ema.add_track("slow", ConstantSchedule(momentum=0.5))  # it averages updates number 2, 5, 8
+    ema.drop_track("old")
+    blended = []
+    for step in range(2, 10):
+        nn.init.constant_(net.weight, float(step))
+        watch.update(ema, None)
+        if net.weight.item() != step:
+            blended.append((step, net.weight.item()))
+    assert blended == [(5, 3.5), (8, 5.75)], "slow weights that have not moved were put back"

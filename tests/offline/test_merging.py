@@ -208,6 +208,8 @@ def test_wrong_arguments_are_told_before_anything_is_read(tmp_path) -> None:
     for options, text in (
         ({"weights": [1]}, "1 numbers"),
         ({"weights": [1, -1]}, "sum to 0"),
+        ({"weights": 3}, "list of numbers"),
+        ({"weights": [1e308, 1e308]}, "overflows"),
         ({"weights": [1, float("nan")]}, r"weights\[1\]"),
         ({"weights": [1, 1], "decay": "linear"}, "both given"),
         ({"decay": "sqrt"}, "1-sqrt"),
@@ -377,3 +379,30 @@ def test_memory_is_bounded_whatever_is_merged(tmp_path) -> None:
     assert float(done.stdout) < 16
     shutil.rmtree(tmp_path)
     os.mkdir(tmp_path)
+
+
+def saved(folder: Path, **values: torch.Tensor) -> Path:
+    folder.mkdir()
+    save_file(values, folder / "model.safetensors")
+    return folder
+
+
+def test_a_mask_of_infinities_stays_one_under_negative_factors(tmp_path) -> None:
+    low, high = (
+        saved(tmp_path / str(value), w=torch.tensor([-torch.inf, torch.inf, value]), z=torch.tensor([1j * value]))
+        for value in (1.0, 3.0)
+    )
+    merge(tmp_path / "out", [high], base=low, scale=2.0)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["w"].tolist() == [-torch.inf, torch.inf, 5.0] and merged["z"].tolist() == [5j]
+    with pytest.warns(UserWarning, match="negative"):
+        merge(tmp_path / "out", [low, high], weights=[2, -1])
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [-torch.inf, torch.inf, -1.0]
+
+
+def test_integers_under_the_name_of_floats_are_refused_and_not_taken_for_the_result(tmp_path) -> None:
+    floats, integers = saved(tmp_path / "f", w=torch.ones(3)), saved(tmp_path / "i", w=torch.full((3,), 3))
+    for sources in ([floats, integers], [integers, floats]):
+        with pytest.raises(CheckpointMismatchError, match=r"'w' is torch\.\w+ in .*, and torch\.\w+ in .*alike"):
+            merge(tmp_path / "out", sources)
+    assert not (tmp_path / "out").exists()

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dist_ema import ConfigError, EqualSchedule, MergeSchedule, PowerSchedule, ShardedEMA, after
+from dist_ema import (
+    BemaSchedule,
+    ConfigError,
+    EqualSchedule,
+    LinearSchedule,
+    MergeSchedule,
+    PowerSchedule,
+    ShardedEMA,
+    after,
+    chain,
+    every,
+)
 from dist_ema.schedules.coefficients import merge_coefficients
 from dist_ema.schedules.records import is_known, schedule_to_json
 
@@ -118,3 +130,39 @@ def test_a_plain_function_is_a_schedule_that_no_file_rebuilds() -> None:
 
 def halving(step: int) -> float:
     return 0.5**step
+
+
+def test_a_merge_whose_values_an_interval_leaves_out_is_told_with_the_way() -> None:
+    merge, net = MergeSchedule("linear", num_steps=100), nn.Linear(1, 1, bias=False)
+
+    def run(schedule, **options) -> float:
+        ema = ShardedEMA(net, schedule, **options)
+        for step in range(100):
+            nn.init.constant_(net.weight, float(step < 10))
+            ema.update()
+        return float(ema.full_state_dict()["weight"])
+
+    with pytest.warns(UserWarning, match=r"every\(10, MergeSchedule"):
+        sampled = run(merge, interval=10)
+    assert sampled > 0.5, "the first of ten values has more than half of the weight"
+    # Value 1 stands for itself alone, and the nine later ones for ten each; the last nine updates have no value.
+    assert run(every(10, merge), interval=10) == run(every(10, merge)) == pytest.approx(1 / 91, rel=1e-6)
+    assert run(merge) == pytest.approx(0.1, rel=1e-6)
+    ema = ShardedEMA(net, EqualSchedule(), interval=2)
+    with pytest.warns(UserWarning, match="interval=2 leaves most"):
+        ema.add_track("late", after(5, merge))
+
+
+def test_numbers_of_numpy_are_numbers_of_updates() -> None:
+    merge = MergeSchedule("linear", num_steps=np.int64(3), start_step=np.int64(2))
+    assert merge == MergeSchedule("linear", num_steps=3, start_step=2) and type(merge.start_step) is int
+    chained = chain((np.int64(0), EqualSchedule()), (np.int64(5), merge))
+    assert schedule_to_json(chained)["starts"] == [0, 5]
+    assert BemaSchedule(update_after_step=np.int64(4)) == BemaSchedule(update_after_step=4)
+    for wrong in (True, 2.0, -1, 2**62):
+        with pytest.raises(ConfigError, match="start_step"):
+            MergeSchedule("linear", num_steps=3, start_step=wrong)
+
+
+def test_a_linear_schedule_ends_at_its_end_to_the_bit() -> None:
+    assert LinearSchedule(0.5, 0.1, total_steps=3).momentum(3) == 0.1

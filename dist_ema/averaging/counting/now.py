@@ -61,6 +61,7 @@ class Now(NamedTuple):
         num_refused_before: how many live values were left out before a checkpoint was loaded; one rank has it for all.
         kept: track -> the buffers that a swap has kept with its average, or a checkpoint had; they may be out of date.
         starts, begun_at: see `Beginnings`.
+        momenta: the checksum of the momenta so far, where the ranks may have different ones.
     """
 
     num_updates: int = 0
@@ -70,6 +71,7 @@ class Now(NamedTuple):
     kept: Mapping[str, KeptBuffers] = {}  # never changed in place
     starts: Mapping[str, int] = {}
     begun_at: Mapping[str, str] = {}
+    momenta: int = 0
 
     def own_number(self, track: str, step: int) -> int:
         """The number that an update of the average has for a track."""

@@ -22,11 +22,8 @@ from dist_ema.disk.manifest import is_live, read_manifest
 from dist_ema.errors import ConfigError, DistEMAError
 from dist_ema.schedules.base import fraction_between
 
-__all__ = ["LIVE_SNAPSHOT", "SnapshotWindow", "log_spaced", "trim"]
+__all__ = ["SnapshotWindow", "log_spaced", "trim"]
 
-# The order of the names is the order of the numbers of updates. They differ from those of averages, which may lie
-# beside them.
-LIVE_SNAPSHOT = "live-{:09d}"
 _NAME = re.compile(r"live-(\d{9})")
 _TRASH = re.compile(r"\.live-\d{9}\.trash-[0-9a-f]{12}")
 
@@ -59,7 +56,12 @@ class SnapshotWindow:
             )
 
     def kept(self, steps: Sequence[int], now: int) -> list[int]:
-        """Those of the snapshots (numbers of updates, none above `now`) that are kept, ascending."""
+        """Those of the snapshots that are kept, ascending.
+
+        Args:
+            steps: the numbers of updates of the snapshots, none above `now`.
+            now: the number of updates so far.
+        """
         kept = sorted(steps)
         begin = now - self.fraction * now
         while len(kept) > 1 and kept[1] <= begin:

@@ -7,7 +7,7 @@ later checkpoints have the new tracks. No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dist_ema.averaging.counting.now import LIVE, Beginnings, start_at
@@ -17,8 +17,8 @@ from dist_ema.options import Patterns
 
 __all__ = ["NewTracks", "TrackChanges", "TrackSources", "track_names"]
 
-# Track -> the track of the checkpoint at whose values it begins, or "live"; one word for all.
 NewTracks = Mapping[str, str] | str | None
+"""Track -> the track of the checkpoint at whose values it begins, or "live"; one word for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,17 +149,20 @@ class TrackChanges:
         self, where: object, saved: Manifest, tracks: Collection[str], missing: list[str], extra: list[str]
     ) -> str:
         live = dict.fromkeys(missing, LIVE)
-        new = LIVE if self.all_new and missing else {**self.new, **live}
+        new = self.all_new or {**self.new, **live}
         gone = [*self.dropped, *extra]
+        names = {old: now for old, now in self.renamed.items() if old in saved.tracks}
         arguments = [f"new_tracks={new!r}"] if new else []
         arguments += [f"dropped_tracks={gone!r}"] if gone else []
+        arguments += [f"renamed_tracks={names!r}"] if names else []
         hint = ", where a new track may begin at another track of the checkpoint too" if new else ""
         text = (
             f"{where} holds the tracks {sorted(saved.tracks)}, expected {sorted(tracks)}: give the same track names as "
             f"the run that saved it, or call load(path, {', '.join(arguments).replace(chr(39), chr(34))}){hint}"
         )
         if len(missing) == len(extra) == 1:
-            text += f'. If it has another name now: load(path, renamed_tracks={{"{extra[0]}": "{missing[0]}"}})'
+            renamed = {**names, extra[0]: missing[0]}
+            text += f". If it has another name now: load(path, renamed_tracks={renamed!r})".replace(chr(39), chr(34))
         return text
 
 
@@ -169,7 +172,13 @@ def track_names(value: Patterns) -> tuple[str, ...]:
     Raises:
         ConfigError: the value is of another type.
     """
-    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    names = (
+        ()
+        if value is None
+        else tuple(value)
+        if isinstance(value, Iterable) and not isinstance(value, str)
+        else (value,)
+    )
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"dropped_tracks is {value!r}, expected a list of names of tracks")
     return names

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -24,11 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.disk.folders.mounts import locks_reach_other_machines
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - no locks there
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Claim", "is_dead", "writer_text"]
 
@@ -139,8 +135,6 @@ def _record(descriptor: int) -> dict[str, Any]:
 
 def _lock(descriptor: int) -> bool | None:
     """Take the lock without waiting. False if another process has it, None where the file system knows no locks."""
-    if fcntl is None:  # pragma: no cover
-        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -328,11 +328,13 @@ def old_of(target: Path) -> Path:
 
 def beside(target: Path, *kinds: str) -> list[Path]:
     """The paths of some kinds beside the target: with a token, or without one, as former versions named them."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.({'|'.join(kinds)})(-[0-9a-f]{{8,}})?")
+    begin = f".{target.name}."  # of thousands of siblings few are looked at
+    pattern = re.compile(rf"({'|'.join(kinds)})(-[0-9a-f]{{8,}})?")
     try:
-        return [target.parent / name for name in sorted(os.listdir(target.parent)) if pattern.fullmatch(name)]
+        names = [name for name in os.listdir(target.parent) if name.startswith(begin)]
     except OSError:
         return []
+    return [target.parent / name for name in sorted(names) if pattern.fullmatch(name, len(begin))]
 
 
 def track_folders(target: Path) -> set[str]:

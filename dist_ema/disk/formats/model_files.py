@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # The kernel decides when shorter writes reach the disk.
-_LONG_BYTES = 2**20
+_LONG_BYTES = 2**18
 
 # The dtypes of torch in the format's spelling.
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}

@@ -10,8 +10,6 @@ import json
 import sys
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
-
 from dist_ema.disk.forms.form import CONFIG_NAME
 from dist_ema.disk.forms.models import Model, files_written, json_text
 
@@ -41,11 +39,11 @@ def timm_files(model: Model) -> dict[str, bytes] | None:
 
 def hub_files(model: Model) -> dict[str, bytes] | None:
     """The small files of a model with huggingface_hub's mixin; None for models without, or with files of their own."""
-    module, kind = model.module, model.author_class
-    if not isinstance(module, PyTorchModelHubMixin):
-        return None
-    if getattr(kind, "_save_pretrained", None) is not PyTorchModelHubMixin._save_pretrained:
-        return None  # the class chooses its files
+    module: Any = model.module
+    kind: Any = model.author_class
+    mixin: Any = model.base("huggingface_hub.hub_mixin", "PyTorchModelHubMixin")
+    if mixin is None or kind._save_pretrained is not mixin._save_pretrained:
+        return None  # in the second case the class chooses its files
     config: Any = module._hub_mixin_config
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)

@@ -33,9 +33,14 @@ class Model:
         """The class of the model, as its author wrote it."""
         return self.class_of(self.module)
 
+    def base(self, module: str, name: str) -> type | None:
+        """The class of that name that the model is of, or None. It need not be imported; `module` defines it."""
+        bases = self.author_class.__mro__
+        return next((base for base in bases if (base.__module__, base.__name__) == (module, name)), None)
+
     def is_a(self, module: str, name: str) -> bool:
-        """Whether the model is of that class, which need not be imported; `module` is the module that defines it."""
-        return (module, name) in {(base.__module__, base.__name__) for base in self.author_class.__mro__}
+        """Whether the model is of that class, as `base` finds it."""
+        return self.base(module, name) is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,23 +7,18 @@ what it owns of it, so that each chunk is about evenly divided among the owners:
     chunks     |   1   |   2   |   3   |   4   |   5  |     6     |  7  |  8  |  9  |  10 |
 
     chunk 2    portion 2 of 5 of what rank 0 owns of wte, portion 2 of 5 of what rank 1 owns of it, ...
-
-In a chunk the bytes of one owner lie end to end, in the order of the tensors: its *segment*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_ema.averaging.averages import aligned
-from dist_ema.boxes.owners import boxes_of_run
-from dist_ema.boxes.shards import Box
+__all__ = ["Portion", "Sized", "chunks_of"]
 
-__all__ = ["SEGMENT_ALIGNMENT", "Part", "Portion", "Sized", "chunks_of", "parts_of"]
-
-# A segment begins where any dtype may lie.
-SEGMENT_ALIGNMENT = 16
+# A large portion begins at a multiple of so many elements: what is aligned in a tensor stays so in its portions.
+_GRAIN = 16
+_GRAINS_OF_A_LARGE_PORTION = 64
 
 
 class Sized(NamedTuple):
@@ -47,24 +42,13 @@ class Portion(NamedTuple):
 
     def run(self, numel: int) -> tuple[int, int]:
         """Of `numel` elements the first of the portion, and how many it has."""
-        start, stop = numel * self.number // self.total, numel * (self.number + 1) // self.total
+        start, stop = self._cut(numel, self.number), self._cut(numel, self.number + 1)
         return start, stop - start
 
-
-class Part(NamedTuple):
-    """Elements of a tensor within a segment.
-
-    Attributes:
-        owned: the index of the box, among those of the owner, in which they lie.
-        box: their box.
-        start_byte: where they begin in the segment.
-        stop_byte: where they end.
-    """
-
-    owned: int
-    box: Box
-    start_byte: int
-    stop_byte: int
+    def _cut(self, numel: int, number: int) -> int:
+        at = numel * number // self.total
+        is_fine = number == self.total or numel // self.total < _GRAIN * _GRAINS_OF_A_LARGE_PORTION
+        return at if is_fine else at // _GRAIN * _GRAIN
 
 
 def chunks_of(tensors: Sequence[Sized], most_bytes: int) -> list[tuple[Portion, ...]]:
@@ -72,7 +56,7 @@ def chunks_of(tensors: Sequence[Sized], most_bytes: int) -> list[tuple[Portion, 
 
     Args:
         tensors: the tensors of the stream.
-        most_bytes: bytes of a chunk; one that is cut off a large tensor may have one element more for every owner.
+        most_bytes: bytes of a chunk; one that is cut off a large tensor may have a few elements more for every owner.
     """
     chunks: list[tuple[Portion, ...]] = []
     small: list[Portion] = []
@@ -89,37 +73,3 @@ def chunks_of(tensors: Sequence[Sized], most_bytes: int) -> list[tuple[Portion, 
             count = min(-(-nbytes // most_bytes), numel)
             chunks += [(Portion(index, number, count),) for number in range(count)]
     return [*chunks, tuple(small)] if small else chunks
-
-
-def parts_of(
-    chunk: Sequence[Portion], owned: Sequence[Sequence[Box]], itemsizes: Sequence[int]
-) -> tuple[list[list[Part]], int]:
-    """What one owner's segment of a chunk has.
-
-    Args:
-        chunk: the portions of the chunk.
-        owned: for every tensor the boxes that the owner has.
-        itemsizes: for every tensor the bytes of an element.
-
-    Returns:
-        For every portion its parts; and the bytes of the segment.
-    """
-    parts = []
-    at = 0
-    for portion in chunk:
-        itemsize = itemsizes[portion.tensor]
-        of_portion = list(_parts(portion, owned[portion.tensor], itemsize, aligned(at, itemsize)))
-        parts.append(of_portion)
-        at = of_portion[-1].stop_byte if of_portion else at
-    return parts, at
-
-
-def _parts(portion: Portion, owned: Sequence[Box], itemsize: int, at: int) -> Iterator[Part]:
-    first, left = portion.run(sum(box.numel for box in owned))
-    for index, box in enumerate(owned):
-        numel = min(max(box.numel - first, 0), left)
-        for skipped, part in boxes_of_run(box, first, numel) if numel else ():
-            start = at + skipped * itemsize
-            yield Part(index, part, start, start + part.numel * itemsize)
-        at += numel * itemsize
-        first, left = max(first - box.numel, 0), left - numel

@@ -63,6 +63,7 @@ def copy_to(
         prepare,
         lambda _: {
             "track": state.track(track),
+            **state.progress,
             "include": name_patterns("include", include),
             "exclude": name_patterns("exclude", exclude),
         },
@@ -112,7 +113,9 @@ class _Target:
     def __init__(self, plan: Plan, of_module: Plan, picks: Callable[[Sequence[str]], bool]) -> None:
         self.drop_gathered = of_module.drop_gathered
         own, others = _picked(plan, picks), _picked(of_module, picks)
-        missing = sorted(sorted(names) for names in own.keys() - others.keys())
+        # The plan of the model has the tensors of all ranks (stages, experts), that of the module those of this rank.
+        held_here = {held.spec.fqn for division in plan.divisions for held in division.held}
+        missing = sorted(sorted(names) for names in own.keys() - others.keys() if own[names] in held_here)
         extra = sorted(sorted(names) for names in others.keys() - own.keys())
         if missing or extra:
             lacks = f"lacks {len(missing)} tensors of the model ({_shown(missing)})"
@@ -121,7 +124,7 @@ class _Target:
                 f"the module {' and '.join([lacks] * bool(missing) + [more] * bool(extra))}, expected the same names, "
                 "tied alike: leave out by exclude= what only one of them has"
             )
-        self._fqns = {others[names]: fqn for names, fqn in own.items()}
+        self._fqns = {others[names]: fqn for names, fqn in own.items() if names in others}
         _check_specs(plan, of_module, self._fqns)
         self._counterparts = matched(_part(plan, own.values()), of_module, self._fqns, "the module")
         self._live = [
@@ -195,6 +198,11 @@ def _check_memory(held: Held, counterpart: Held | None) -> None:
     if counterpart is None:
         return
     live, target = held.values(), counterpart.values()
+    if target.is_inference():
+        raise UnsupportedModelError(
+            f"{held.spec.fqn} of the module was made in torch.inference_mode(), where alone torch lets it be written: "
+            "build the module without that mode"
+        )
     if live.numel() and live.data_ptr() == target.data_ptr():
         raise ConfigError(
             f"{held.spec.fqn} of the module is the model's own tensor, expected another module: call copy_to_model() "

@@ -2,10 +2,10 @@
 
     1 all    agree on the request; the first time, exchange who owns what (ownership.py); take memory for two chunks
     2 all    begin chunk 0
-    3 all    wait for chunk k, begin chunk k + 1; the receivers put the tensors of chunk k together, one at a time
+    3 all    fill chunk k + 1, wait for chunk k, begin chunk k + 1; the receivers complete the tensors of chunk k
 
-    buffer 0   [ chunk 0: sent | its tensors are put together ] [ chunk 2: sent ...
-    buffer 1                   [ chunk 1: sent               | its tensors are put together ] ...
+    sent       [ chunk 0          ][ chunk 1                    ][ chunk 2 ...
+    this rank         [ fill 1    ][ complete 0 ][ ... ][ fill 2 ][ complete 1 ][ ...
 
 The messages are those of training's own process group. A rank that leaves them would spoil that group, so one that ends
 its stream early (`break`, an exception in its loop) does what is left of steps 3 first, in the buffers that it has.
@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from dist_ema.averaging.averages import aligned
 from dist_ema.averaging.state import AveragedState
 from dist_ema.boxes.shards import Box, TensorSpec
 from dist_ema.checks import positive_integer
 from dist_ema.errors import CommunicationError, ConfigError
-from dist_ema.live.elsewhere.chunks import SEGMENT_ALIGNMENT, Part, Portion, Sized, chunks_of, parts_of
+from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of
 from dist_ema.live.elsewhere.ownership import Ownership, boxes_by_tensor
+from dist_ema.live.elsewhere.places import Left, Places
+from dist_ema.live.elsewhere.routes import LEAST_DIRECT_BYTES, Tensors
 from dist_ema.live.holders.replicas import Replicas
 from dist_ema.ranks.broadcasts import Passing
 from dist_ema.ranks.calls import Call
@@ -36,6 +38,7 @@ from dist_ema.uninterrupted import Job, Lane, Steps, insist
 __all__ = ["NamedTensors", "whole_tensors"]
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
+"""Name and whole tensor, one after the other."""
 
 
 def whole_tensors(
@@ -60,7 +63,7 @@ def whole_tensors(
         }
         return request, state.pieces(track)
 
-    request, pieces = call.together(prepare, lambda prepared: prepared[0])
+    request, pieces = call.together(prepare, lambda prepared: {**prepared[0], **state.progress})
     replicas.check_once(call.name, state.num_updates)
     receivers: list[int] | None = request["ranks"]
     own, values = boxes_by_tensor(specs, pieces)
@@ -81,7 +84,7 @@ def whole_tensors(
             rank=exchange.rank,
             world_size=exchange.world_size,
             receivers=receivers,
-            most_bytes=_most_bytes(bucket_bytes, device),
+            bucket_bytes=bucket_bytes,
             device=device,
         ),
     )
@@ -131,6 +134,13 @@ def _checked_ranks(ranks: Iterable[int] | None, world_size: int) -> list[int] | 
     return None if set(wanted) == set(known) else sorted({int(rank) for rank in wanted})
 
 
+class _Sent(NamedTuple):
+    """A chunk that is sent: its messages, and for every portion what is left to do when they are through."""
+
+    messages: list[Passing]
+    left: list[list[Left]]
+
+
 class _Stream:
     """The chunks of one stream on this rank. It takes all memory for messages at the beginning.
 
@@ -142,7 +152,7 @@ class _Stream:
         rank: this rank.
         world_size: the number of ranks.
         receivers: the ranks that get the tensors; None for all.
-        most_bytes: bytes of a chunk.
+        bucket_bytes: bytes of messages that a rank may keep.
         device: where messages are sent from, and where the tensors will lie.
     """
 
@@ -156,37 +166,36 @@ class _Stream:
         rank: int,
         world_size: int,
         receivers: Sequence[int] | None,
-        most_bytes: int,
+        bucket_bytes: int,
         device: torch.device,
     ) -> None:
         self._state = state
         self._specs: Sequence[TensorSpec] = state.plan.specs
         self._names = state.plan.names_of_tensors
-        self._dtypes = dtypes
-        self._itemsizes = [dtype.itemsize for dtype in dtypes]
-        self._values = values
-        self._owned = owned
         self._rank, self._world_size = rank, world_size
         self._receivers = receivers
         self._receives = receivers is None or rank in receivers
-        self._device = device
-        sized = [Sized(spec.numel, itemsize) for spec, itemsize in zip(self._specs, self._itemsizes, strict=True)]
+        sized = [Sized(spec.numel, dtype.itemsize) for spec, dtype in zip(self._specs, dtypes, strict=True)]
+        most_bytes = _most_bytes(bucket_bytes, device)
         self._chunks = chunks_of(sized, most_bytes)
-        longest = max((self._length(chunk) for chunk in self._chunks), default=0)
-        with torch.inference_mode(False):  # the stream may go on outside of that mode
-            self._buffers = [
-                torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(min(2, len(self._chunks)))
-            ]
-        self._messages: dict[int, list[Passing]] = {}
-        self._growing = torch.empty(0)  # the tensor that is put together
+        self._places = Places(
+            self._chunks,
+            Tensors([spec.shape for spec in self._specs], [dtype.itemsize for dtype in dtypes]),
+            dtypes,
+            owned,
+            values,
+            rank=rank,
+            receives=self._receives,
+            device=device,
+            least_direct_bytes=min(LEAST_DIRECT_BYTES, max(1, most_bytes // 8)),
+            most_bytes=2 * max(bucket_bytes, *(numel * itemsize for numel, itemsize in sized), 0),
+        )
+        self._sent: dict[int, _Sent] = {}
         self._num_through = 0  # chunks that have been sent
         self._is_met = False
         self._is_over = False
-
-    def _length(self, chunk: Sequence[Portion]) -> int:
-        return sum(
-            aligned(parts_of(chunk, boxes, self._itemsizes)[1], SEGMENT_ALIGNMENT) for boxes in self._owned.values()
-        )
+        if self._chunks:
+            self._fill(0)
 
     def begin(self, meeting: Sequence[Any]) -> None:
         """Collective: every rank must call it. Begin the first chunk on all ranks, or on none."""
@@ -211,11 +220,14 @@ class _Stream:
         try:
             yield "", torch.empty(0)
             for number, chunk in enumerate(self._chunks):
-                self._wait(number)
-                if number + 1 < len(self._chunks):
+                is_last = number + 1 == len(self._chunks)
+                if not is_last:
+                    self._fill(number + 1)
+                left = self._wait(number)
+                if not is_last:
                     self._begin(number + 1)
                 if self._receives:
-                    yield from self._whole(number, chunk)
+                    yield from self._whole(chunk, left)
         finally:
             try:
                 self.end()
@@ -233,32 +245,39 @@ class _Stream:
     def _finish(self) -> None:
         try:
             for number in range(self._num_through, len(self._chunks)):
+                self._fill(number, early=False)  # nobody wants the tensors any more
                 self._begin(number)
                 self._wait(number)
         finally:
             self._is_over = True
             self._state.is_streamed = False
-            self._buffers, self._messages = [], {}
+            self._sent = {}
+            self._places.drop()
 
-    @torch.no_grad()
+    def _fill(self, number: int, *, early: bool = True) -> None:
+        """Give the messages of a chunk memory and contents, unless they have it."""
+        if number not in self._sent:
+            messages, left = self._places.lay(number, early=early)
+            self._sent[number] = _Sent(deliveries(messages, self._receivers, self._rank, self._world_size), left)
+
     def _begin(self, number: int) -> None:
-        """Fill this rank's segment and begin the messages of a chunk; after an interrupt, those that are left."""
-        if number not in self._messages:
-            segments = self._segments(number)
-            own, _ = parts_of(self._chunks[number], self._owned[self._rank], self._itemsizes)
-            for portion, parts in zip(self._chunks[number], own, strict=True):
-                for part in parts:
-                    source = self._values[portion.tensor][part.owned]
-                    outer = self._owned[self._rank][portion.tensor][part.owned]
-                    self._in_segment(segments[self._rank], portion, part).copy_(source[_within(part.box, outer)])
-            self._messages[number] = deliveries(segments, self._receivers, self._rank, self._world_size)
-        for message in self._messages[number]:
-            message.begin()
+        """Begin the messages of a chunk; after an interrupt, those that are left."""
+        with self._get_through(number):
+            for message in self._sent[number].messages:
+                message.begin()
 
-    def _wait(self, number: int) -> None:
-        try:
-            for message in self._messages[number]:
+    def _wait(self, number: int) -> list[list[Left]]:
+        """Wait for the messages of a chunk. Returns what is left to do for every portion of it."""
+        with self._get_through(number):
+            for message in self._sent[number].messages:
                 message.wait()
+        self._num_through = number + 1  # first: messages that are forgotten would be begun again
+        return self._sent.pop(number).left
+
+    @contextmanager
+    def _get_through(self, number: int) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             self._num_through = len(self._chunks)  # nothing more gets through
             raise CommunicationError(
@@ -266,51 +285,12 @@ class _Stream:
                 f"({str(error).splitlines()[0]}). A rank is gone, or neither exhausted its stream nor closed it: the "
                 "process group cannot be used any more"
             ) from error
-        self._num_through = number + 1  # first: messages that are forgotten would be begun again
-        del self._messages[number]
 
-    def _segments(self, number: int) -> dict[int, torch.Tensor]:
-        """Owner -> the bytes that it has in a chunk, in the buffer of the chunk; owners of nothing are left out."""
-        segments, at = {}, 0
-        for owner, boxes in self._owned.items():
-            _, nbytes = parts_of(self._chunks[number], boxes, self._itemsizes)
-            if nbytes:
-                segments[owner] = self._buffers[number % 2][at : at + nbytes]
-            at += aligned(nbytes, SEGMENT_ALIGNMENT)
-        return segments
-
-    def _in_segment(self, segment: torch.Tensor, portion: Portion, part: Part) -> torch.Tensor:
-        return segment[part.start_byte : part.stop_byte].view(self._dtypes[portion.tensor]).view(part.box.sizes)
-
-    def _whole(self, number: int, chunk: Sequence[Portion]) -> NamedTensors:
-        """The tensors that are whole with this chunk, each put together when it is asked for."""
-        segments = self._segments(number)
-        parts = {owner: parts_of(chunk, self._owned[owner], self._itemsizes)[0] for owner in segments}
-        for index, portion in enumerate(chunk):
-            if portion.number == 0:
-                self._growing = self._new(portion.tensor)
-            self._fill(portion, {owner: of_owner[index] for owner, of_owner in parts.items()}, segments)
-            if portion.is_last:
-                whole, self._growing = self._growing, torch.empty(0)
+    def _whole(self, chunk: Sequence[Portion], left: Sequence[Sequence[Left]]) -> NamedTensors:
+        """The tensors that are whole with this chunk, each completed when it is asked for."""
+        for portion, of_portion in zip(chunk, left, strict=True):
+            whole = self._places.complete(portion, of_portion)
+            if whole is not None:
                 for name in self._names[self._specs[portion.tensor].fqn]:
                     yield name, whole
-                del whole
-
-    def _new(self, tensor: int) -> torch.Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(self._specs[tensor].shape, dtype=self._dtypes[tensor], device=self._device)
-
-    @torch.no_grad()
-    def _fill(
-        self, portion: Portion, parts: Mapping[int, Sequence[Part]], segments: Mapping[int, torch.Tensor]
-    ) -> None:
-        for owner, of_owner in parts.items():
-            for part in of_owner:
-                self._growing[part.box.region].copy_(self._in_segment(segments[owner], portion, part))
-
-
-def _within(inner: Box, outer: Box) -> tuple[slice, ...]:
-    return tuple(
-        slice(at - start, at - start + size)
-        for at, start, size in zip(inner.offsets, outer.offsets, inner.sizes, strict=True)
-    )
+            del whole

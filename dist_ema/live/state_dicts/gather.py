@@ -23,7 +23,9 @@ _YOUR_TURN = b"\1"
 
 def full_state_dict(call: Call, state: AveragedState, replicas: Replicas, track: str | None) -> dict[str, torch.Tensor]:
     """Collective: every rank must call it. See `ShardedEMA.full_state_dict`."""
-    pieces = call.together(lambda: state.pieces(track), lambda _: {"track": state.track(track)}, within_swap=True)
+    pieces = call.together(
+        lambda: state.pieces(track), lambda _: {"track": state.track(track), **state.progress}, within_swap=True
+    )
     replicas.check_once(call.name, state.num_updates)
     return _whole_tensors(call.exchange, state.plan, pieces, state.dtypes())
 

@@ -70,6 +70,9 @@ class StatefulAverages:
 
         It warns of another schedule or option, as `load` does.
 
+        Args:
+            state_dict: what `dcp.load` has read.
+
         Raises:
             SwapError: the averaged weights are in the model.
             CheckpointMismatchError: names, layouts or tracks are not those of this average.
@@ -83,7 +86,7 @@ class StatefulAverages:
 
     def _sharded(self, call: Call) -> dict[str, Any]:
         state = self._state
-        record = call.together(lambda: record_of(state), lambda record: {"num_updates": record.num_updates})
+        record = call.together(lambda: record_of(state), lambda record: state.progress)
         if state.options.skip_nonfinite:
             record = dataclasses.replace(record, num_refused=sum_refused(call.exchange, state))
         tensors = {track: sharded.averaged_state_dict(call, state, self._replicas, track) for track in state.schedules}

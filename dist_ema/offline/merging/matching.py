@@ -142,8 +142,15 @@ def _as_it_is(
 ) -> Iterator[str]:
     apart = [source.not_averaged for source in sources]
     for name in shapes:
-        for source, of_source, not_averaged in zip(sources, names, apart, strict=True):
-            dtype = source.tensors.dtype(of_source[name])
-            if of_source[name] in not_averaged or not (dtype.is_floating_point or dtype.is_complex):
-                yield name
-                break
+        dtypes = [source.tensors.dtype(of_source[name]) for source, of_source in zip(sources, names, strict=True)]
+        kinds = {dtype.is_floating_point or dtype.is_complex: index for index, dtype in enumerate(dtypes)}
+        if any(of_source[name] in of_one for of_source, of_one in zip(names, apart, strict=True)):
+            yield name
+        elif len(kinds) > 1:
+            one, other = kinds.values()
+            raise CheckpointMismatchError(
+                f"{name!r} is {dtypes[one]} in {sources[one].path}, and {dtypes[other]} in {sources[other].path}: "
+                "floating-point values and others cannot be summed. Give sources that hold it alike"
+            )
+        elif False in kinds:
+            yield name

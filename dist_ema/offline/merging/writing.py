@@ -11,12 +11,12 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from dist_ema.checks import PathLike, absolute, real_number, target_folder
+from dist_ema.checks import PathLike, absolute, real_number, shown, target_folder
 from dist_ema.disk.folders.steady_reading import steadily
 from dist_ema.disk.formats.model_files import ModelFiles
 from dist_ema.disk.forms.card import merge_card_text
@@ -36,6 +36,8 @@ __all__ = ["Merge", "MergePlan", "MergedSource", "checked_coefficients", "merge"
 
 # Elements of a chunk of a tensor that a checkpoint of DCP has in pieces: a piece is loaded anew for every chunk of it.
 _DCP_CHUNK_NUMEL = 2**24
+# The sum of as many weights as there may be sources is finite.
+_LARGEST_WEIGHT = 1e300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +211,13 @@ def checked_coefficients(
         raise ConfigError("weights and decay are both given, expected one of them: a decay has weights of its own")
     if weights is None:
         return merge_coefficients("linear" if decay is None else decay, num_sources)
+    if not isinstance(weights, Iterable):
+        raise ConfigError(f"weights is {shown(weights)}, expected a list of numbers, one for each source")
     values = [real_number(f"weights[{index}]", weight) for index, weight in enumerate(weights)]
     if len(values) != num_sources:
         raise ConfigError(f"weights has {len(values)} numbers, expected one for each of the {num_sources} sources")
+    if max(map(abs, values)) > _LARGEST_WEIGHT:
+        raise ConfigError(f"the weights {values} have one beyond {_LARGEST_WEIGHT:g}: their sum overflows")
     total = math.fsum(values)
     if not total > 1e-9 * math.fsum(map(abs, values)):
         raise ConfigError(f"the weights {values} sum to {total:g}, expected a sum above 0: they are divided by it")

@@ -1,4 +1,4 @@
-"""The messages that a rank sends: it connects when it has one, and holds one connection at a time.
+"""The messages that a rank sends: it connects when it has one, and holds few connections at a time.
 
 The other half, and the protocol, are in wires.py.
 """
@@ -42,16 +42,23 @@ class Outgoing:
         look_up: gives the address of a rank; it waits until that rank has posted one.
         sockets: keeps what is open.
         sent: called when a message is on its way.
+        most_open: the connections that are open at a time. Others than one need a place for each at the other rank.
     """
 
     def __init__(
-        self, rank: int, look_up: Callable[[int], Address], sockets: Sockets, sent: Callable[[], None]
+        self,
+        rank: int,
+        look_up: Callable[[int], Address],
+        sockets: Sockets,
+        sent: Callable[[], None],
+        most_open: int,
     ) -> None:
         self._rank = rank
         self._look_up = look_up
         self._sockets = sockets
         self._sent = sent
-        self._connections: dict[int, socket.socket] = {}  # at most one
+        self._most_open = most_open
+        self._connections: dict[int, socket.socket] = {}
         self._addresses: dict[int, Address] = {}
 
     def send_all(self, messages: Iterable[tuple[int, Callable[[], memoryview]]]) -> Task:
@@ -70,7 +77,7 @@ class Outgoing:
                 yield from read(connection, memoryview(go))
                 break
             except OSError:  # the receiver needed the place for another rank
-                self._hang_up()
+                self._hang_up(target)
             yield from sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         try:
@@ -79,13 +86,12 @@ class Outgoing:
             raise WireError(f"rank {target} was lost in the middle of a message: {error}") from error
         self._sent()
 
-    def _hang_up(self) -> None:
-        for connection in self._connections.values():
-            self._sockets.close(connection)
-        self._connections.clear()
+    def _hang_up(self, target: int) -> None:
+        self._sockets.close(self._connections.pop(target))
 
     def _connect(self, target: int) -> Task:
-        self._hang_up()
+        while len(self._connections) >= self._most_open:
+            self._hang_up(next(iter(self._connections)))
         if target not in self._addresses:
             self._addresses[target] = self._look_up(target)
         address = self._addresses[target]

@@ -11,7 +11,8 @@ it is, and says how long the message is. It sends the bytes when the receiver ta
     bytes        ------------------------------->
 
 A connection stays open for the next message. At most `MOST_ACCEPTED` connections of other ranks, one to another rank
-and one listening socket are open at a time, whatever the number of ranks.
+and one listening socket are open at a time, whatever the number of ranks. Where all other ranks have a place at once, a
+rank keeps its connections to all of them: to connect costs more than a short message.
 
 [Note: wires never block each other]
 `pass_all` receives from every rank from which it expects a message while its own message waits: a go never depends on
@@ -100,6 +101,7 @@ class Wires:
         rank: this rank.
         board: where the ranks post their addresses; it is asked twice a second whether the work goes on.
         patience_seconds: the longest time in which no message comes or goes.
+        num_ranks: the ranks of the work, so that few of them may stay connected; None for many.
         opened_by: has short work done whole, whatever a signal handler raises meanwhile; None for a thread of its own,
             where there may be signals.
     """
@@ -109,6 +111,7 @@ class Wires:
         rank: int,
         board: Board,
         patience_seconds: float = 1800.0,
+        num_ranks: int | None = None,
         opened_by: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._rank = rank
@@ -123,7 +126,8 @@ class Wires:
         self._expected: dict[int, memoryview | int] = {}
         self._num_announcements = 0  # the same on all ranks between two agreements
         self._progress_at = 0.0  # when a message last came or went
-        self._outgoing = Outgoing(rank, self._address_of, self._sockets, self._note_progress)
+        most_open = 1 if num_ranks is None or num_ranks - 1 > MOST_ACCEPTED else MOST_ACCEPTED
+        self._outgoing = Outgoing(rank, self._address_of, self._sockets, self._note_progress, most_open)
 
     def announce(self, values: Mapping[int, Any]) -> None:
         """No communication but with the board. Tell ranks something, which they read after the next agreement.

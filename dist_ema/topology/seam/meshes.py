@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.topology.seam.layout import Holders
+from dist_ema.topology.seam.loaded import shard
 from dist_ema.topology.seam.runs import Runs, local_runs
 
 __all__ = ["Placed", "place"]
@@ -66,7 +66,7 @@ def place(
         shape,
         [mesh.size(axis) for axis in order],
         [coordinate[axis] for axis in order],
-        [Shard(placements[axis].dim) if axis == last_axis else placements[axis] for axis in order],
+        [shard(placements[axis].dim) if axis == last_axis else placements[axis] for axis in order],
     )
     if runs is None:
         raise UnsupportedModelError(f"{fqn} has placements {placements}, of which one is neither Shard nor Replicate")
