@@ -486,7 +486,7 @@ class ShardedEMA:
 
         The folder has `manifest.json` and the averages as safetensors under the model's own names: at the top for one
         track, in one sub-folder per track for several. It is staged beside `path` and committed by rename; what was
-        there stays until then. See docs/checkpoint_format.md.
+        there stays until then. See docs/checkpoint_commit.md.
 
         Args:
             path: the folder; a former average there is replaced.
