@@ -41,7 +41,7 @@ class Guard:
         """Whether all tensors still have that memory, in the same shape and strides."""
         if not self._plain.are_kept() or not self._others.are_kept():
             return False
-        if self._wrapped is not None and self._wrapped.are_kept():
+        if not self._slots or (self._wrapped is not None and self._wrapped.are_kept()):
             return True
         # FSDP lets a name have a gathered copy for a while, and a wrapper may be made anew around the same memory.
         if not self._shown.are_kept():
@@ -59,7 +59,7 @@ class _Views:
 
     def are_kept(self) -> bool:
         """Whether they would return the same again."""
-        return all(view() is kept for view, kept in zip(self._views, self.kept, strict=True))
+        return not self._views or all(view() is kept for view, kept in zip(self._views, self.kept, strict=True))
 
 
 class _Entries:

@@ -157,7 +157,7 @@ class _LocalValues:
     has replaced the kept one (`load_state_dict(assign=True)`).
 
     Attributes:
-        slot: where the module keeps the DTensor; None if torch does not say which of its attributes is the local tensor.
+        slot: where the module keeps the DTensor; None if torch does not name its local tensor.
     """
 
     def __init__(self, named: Named) -> None:
