@@ -6,7 +6,7 @@ read them (quantised weights). A parameter whose values an unknown engine has ta
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from dist_ema.errors import UnsupportedModelError
 from dist_ema.topology.seam.layout import Named
 from dist_ema.topology.seam.loaded import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["check_tensor", "foreign_kind", "name_of_inner"]
 
