@@ -80,6 +80,10 @@ ALONE = {
             "small",
             "--calls",
             "update",
+            "--dtypes",
+            "float32",
+            "--layouts",
+            "fsdp2",
         ),
     ),
 }
