@@ -509,6 +509,7 @@ def test_a_deep_copy_updates_itself_and_not_the_first() -> None:
 MOMENTA = [1.0, 0.5, 0.5, 0.25, 0.0, 0.25, 1.0, 0.125, 0.5]
 
 
+@pytest.mark.filterwarnings("ignore:only your code can rebuild")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_kept_from_the_last_update_take_the_momenta_of_this_one(dtype) -> None:
     """One that stays, changes, is 0 or 1, of two tracks in turn, with a skipped step and a mask between."""

@@ -82,6 +82,10 @@ ALONE = {
             "small",
             "--calls",
             "update",
+            "--dtypes",
+            "float32",
+            "--layouts",
+            "fsdp2",
         ),
     ),
 }
