@@ -3,8 +3,9 @@
     python launch/bench/start_up.py
 
 A process imports torch and accelerate alone, or builds an average of a small model besides, and updates it once. The
-difference is what this package adds. An optimizer of torch loads the compiler and the modules of sharding by itself, so
-a run that trains has them anyway; an average adds no more then. The commands that read no tensors load no torch at all.
+difference is what this package adds. The last columns have the same measured within the process, without the noise of
+torch's import. An optimizer of torch loads the compiler and the modules of sharding by itself: a run that trains has
+them anyway. The commands that read no tensors load no torch at all.
 
 CPU time of the whole process. Modules come from their bytecode, which a first round writes.
 """
@@ -29,9 +30,13 @@ from dist_ema import ConstantSchedule, ShardedEMA
 
 _IMPORTS = "import torch, accelerate\nmodel = torch.nn.Linear(2, 1)\n"
 _OPTIMIZER = "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
-_AVERAGE = (
-    "from dist_ema import ConstantSchedule, ShardedEMA\nShardedEMA(model, ConstantSchedule(momentum=0.1)).update()\n"
-)
+_AVERAGE = """
+import time
+began = time.process_time()
+from dist_ema import ConstantSchedule, ShardedEMA
+ShardedEMA(model, ConstantSchedule(momentum=0.1)).update()
+print(time.process_time() - began)
+"""
 # What a process does -> its source, and what it is compared with.
 _PROCESSES = {
     "torch, accelerate": (_IMPORTS, "torch, accelerate"),
@@ -43,18 +48,23 @@ _NOTHING = "python -c pass"
 
 
 class Taken(NamedTuple):
-    """Seconds of a process: of the CPU, and from its start to its end."""
+    """Seconds of a process: of the CPU, from its start to its end, and of the CPU for the average alone, if it has one.
+
+    The last is measured within the process: it has none of the noise of torch's own import.
+    """
 
     cpu: float
     wall: float
+    average: float | None
 
 
 def taken(*arguments: str) -> Taken:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, check=True)
+    ran = subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Taken(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Taken(cpu, wall, float(ran.stdout) if arguments[-1].endswith(_AVERAGE) else None)
 
 
 def rows(calls: Mapping[str, Sequence[str]], bases: Mapping[str, str], rounds: int) -> list[Mapping[str, Cell]]:
@@ -63,15 +73,22 @@ def rows(calls: Mapping[str, Sequence[str]], bases: Mapping[str, str], rounds: i
     return [
         {
             "process": name,
+            "wall s, least": min(each.wall for each in found[name]),
             "CPU s, least": min(cpu[name]),
             "CPU s": Spread.of(cpu[name]),
-            "wall s, least": min(each.wall for each in found[name]),
             "beyond": base,
-            "more CPU s, of the least": min(cpu[name]) - min(cpu[base]),
             "more CPU s": Spread.of(own - other for own, other in zip(cpu[name], cpu[base], strict=True)),
+            **_own(found[name]),
         }
         for name, base in bases.items()
     ]
+
+
+def _own(processes: Sequence[Taken]) -> dict[str, Cell]:
+    averages = [each.average for each in processes if each.average is not None]
+    if not averages:
+        return {}
+    return {"the average's CPU s, least": min(averages), "the average's CPU s": Spread.of(averages)}
 
 
 def main(arguments: list[str] | None = None) -> None:
