@@ -62,4 +62,13 @@ def test_pictures_are_drawn_by_their_script_from_schedules_as_they_are_now() -> 
             for text in texts:
                 schedule_from_text(text)
                 assert text.replace("_000", "000") in picture.replace("_000", "000"), f"{name}.svg does not show {text}"
-    assert drawn == {path.stem for path in folder.glob("*.svg")}
+    measured = {path.stem for path in folder.glob("growth_*.svg")}
+    assert drawn == {path.stem for path in folder.glob("*.svg")} - measured
+
+
+def test_pictures_of_growth_are_those_that_their_benchmark_draws_and_the_page_shows() -> None:
+    measured = {path.name for path in (ROOT / "docs" / "pictures").glob("growth_*.svg")}
+    benchmark = (ROOT / "launch" / "bench" / "growth.py").read_text()
+    drawn = {f"growth_{name}.svg" for name in re.findall(r'^    "(\w+)": Growth\(', benchmark, re.MULTILINE)}
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert measured == drawn == set(re.findall(r"\(pictures/(growth_\w+\.svg)\)", page)) != set()
