@@ -25,6 +25,8 @@ _BESIDE_DOCS = {
 
 _FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+_DEFINITION = re.compile(r"^\[(?P<name>[^]]+)\]: (?P<target>\S+)\n?", re.MULTILINE)
+_REFERENCE = re.compile(r"\[(?P<text>[^][]+)\]\[(?P<name>[^][]+)\]")
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _PAGE_NAMED = re.compile(r"\bdocs/([\w/]+)\.md\b")
 # How a docstring says who must call: a sentence of its first paragraph.
@@ -51,7 +53,9 @@ def decisions_page(folder: Path) -> str:
     for path in sorted(folder.glob("0*.md"), reverse=True):
         title = _TITLE.search(path.read_text(encoding="utf-8"))
         lines.append(f"- [{title[1] if title else path.stem}]({path.name})")
-    head = "# Decisions\n\nEach note says what was chosen, why, and what would change our mind. The newest is first.\n\n"
+    head = (
+        "# Decisions\n\nEach note says what was chosen, why, and what would change our mind. The newest is first.\n\n"
+    )
     return head + "\n".join(lines) + "\n"
 
 
@@ -66,7 +70,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def linked(match: re.Match[str]) -> str:
         return site_link(match, folder, here, files)
 
-    return "".join(part if part.startswith("```") else _LINK.sub(linked, part) for part in _FENCE.split(markdown))
+    parts = _FENCE.split(in_place(markdown))
+    return "".join(part if part.startswith("```") else _LINK.sub(linked, part) for part in parts)
+
+
+def in_place(markdown: str) -> str:
+    """The links of a page whose targets stand at its end, as links with their targets."""
+    targets = {match["name"]: match["target"] for match in _DEFINITION.finditer(markdown)}
+
+    def placed(match: re.Match[str]) -> str:
+        return f"[{match['text']}]({targets[match['name']]})" if match["name"] in targets else match[0]
+
+    return _REFERENCE.sub(placed, _DEFINITION.sub("", markdown)) if targets else markdown
 
 
 def site_link(match: re.Match[str], folder: str, here: str, files: Files) -> str:
