@@ -9,8 +9,9 @@ their page first, which writes them in long stretches (the two-phase writing of 
     rank 1     ................................[===|=====]..........   sends its bytes to the writers of the pages
                ^ the file is divided evenly among the writers
 
-Exchanges go in rounds. In a round, a writer receives at most one window of its part of the file, so the buffers are
-bounded whatever the sizes. A rank that does not share the folder sends everything.
+Exchanges go in rounds. In a round, a writer receives at most one window of its part of the file, and in the first one
+the few bytes of other windows besides. So the buffers are bounded whatever the sizes. A rank that does not share the
+folder sends everything.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ def synthesize(options: argparse.Namespace) -> str:
 
 def plot(options: argparse.Namespace) -> str:
     """Draw schedules, or the profile that snapshots can express."""
-    from dist_ema.offline.plots import check_free, draw_schedules
+    from dist_ema.offline.pictures import check_free
+    from dist_ema.offline.plots import draw_schedules
 
     check_free(local(options.out), options.force)
     if options.sigma_rel is not None:

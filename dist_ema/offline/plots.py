@@ -1,22 +1,18 @@
-"""Pictures: the momentum of every update, how far back an average looks, the weights of a sum. No communication.
-
-A picture is a small file. The same data give the same bytes.
-"""
+"""Pictures: the momentum of every update, how far back an average looks, the weights of a sum. No communication."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ema.errors import ConfigError
+from dist_ema.offline.pictures import dress, new_figure, save_figure
 from dist_ema.schedules.base import Schedule
 
-__all__ = ["MOST_POINTS", "check_free", "draw_profiles", "draw_schedules", "mean_ages"]
+__all__ = ["MOST_POINTS", "draw_profiles", "draw_schedules", "mean_ages"]
 
 # The most points of a curve.
 MOST_POINTS = 500
@@ -46,20 +42,6 @@ def mean_ages(schedule: Schedule, num_steps: int) -> tuple[list[float], list[flo
     return momenta, ages
 
 
-def check_free(path: Path, replace: bool) -> None:
-    """Refuse a path at which there is something.
-
-    Raises:
-        ConfigError: there is a folder, or a file that is not to be replaced; or no folder to write it into.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder, expected the name of a picture, such as {path / 'schedule.png'}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no folder, so {path} cannot be written: make it first (--out)")
-    if os.path.lexists(path) and not replace:
-        raise ConfigError(f"{path} exists, and is not replaced unasked: give another name (--out), or --force")
-
-
 def draw_schedules(
     schedules: Mapping[str, Schedule],
     num_steps: int,
@@ -82,7 +64,7 @@ def draw_schedules(
     """
     if not 2 <= num_steps <= _MOST_STEPS:
         raise ConfigError(f"steps is {num_steps}, expected 2 to {_MOST_STEPS:,}")
-    figure = _figure()
+    figure = new_figure()
     above, below = figure.subplots(2, 1, sharex=True)
     stride = -(-num_steps // MOST_POINTS)
     smallest, largest = math.inf, 0.0
@@ -101,13 +83,13 @@ def draw_schedules(
         above.set_ylim(bottom=0)
     below.set_ylim(bottom=0)
     for axes in (above, below):
-        _dress(axes)
+        dress(axes)
         if now is not None:
             axes.axvline(now, color="#666666", linewidth=0.8, linestyle="--")
     # Above the axes, and as wide as the figure: a long schedule within them would cover curves, or squeeze the axes.
     size = min(_LEGEND_POINTS, _LEGEND_POINTS * _LEGEND_CHARACTERS / max(map(len, schedules)))
     figure.legend(handles=above.get_lines()[: len(schedules)], frameon=False, loc="outside upper left", fontsize=size)
-    _save(figure, path, replace)
+    save_figure(figure, path, replace=replace)
 
 
 def draw_profiles(
@@ -132,7 +114,7 @@ def draw_profiles(
     Raises:
         ConfigError: the path is taken, matplotlib is missing, or it does not know the picture's format.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     middles = [(start + stop - 1) / 2 for start, stop in itertools.pairwise(edges)]
     widths = [stop - start for start, stop in itertools.pairwise(edges)]
@@ -152,35 +134,6 @@ def draw_profiles(
     axes.set_ylim(min(1.1 * min(nearest), 0.0), 1.5 * max(wanted))
     axes.set_xlabel("update")
     axes.set_ylabel("weight of its observation")
-    _dress(axes)
+    dress(axes)
     axes.legend(loc="upper left", edgecolor="none", framealpha=1.0)
-    _save(figure, path, replace)
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure  # an optional dependency
-    except ImportError:
-        raise ConfigError("plotting needs matplotlib, which is not installed: pip install 'dist-ema[plot]'") from None
-    return Figure(figsize=(7.5, 5.5), layout="constrained")
-
-
-def _dress(axes: Any) -> None:
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: Path, replace: bool) -> None:
-    from matplotlib import rc_context  # there is a figure, so there is matplotlib
-
-    check_free(path, replace)
-    # An SVG would otherwise hold the date, names drawn by chance, and its text as outlines.
-    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
-    drawn = io.BytesIO()  # by its name matplotlib would write a file of another one, with an ending
-    try:
-        with rc_context({"svg.hashsalt": "dist-ema", "svg.fonttype": "none"}):
-            figure.savefig(drawn, dpi=150, format=path.suffix[1:].lower() or "png", **options)
-    except ValueError as error:
-        raise ConfigError(f"the picture {path} cannot be written: {error}") from None
-    with open(path, "wb" if replace else "xb") as file:
-        file.write(drawn.getbuffer())
+    save_figure(figure, path, replace=replace)

@@ -66,6 +66,11 @@ ALONE = {
     "accuracy": (2, ("--updates", 20, "--elements", 8)),
     "export": (1, ("--rounds", 1, "--elements", 8000)),
     "merge": (1, ("--rounds", 1, "--elements", 8000)),
+    "start_up": (2, ("--rounds", 1)),
+    "growth": (
+        5,
+        ("--rounds", 1, "--tensors", 10, 100, "--mib", 1, 2, "--tracks", 1, 2, "--ranks", 1, 2),
+    ),
     "against": (
         1,
         (
@@ -81,6 +86,10 @@ ALONE = {
             "small",
             "--calls",
             "update",
+            "--dtypes",
+            "float32",
+            "--layouts",
+            "fsdp2",
         ),
     ),
 }
