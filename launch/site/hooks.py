@@ -25,6 +25,9 @@ _BESIDE_DOCS = {
 
 _FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+# Links of a table, whose targets stand below it.
+_DEFINITION = re.compile(r"^\[(?P<name>[^]]+)\]: (?P<target>\S+)\n", re.MULTILINE)
+_REFERENCE = re.compile(r"\[(?P<text>[^][]+)\]\[(?P<name>[^][]+)\]")
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _PAGE_NAMED = re.compile(r"\bdocs/([\w/]+)\.md\b")
 # How a docstring says who must call: a sentence of its first paragraph.
@@ -66,7 +69,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def linked(match: re.Match[str]) -> str:
         return site_link(match, folder, here, files)
 
-    return "".join(part if part.startswith("```") else _LINK.sub(linked, part) for part in _FENCE.split(markdown))
+    parts = _FENCE.split(with_links_in_place(markdown, folder))
+    return "".join(part if part.startswith("```") else _LINK.sub(linked, part) for part in parts)
+
+
+def with_links_in_place(markdown: str, folder: str) -> str:
+    """The page with each `[text][name]` as a link; a file that the site lacks is shown when the text is pointed at."""
+    targets = {match["name"]: match["target"] for match in _DEFINITION.finditer(markdown)}
+
+    def in_place(match: re.Match[str]) -> str:
+        target = targets.get(match["name"])
+        if target is None:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if "://" in target or path.startswith("docs/"):
+            return f"[{match['text']}]({target})"
+        return f'<abbr title="{path}">{match["text"]}</abbr>'
+
+    return _REFERENCE.sub(in_place, _DEFINITION.sub("", markdown)) if targets else markdown
 
 
 def site_link(match: re.Match[str], folder: str, here: str, files: Files) -> str:

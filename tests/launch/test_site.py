@@ -172,6 +172,7 @@ def test_links_to_files_that_the_site_lacks_are_text_and_others_lead_to_pages(si
     reference = (site / "reference" / "sharded_ema.html").read_text()
     assert "<code>dist_ema/ema.py</code>" in reference and 'href="../../dist_ema' not in reference
     home = (site / "index.html").read_text()
+    assert 'href="tests/' not in home and 'title="tests/boxes/test_owners.py"' in home
     assert 'href="docs/' not in home and 'href="training.html"' in home and 'href="decisions/index.html"' in home
 
 
