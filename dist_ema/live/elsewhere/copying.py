@@ -119,7 +119,7 @@ class _Target:
         extra = sorted(sorted(names) for names in others.keys() - own.keys())
         if missing or extra:
             lacks = f"lacks {len(missing)} tensors of the model ({_shown(missing)})"
-            more = f"has {len(extra)} that the model lacks ({_shown(extra)})"
+            more = f"has {len(extra)} that the model has not ({_shown(extra)})"
             raise UnsupportedModelError(
                 f"the module {' and '.join([lacks] * bool(missing) + [more] * bool(extra))}, expected the same names, "
                 "tied alike: leave out by exclude= what only one of them has"
