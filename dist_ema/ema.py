@@ -74,7 +74,7 @@ class ShardedEMA:
             at the first copy.
         compensated: keep in bfloat16 what rounding takes from an update, and add it to the next: for decays of 0.9999
             and more, where an fp32 average loses a part of its motion. It takes 2 more bytes for an element, and slower
-            updates (docs/performance.md). Files have the fp32 values alone, so a resume loses what was kept.
+            updates (docs/performance/updates.md). Files have the fp32 values alone, so a resume loses what was kept.
         overlap: on a GPU, run updates beside the next forward and backward, on a stream of their own, or on a host
             thread for device="cpu". Code that writes to the weights must call `wait` first; the next step of every
             torch optimizer, and every call here that uses the averages, wait anyway. On a CPU it changes nothing.
@@ -370,7 +370,7 @@ class ShardedEMA:
             track: the name of the average; may be left out if there is one.
             dtype: floating-point tensors are sent in it, torch.bfloat16 say; None keeps the averaged dtype.
             bucket_bytes: bytes of messages that a rank keeps at a time. Besides what the caller keeps, a stream takes
-                this and the largest tensor.
+                at most twice this or twice the largest tensor.
             ranks: the ranks that get the tensors; None for all. On the others the call returns an empty iterator when
                 what they own has been sent.
 
@@ -486,7 +486,7 @@ class ShardedEMA:
 
         The folder has `manifest.json` and the averages as safetensors under the model's own names: at the top for one
         track, in one sub-folder per track for several. It is staged beside `path` and committed by rename; what was
-        there stays until then. See docs/checkpoint_format.md.
+        there stays until then. See docs/checkpoint_commit.md.
 
         Args:
             path: the folder; a former average there is replaced.

@@ -160,13 +160,6 @@ _RECORDED: Mapping[str, Any] = {"recorded": True}
 _NOT_RECORDED: Mapping[str, Any] = {"recorded": False}
 
 
-class Rhythm(TypedDict):
-    """Which updates average."""
-
-    interval: int
-    interval_correction: bool
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of a `ShardedEMA`, all but the schedules and the teacher.
@@ -239,11 +232,6 @@ class Options:
             trainable_only=is_adapted if self.trainable_only is None else self.trainable_only,
             averaged_only=is_adapted if self.averaged_only is None else self.averaged_only,
         )
-
-    @property
-    def rhythm(self) -> Rhythm:
-        """Which updates average, as arguments of `momentum_of_update`."""
-        return {"interval": self.interval, "interval_correction": self.interval_correction}
 
     def averages(self, fqns: Sequence[str], *, is_buffer: bool, requires_grad: bool) -> bool:
         """Whether a tensor is to be averaged, if its dtype can be.

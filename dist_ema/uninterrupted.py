@@ -17,7 +17,6 @@ import _thread
 import operator
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,8 +26,8 @@ import torch
 
 __all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "outlast", "version_of"]
 
-# These two are C, and so are `partial`, `map` and `list.extend`: no handler runs between the steps.
-_call = operator.methodcaller("__call__")
+# These two are C, and so are `partial`, `map`, `next` and `list.extend`: no handler runs between the steps.
+_call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
 version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
 _POLL_SECONDS = 1e-4
@@ -53,6 +52,12 @@ class Steps:
             self._moved[len(self.calls)] = moved
         self.calls.append(step)
 
+    def with_calls(self, calls: list[Callable[[], Any]]) -> Steps:
+        """Other calls, of which each moves what the call in its place does."""
+        other = Steps()
+        other.calls, other._moved = calls, self._moved
+        return other
+
     def run(self, done: list[Any]) -> None:
         """Do the steps that are left. `done` has the results so far; the further results are added to it."""
         cut_off = self._moved.get(len(done))
@@ -65,7 +70,7 @@ class Once:
     """An attribute that the first `call` sets, by one call of C; further calls do nothing."""
 
     def __init__(self, owner: object, name: str, value: object) -> None:
-        self.call: Callable[[], Any] = partial(deque, map(partial(setattr, owner, name), (value,)), 0)
+        self.call: Callable[[], Any] = partial(next, map(setattr, (owner,), (name,), (value,)), None)
         self._owner, self._name, self._value = owner, name, value
 
     @property
@@ -79,11 +84,12 @@ class Lane:
 
     Args:
         make: returns the steps for the worker of that number, and moves nothing.
+        steps: the steps, if they are known.
     """
 
-    def __init__(self, make: Callable[[int], Steps]) -> None:
+    def __init__(self, make: Callable[[int], Steps], steps: Steps | None = None) -> None:
         self._make = make
-        self._steps: Steps | None = None
+        self._steps = steps
         self._done: list[Any] = []
         self._owner: dict[str, int] = {}
         self._has_failed = False
@@ -91,13 +97,14 @@ class Lane:
     @classmethod
     def of(cls, step: Callable[[], Any]) -> Lane:
         """A lane of one step, which may be done again."""
+        steps = Steps()
+        steps.again(step)
+        return cls.ready(steps)
 
-        def make(worker: int) -> Steps:
-            steps = Steps()
-            steps.again(step)
-            return steps
-
-        return cls(make)
+    @classmethod
+    def ready(cls, steps: Steps) -> Lane:
+        """A lane of steps that any worker does alike."""
+        return cls(lambda worker: steps, steps)
 
     def run(self, worker: int) -> None:
         """Do the steps, unless another thread has taken them."""
@@ -164,7 +171,9 @@ class Job:
         try:
             try:
                 if self._claim():
-                    self._run()
+                    self._share(self._lanes)
+                    self._count()
+                    self._is_finished = True
             except BaseException:
                 self.finish()
                 raise
@@ -175,11 +184,6 @@ class Job:
     def _claim(self) -> bool:
         mine = threading.get_ident()
         return self._owner.setdefault("thread", mine) == mine
-
-    def _run(self) -> None:
-        self._share(self._lanes)
-        self._count()
-        self._is_finished = True
 
     def count(self) -> None:
         """Count the job as done: a stream has taken it over."""

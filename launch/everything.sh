@@ -30,11 +30,18 @@ names=()
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=$PWD
 python=.venv/bin/python
 bash launch/setup.sh
-"$python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[browser]'
+"$python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[browser,notebook]'
 
 # The site; then a reader in a browser.
 part site bash launch/docs.sh
 part browser "$python" -m pytest tests/everything/test_site_in_browser.py
+
+# What a newcomer runs first, and what is published: the wheel serves in an environment that has nothing else.
+part notebook "$python" launch/notebook.py
+part wheel bash launch/package.sh --try runs/everything/dist
+
+# Every library that the package serves, each by its own trainer, loader and checkpoint.
+part libraries bash launch/test.sh tests/integrations tests/disk/test_folders_of_libraries.py
 
 # The sweeps of launch/crash/ at their full size; the suite has a short version of each.
 for sweep in exits file_faults interrupts job_pairs kill_saves rank_interrupts rank_losses readers; do

@@ -65,7 +65,6 @@ MOST_CODE_LINES = 250
 LONG_MODULES = {
     "ema": "every public method stands in one place; none has more than a call of the rooms below",
     "averaging.state": "what updates, loads and tracks that come or go do to the same fields is read side by side",
-    "averaging.update": "the fast path of an update and its three kinds of care are read side by side",
 }
 
 
@@ -235,7 +234,7 @@ PRIVATE_NAMES = {
         "__tensor_flatten__": "test_a_tensor_whose_bytes_are_not_its_values_is_refused_by_name_before_the_first_save",
     },
     "boxes.shards": {"_extra_state": "test_a_tensor_of_extra_state_is_in_the_files_so_that_a_strict_load_works"},
-    "averaging.update": {"_foreach_lerp_": OF_TENSORS},
+    "averaging.moves": {"_foreach_lerp_": OF_TENSORS},
     "averaging.averages": {"_foreach_copy_": OF_TENSORS},
     "averaging.standstill": {"_dynamo": "test_a_compiler_that_is_loaded_after_the_first_update_does_not_trace_updates"},
     "uninterrupted": {"_version": OF_TENSORS},

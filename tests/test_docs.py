@@ -44,6 +44,17 @@ def test_links_point_at_something(page) -> None:
         assert "://" in target or (page.parent / target).exists(), target
 
 
+MOST_LINES_OF_A_PAGE = 150
+WRITTEN = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page.name != "cli.md"]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_page_is_short_enough_to_be_read(page) -> None:
+    """A page has one job; what is longer is two pages. The help of the command line writes its own page."""
+    lines = page.read_text().count("\n")
+    assert lines <= MOST_LINES_OF_A_PAGE, f"{page.name} has {lines} lines, expected at most 150: split it by the job"
+
+
 def test_every_trap_names_tests_that_exist() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "traps.md").read_text() + (ROOT / "CHANGELOG.md").read_text())
@@ -70,5 +81,5 @@ def test_pictures_of_growth_are_those_that_their_benchmark_draws_and_the_page_sh
     measured = {path.name for path in (ROOT / "docs" / "pictures").glob("growth_*.svg")}
     benchmark = (ROOT / "launch" / "bench" / "growth.py").read_text()
     drawn = {f"growth_{name}.svg" for name in re.findall(r'^    "(\w+)": Growth\(', benchmark, re.MULTILINE)}
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert measured == drawn == set(re.findall(r"\(pictures/(growth_\w+\.svg)\)", page)) != set()
+    page = (ROOT / "docs" / "performance" / "growth.md").read_text()
+    assert measured == drawn == set(re.findall(r"\(\.\./pictures/(growth_\w+\.svg)\)", page)) != set()

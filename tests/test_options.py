@@ -89,8 +89,8 @@ def test_an_option_says_whether_it_is_recorded(name) -> None:
 @pytest.mark.parametrize("name", [*FIELDS, "into"])
 def test_an_option_is_told_wherever_a_reader_looks(name) -> None:
     assert re.search(rf"^ {{4}}{name}: ", inspect.getdoc(ShardedEMA), re.MULTILINE), "the docstring of ShardedEMA"
-    table = (ROOT / "docs" / "training.md").read_text().split("## Options of")[1].split("\n## ")[0]
-    assert re.search(rf"`{name}[=`]", table), "docs/training.md"
+    table = (ROOT / "docs" / "options.md").read_text().split("## Options of")[1].split("\n## ")[0]
+    assert re.search(rf"`{name}[=`]", table), "docs/options.md"
     if name in FIELDS:
         assert re.search(rf"^ {{4}}{name}: ", inspect.getdoc(Options), re.MULTILINE), "the docstring of Options"
         row = next(line for line in FORMAT_PAGE.splitlines() if line.startswith("| `options` |"))

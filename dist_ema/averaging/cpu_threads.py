@@ -44,10 +44,9 @@ def share_out(work: Callable[[T, int], None], batches: Sequence[T], workers: int
 
     Raises whatever `work` raised first in the calling thread, else in another; the others finish their batch.
     """
-    if workers == 1:
-        with torch.no_grad():
-            for batch in batches:
-                work(batch, 0)
+    if workers == 1 and not torch.is_grad_enabled():
+        for batch in batches:
+            work(batch, 0)
         return
     queue = deque(batches)
 

@@ -32,7 +32,9 @@ class Prepared:
     """The lists of an update, which are valid while `is_current()`.
 
     Attributes:
+        blocks: the parts of the update.
         is_fetched: whether live values come from a device into host memory.
+        is_repeated: whether updates without a flag do the same steps each time, in one thread.
         watched: the shards that may have infinities.
 
     Args:
@@ -73,13 +75,13 @@ class Prepared:
             with torch.inference_mode(False):
                 self._averaged = [[value.data for value in values] for values in self._averaged]
         chunk_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
-        self._blocks: list[Block] = []
+        self.blocks: list[Block] = []
         kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
         for at, index in enumerate(filled):
             masks = masks_of(shards[index]) if index in watched else ()
             kinds.setdefault((shards[index].fqn not in uncounted, index in watched, masks), []).append(at)
         for (counted, is_watched, masks), positions in kinds.items():
-            self._blocks += make_blocks(
+            self.blocks += make_blocks(
                 [self._live[at] for at in positions],
                 [[row[at] for at in positions] for row in self._averaged],
                 whole=len(rows) == 1 and not skip_nonfinite and not is_watched,
@@ -92,9 +94,10 @@ class Prepared:
         with torch.inference_mode(False):
             self._scratches = self._make_scratches()
             self._landings = self._make_landings(pinned=not on_cpu)
-            for index, block in enumerate(self._blocks if self._landings else ()):
+            for index, block in enumerate(self.blocks if self._landings else ()):
                 block.land_in(self._landings[index % 2])
         self.is_fetched = bool(self._landings)
+        self.is_repeated = self._workers == 1 and not self.is_fetched and not watched
 
     def is_current(self) -> bool:
         """Whether live tensors and averages still stand for the same memory."""
@@ -107,8 +110,8 @@ class Prepared:
     def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
         """Lanes for all blocks; `make(blocks, worker)` returns the steps that move some of the blocks."""
         if self._workers == 1:
-            return [Lane(partial(make, self._blocks))]
-        return [Lane(partial(make, [block])) for block in self._blocks]
+            return [Lane(partial(make, self.blocks))]
+        return [Lane(partial(make, [block])) for block in self.blocks]
 
     def share(self, lanes: Sequence[Lane]) -> None:
         """Do the lanes, in as many threads as are worth it."""
@@ -129,7 +132,7 @@ class Prepared:
 
     def _make_scratches(self) -> dict[torch.device, list[torch.Tensor]]:
         """Scratch memory for every thread, on every device."""
-        numel = max((block.scratch_numel for block in self._blocks), default=0)
+        numel = max((block.scratch_numel for block in self.blocks), default=0)
         wanted = {value.device: value.dtype for value in itertools.chain(*self._averaged[:1])}
         return {
             device: [torch.empty(numel, dtype=dtype, device=device) for _ in range(self._workers)]
@@ -137,6 +140,6 @@ class Prepared:
         }
 
     def _make_landings(self, *, pinned: bool) -> list[torch.Tensor]:
-        nbytes = max((block.landing_bytes for block in self._blocks), default=0)
+        nbytes = max((block.landing_bytes for block in self.blocks), default=0)
         count = 2 if nbytes else 0
         return [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]

@@ -124,18 +124,16 @@ class AveragedState:
     def update(self, found_inf: torch.Tensor | None) -> None:
         """One update of all tracks: see `ShardedEMA.update`. Whole or not at all: see [Note: interrupts]."""
         self._updater.complete()
-        step, options = self.num_updates, self.options
+        step = self.num_updates
         first = self._begin_update()
         flag = None if found_inf is None else LateFlag(found_inf)
-        now = self._now._replace(num_updates=step + 1, last_skipped=flag, not_started=frozenset())
-        if self._now.not_started:  # these averages move, whether or not this update averages
-            now = now._replace(kept={})
+        now = self._now.after_update(step, flag)
         # All momenta come before the first lerp: a schedule that fails must not leave the tracks at odds.
         if step == 0:
             self._copy_live(Once(self, "_now", now), first)
         elif now.starts:
             self._update_tracks_apart(step, now, found_inf, first)
-        elif step % options.interval == 0:
+        elif step % self.options.interval == 0:
             momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
             self._start_from_live()
             self._updater.lerp(momenta, self._counting(now, momenta), unless=found_inf, first=first)
@@ -337,7 +335,14 @@ class AveragedState:
         return math.nan if is_unknown else self._momentum(schedule, own)
 
     def _momentum(self, schedule: Schedule, step: int) -> float:
-        return momentum_of_update(schedule, step, batch_size=self.batch_size, **self.options.rhythm)
+        options = self.options
+        return momentum_of_update(
+            schedule,
+            step,
+            interval=options.interval,
+            interval_correction=options.interval_correction,
+            batch_size=self.batch_size,
+        )
 
     def _copy_live(self, count: Once | None = None, first: Sequence[Lane] = (), *, counted: bool = True) -> None:
         self._updater.set(Job([*first, self._updater.copying_live(counted=counted)], count))

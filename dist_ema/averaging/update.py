@@ -6,15 +6,6 @@ tiny tensors on a CPU, which are packed end to end. Several tracks go block by b
 read from memory once and from the cache after that. On several CPU threads blocks are shared out (cpu_threads.py).
 Blocks that come from a device into host memory are fetched one ahead. An update may run beside training (streams.py).
 
-`lerp` and not `mul` + `add`: fp32(1 - m) + fp32(m) is not 1, so the second form drifts (3e-5 relative after
-2,000 updates at a decay of 0.9999, against 1e-6); and lerp in fp32 gives the same bits however a tensor is cut,
-so every layout of the same weights gives the same average.
-
-[Note: compensation]
-An fp32 average moves by m * (live - averaged), which at a decay of 0.99999 is about a rounding unit of the average:
-much of it is lost. A compensated average also keeps what a step lost, in bfloat16, and adds it to the next (Kahan's
-sum). Its operations are not fused, so that the bits do not depend on how a tensor is cut either.
-
 An update is a job (uninterrupted.py): all of its steps are done, or none. Tensors that may have infinities are watched
 (infinities.py), and averaged with care.
 """
@@ -27,12 +18,11 @@ from typing import Any
 
 import torch
 
-from dist_ema.averaging.averages import Averages, copying
-from dist_ema.averaging.counting.skipped_steps import weight_unless
-from dist_ema.averaging.infinities import Watch, is_mask, masks_of
+from dist_ema.averaging.averages import Averages
+from dist_ema.averaging.infinities import Watch, masks_of
+from dist_ema.averaging.moves import Moves, adding_up
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.streams import Stream
-from dist_ema.averaging.tensor_blocks import Block
 from dist_ema.boxes.shards import Shard
 from dist_ema.uninterrupted import Job, Lane, Once, Steps
 
@@ -68,8 +58,13 @@ class Updater:
         self._skip_nonfinite = skip_nonfinite
         self._uncounted = frozenset(uncounted) if skip_nonfinite else frozenset()
         self.stream = Stream() if stream is None else stream
-        self._compensated = any(track.residuals for track in self._tracks)
         self._refused: dict[torch.device, torch.Tensor] = {}
+        self._moves = Moves(
+            len(self._tracks),
+            skip_nonfinite=skip_nonfinite,
+            compensated=any(track.residuals for track in self._tracks),
+            counter=self._counter,
+        )
         self._prepared: Prepared | None = None
         self._watch = Watch(self._shards, self._tracks, is_free=skip_nonfinite)
         self._begun: Job | None = None
@@ -142,7 +137,7 @@ class Updater:
         self._begun = job
         try:
             try:
-                stream.run(lambda: self._move_all(job))
+                stream.run(partial(self._move_all, job))
                 job.count()
             except BaseException:
                 job.withdraw()
@@ -195,7 +190,7 @@ class Updater:
             for device in {value.device for track in self._tracks[:1] for value in track.values}:
                 counter = self._counter(device)
                 count = torch.zeros_like(counter)
-                steps.again(partial(_add_up, count, refused))
+                steps.again(partial(adding_up, count, refused))
                 steps.once(partial(counter.add_, count), counter)
         return steps
 
@@ -207,7 +202,6 @@ class Updater:
             self._refused[device] = counter
         return self._refused[device]
 
-    @torch.no_grad()
     def lerp(
         self,
         momenta: Sequence[float],
@@ -219,7 +213,8 @@ class Updater:
     ) -> None:
         """Average: `averaged <- (1 - momentum) * averaged + momentum * live`. No communication.
 
-        It is done when `stream` is joined; until then no work may write to the live values.
+        The caller has turned gradients off. It is done when `stream` is joined; until then no work may write to the
+        live values.
 
         Args:
             momenta: for every track the weight of the live values, from 0 to 1.
@@ -228,22 +223,22 @@ class Updater:
             first: further lanes of the same job.
             beginning: indices of tracks that are set to the live values, in line; their momenta are 0.
         """
-        # 0 * (live - averaged) is not 0 where live is not finite, so a momentum of 0 does nothing.
-        active = [(index, momentum) for index, momentum in enumerate(momenta) if momentum != 0.0]
+        moves = any(momenta)
         if beginning:
             # What is left out of the live values counts once, where another track is averaged.
-            first = [*first, self.copying_live(tracks=beginning, counted=not active)]
-        if not active and beginning:
+            first = [*first, self.copying_live(tracks=beginning, counted=not moves)]
+        if not moves and beginning:
             self.set(Job(first, count))
             return
-        if not active:
+        if not moves:
             self._run(Stream(), Job(first, count))
             return
         prepared = self._ready()
         flag = None if unless is None else self.stream.flag_of_now(unless)
-        lanes = [*first, *prepared.lanes(partial(self._moves, prepared, active, flag))]
-        if self._watch.due:
-            lanes.append(Lane(partial(self._steps_of_look, self._watch.due)))
+        lanes = self._moves.lanes(prepared, momenta, flag)
+        if first or self._watch.due:
+            looks = [Lane(partial(self._steps_of_look, self._watch.due))] if self._watch.due else []
+            lanes = [*first, *lanes, *looks]
         stream = self.stream
         if beginning:
             stream.join()
@@ -259,6 +254,7 @@ class Updater:
         watched = self._watch.watched()
         if prepared is None or prepared.watched != watched:
             self._prepared = prepared = None  # its memory is freed before the new memory is made
+            self._moves.forget()
             prepared = Prepared(
                 self._shards,
                 self._tracks,
@@ -274,160 +270,3 @@ class Updater:
         steps = Steps()
         steps.again(partial(self._watch.look_again, due))
         return steps
-
-    def _moves(
-        self,
-        prepared: Prepared,
-        active: Sequence[tuple[int, float]],
-        unless: torch.Tensor | None,
-        blocks: Sequence[Block],
-        worker: int,
-    ) -> Steps:
-        """The steps that move these blocks."""
-        steps = Steps()
-        if prepared.is_fetched and unless is not None:
-            # The host reads the flag before copies are under way, since it would wait for these too.
-            if unless.item() != 0.0:
-                return steps
-            unless = None
-        taken: list[torch.Tensor] = []
-        kept: list[torch.Tensor] = []
-        results: list[torch.Tensor] = []
-        refused: dict[torch.device, list[torch.Tensor]] = {}
-        for block, live in prepared.brought(blocks, worker, steps):
-            if self._skip_nonfinite:
-                known = block.tracks[0] if block.watched else None
-                steps.again(partial(_take, taken, live, block.masks, known))
-                if block.counted:
-                    counter = self._counter(live[0].device)
-                    count = torch.zeros_like(counter)
-                    steps.again(partial(_refuse, refused, taken))
-                    steps.again(partial(_add_up, count, refused))
-                    steps.once(partial(counter.add_, count), counter)
-            for index, momentum in active:
-                averaged = block.tracks[index]
-                residuals = block.tracks[len(self._tracks) + index] if self._compensated else []
-                new = live
-                if self._skip_nonfinite:
-                    steps.again(partial(_keep, kept, taken, live, averaged))
-                    new = kept
-                weights = _Weights(averaged, momentum, unless)
-                if block.watched:
-                    steps.again(partial(_with_care, results, averaged, residuals, new, weights))
-                    steps.once(copying([*averaged, *residuals], results), averaged[0])
-                elif residuals and momentum != 1.0:
-                    for at, (value, residual) in enumerate(zip(averaged, residuals, strict=True)):
-                        steps.again(partial(_compensated, results, value, residual, new, at, weights))
-                        steps.once(copying([value, residual], results), value)
-                else:
-                    weight = momentum if unless is None else weights.of_all()
-                    steps.once(partial(torch._foreach_lerp_, averaged, new, weight), averaged[0])
-                    for residual in residuals:  # the average is the live values themselves
-                        steps.again(partial(residual.mul_, weights.left(residual)))
-        return steps
-
-
-class _Weights:
-    """The weight of the live values: the momentum, or 0 where the flag is set. Only the device reads the flag."""
-
-    def __init__(self, averaged: Sequence[torch.Tensor], momentum: float, unless: torch.Tensor | None) -> None:
-        self.momentum = momentum
-        self._averaged = averaged
-        self._unless = unless
-        self._weights: dict[torch.device, torch.Tensor] = {}
-        self._skips: dict[torch.device, torch.Tensor] = {}
-        if unless is not None:
-            for device, value in {value.device: value for value in averaged}.items():
-                self._weights[device] = weight_unless(unless, momentum, value)
-                self._skips[device] = (unless.reshape(()) != 0).to(device)
-
-    def of(self, value: torch.Tensor) -> torch.Tensor | float:
-        """The weight for one averaged tensor."""
-        return self.momentum if self._unless is None else self._weights[value.device]
-
-    def of_all(self) -> list[torch.Tensor]:
-        """The weights for all averaged tensors, where there is a flag."""
-        return [self._weights[value.device] for value in self._averaged]
-
-    def left(self, residual: torch.Tensor) -> torch.Tensor | float:
-        """What a residual keeps when the average becomes the live values: nothing, or all where the flag is set."""
-        return 0.0 if self._unless is None else 1.0 - weight_unless(self._unless, self.momentum, residual)
-
-    def unless_skipped(self, new: torch.Tensor, former: torch.Tensor) -> torch.Tensor:
-        """The new values, or the former ones where the flag is set."""
-        if self._unless is None:
-            return new
-        return torch.where(self._skips[new.device], former.to(new.dtype), new)
-
-
-def _take(
-    taken: list[torch.Tensor],
-    live: Sequence[torch.Tensor],
-    masks: Sequence[float],
-    averaged: Sequence[torch.Tensor] | None,
-) -> None:
-    """Where live values may enter the average: where they are finite, a mask, or what the average has already."""
-    taken[:] = [torch.isfinite(value) for value in live]
-    for where, value, known in zip(taken, live, averaged or (), strict=averaged is not None):
-        where |= is_mask(value, masks) | (value == known)
-
-
-def _refuse(refused: dict[torch.device, list[torch.Tensor]], taken: Sequence[torch.Tensor]) -> None:
-    refused.clear()
-    refused[taken[0].device] = [(~where).sum() for where in taken]
-
-
-def _add_up(count: torch.Tensor, refused: dict[torch.device, list[torch.Tensor]]) -> None:
-    if count.device in refused:
-        torch.sum(torch.stack(refused[count.device]), dim=0, out=count)
-
-
-def _keep(
-    kept: list[torch.Tensor],
-    taken: Sequence[torch.Tensor],
-    live: Sequence[torch.Tensor],
-    averaged: Sequence[torch.Tensor],
-) -> None:
-    # The averaged value replaces a live one that is left out: lerp(a, a, m) is a.
-    kept[:] = [torch.where(*three) for three in zip(taken, live, averaged, strict=True)]
-
-
-def _with_care(
-    results: list[torch.Tensor],
-    averaged: Sequence[torch.Tensor],
-    residuals: Sequence[torch.Tensor],
-    live: Sequence[torch.Tensor],
-    weights: _Weights,
-) -> None:
-    """The averages of tensors that may have infinities: where either side is infinite, the live value."""
-    moved, lost = [], []
-    for at, (value, new) in enumerate(zip(averaged, live, strict=True)):
-        plain = ~(torch.isinf(value) | torch.isinf(new))
-        if residuals and weights.momentum != 1.0:
-            pair: list[torch.Tensor] = []
-            _compensated(pair, value, residuals[at], live, at, weights)
-            average, rest = pair
-        else:
-            average = torch.lerp(value, new, weights.of(value))
-            rest = residuals[at] * weights.left(residuals[at]) if residuals else value
-        moved.append(torch.where(plain, average, weights.unless_skipped(new, value)))
-        if residuals:
-            lost.append(torch.where(plain, rest, 0.0))
-    results[:] = [*moved, *lost]
-
-
-def _compensated(
-    results: list[torch.Tensor],
-    value: torch.Tensor,
-    residual: torch.Tensor,
-    live: Sequence[torch.Tensor],
-    at: int,
-    weights: _Weights,
-) -> None:
-    """See [Note: compensation]: averaged + residual is what is averaged."""
-    step = (live[at] - value).mul_(weights.momentum)
-    moved = residual.to(value.dtype).mul_(1.0 - weights.momentum)
-    step.add_(moved)
-    torch.add(value, step, out=moved)
-    lost = step.add_(value - moved)
-    results[:] = [weights.unless_skipped(moved, value), weights.unless_skipped(lost, residual)]

@@ -112,10 +112,11 @@ class NoForm:
 
 
 class Slot(NamedTuple):
-    """Where the model keeps a tensor: `table[key]`."""
+    """Where the model keeps a tensor: `table[key]`, or the attribute `inner` of that, which wraps it then."""
 
     table: MutableMapping[str, Any]
     key: str
+    inner: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Held:
             at each use: training wrappers may replace the memory behind it. It may return the same tensor object again
             only while that has the same memory, dtype and strides.
         form: how a state dict shows what this rank holds of the tensor, or why it cannot.
-        slot: where the model keeps the tensor that `view` shows whole; None where only `view` shows whether its memory
-            was replaced.
+        slot: where the model keeps the tensor that `view` shows whole, or a part of if it is wrapped; None where only
+            `view` shows whether its memory was replaced. The name of a wrapper may have another tensor for a while.
         source: returns the values that are averaged, of a box within `box` that this rank owns, if these are not the
             live ones (fp32 masters). What holds for the tensors of `view` holds for these.
     """
@@ -167,7 +168,7 @@ class Held:
 
         A buffer that was made anew since in another shape, or removed, is put back into its slot.
         """
-        if self.spec.is_buffer and self.slot is not None:
+        if self.spec.is_buffer and self.slot is not None and self.slot.inner is None:
             current = self.slot.table.get(self.slot.key)
             if not isinstance(current, torch.Tensor) or (current.shape, current.dtype) != (values.shape, values.dtype):
                 self.slot.table[self.slot.key] = values

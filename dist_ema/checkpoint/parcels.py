@@ -2,7 +2,7 @@
 
 Every rank knows by arithmetic to which writers it sends (writing.py); the writers learn it from announcements. So only
 ranks that have bytes for each other exchange anything. They do so in rounds, one for each window of a writer's part of
-a file. A rank takes part in the rounds in which it has bytes to send or to receive.
+a file. A rank takes part in the rounds in which it has bytes to send or to receive. What is little goes in the first.
 
 In a large world small parcels go by relays: every rank has a few bytes of a 1-D tensor, and the writer of their page
 would hear from all of them.

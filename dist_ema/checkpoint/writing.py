@@ -9,8 +9,9 @@ their page first, which writes them in long stretches (the two-phase writing of 
     rank 1     ................................[===|=====]..........   sends its bytes to the writers of the pages
                ^ the file is divided evenly among the writers
 
-Exchanges go in rounds. In a round, a writer receives at most one window of its part of the file, so the buffers are
-bounded whatever the sizes. A rank that does not share the folder sends everything.
+Exchanges go in rounds. In a round, a writer receives at most one window of its part of the file, and in the first one
+the few bytes of other windows besides. So the buffers are bounded whatever the sizes. A rank that does not share the
+folder sends everything.
 """
 
 from __future__ import annotations
@@ -85,12 +86,18 @@ def write_tensors(
         for number, writing in enumerate(writings):
             writing.write(parcels.windows(None, number))
         return guard.failure
-    with exchange.wires(f"writing {folder}") as wires:
-        if any(writing.may_receive for writing in writings):
-            wires.listen()
-        parcels.announce(exchange, wires, f"writing {folder}")
-        for number, writing in enumerate(writings):
-            writing.write(parcels.windows(wires, number))
+    try:
+        with exchange.wires(f"writing {folder}") as wires:
+            if any(writing.may_receive for writing in writings):
+                wires.listen()
+            for writing in writings[:1]:
+                writing.write_in_place()  # the disk is at work while the ranks wait for one another
+            parcels.announce(exchange, wires, f"writing {folder}")
+            for number, writing in enumerate(writings):
+                writing.write(parcels.windows(wires, number))
+    finally:
+        for writing in writings[:1]:
+            writing.close()
     return guard.failure
 
 
@@ -142,19 +149,24 @@ class _FileWriting:
         self._direct: list[Part] = []
         self._descriptor = -1
 
+    def write_in_place(self) -> None:
+        """Write the parts that this rank writes in place, unless that was done."""
+        self._guard(self._write_direct)
+        self._direct = []
+
     def write(self, windows: Iterable[Window]) -> None:
         """Write the parts that this rank writes in place, and then the windows, as they come."""
         try:
-            self._guard(self._write_direct)
+            self.write_in_place()
             for window in windows:
                 self._guard(self._write_window, window)
             if self._descriptor >= 0:
                 self._guard(os.fsync, self._descriptor)
         finally:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
-        """Close the file. A network file system may report only now that a write has failed."""
+    def close(self) -> None:
+        """Close the file. A network file system may report only now that a write has failed. Twice does no harm."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:

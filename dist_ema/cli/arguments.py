@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_ema._version import __version__
-from dist_ema.cli import commands, inspecting, merging
+from dist_ema.cli import commands, consolidating, inspecting, merging
 from dist_ema.cli.answers import BadAnswer
 from dist_ema.errors import DistEMAError
 from dist_ema.schedules.coefficients import SHAPES
@@ -140,9 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     consolidate = _command(
         known,
         "consolidate",
-        commands.consolidate,
+        consolidating.consolidate,
         "write one average as a plain model folder",
-        "Write one average as a plain model folder: safetensors without the manifest, checksums compared on the way.",
+        "Write one average as a plain model folder: safetensors without the manifest, checksums compared on the way.\n"
+        "With --bema: the average plus a (live - start), as BEMA has it.",
         "dist-ema consolidate checkpoint-400 export --dtype bfloat16",
     )
     consolidate.add_argument("dst", metavar="DST", type=Path, help="folder to write; a former export is replaced")
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="give unchanged files a second name instead of a copy: who writes into DST then writes into SRC",
     )
     _add_export_options(consolidate, "keep")
+    _add_bema(consolidate)
     synthesize = _command(
         known,
         "synthesize",
@@ -190,6 +192,8 @@ def _add_merge(known: Any) -> None:
         source="out",
         source_help="folder to write; a former export is replaced",
     )
+    # Python's own usage has the options first, where --weights would take the folders for numbers.
+    command.usage = "dist-ema merge OUT SRC [SRC ...] [options]"
     command.add_argument("sources", metavar="SRC", type=Path, nargs="+", help="what to merge, oldest first")
     kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--equal", action="store_true", help="equal weights (the default)")
@@ -202,6 +206,23 @@ def _add_merge(known: Any) -> None:
     command.add_argument("--track", help="which average, where saved averages have several")
     _add_export_options(command, "the widest of the sources")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_bema(command: argparse.ArgumentParser) -> None:
+    bema = command.add_argument_group("correction of the lag (BEMA)")
+    bema.add_argument("--bema", action="store_true", help="add a (live - start), a = (rho + gamma t)^-eta")
+    bema.add_argument("--live", type=Path, help="folder or file of the live weights that were saved with the average")
+    bema.add_argument(
+        "--start", type=Path, help="folder or file of the weights that the run began at (default: the track 'start')"
+    )
+    bema.add_argument("--eta", type=float, metavar="X", help="how fast the correction fades (default: 0.2)")
+    of_schedule = "that of the saved BemaSchedule, else"
+    bema.add_argument("--rho", type=float, metavar="X", help=f"see a (default: {of_schedule} 10)")
+    bema.add_argument("--gamma", type=float, metavar="X", help=f"see a (default: {of_schedule} 1)")
+    bema.add_argument(
+        "--update-after-step", type=int, metavar="N", help=f"no correction until then (default: {of_schedule} 0)"
+    )
+    command.set_defaults(refuse=command.error)
 
 
 def _schedule_help() -> str:

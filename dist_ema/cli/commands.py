@@ -23,7 +23,7 @@ from dist_ema.schedules.nesting import horizon_of
 from dist_ema.schedules.profiles import PowerSchedule
 from dist_ema.schedules.records import schedule_from_json, schedule_from_text, schedule_text
 
-__all__ = ["consolidate", "diff", "plot", "synthesize", "verify"]
+__all__ = ["diff", "plot", "synthesize", "verify"]
 
 
 def verify(options: argparse.Namespace) -> str:
@@ -62,28 +62,6 @@ def _verify_weights(source: Path) -> str:
         f"{source}: {kind_of_weights(source)}, {len(model.tensors)} tensors in {files}, {file_bytes:,} bytes. The "
         f"headers are in order, and fit the sizes of the files{index}. There are no checksums: no value was checked"
     )
-
-
-def consolidate(options: argparse.Namespace) -> str:
-    """Write one average as a plain model folder."""
-    import torch  # the other commands do not need it
-
-    from dist_ema.offline.consolidation import consolidate_checkpoint
-
-    saved = read_saved(local(options.src))
-    track = saved.track(options.track)
-    total = sum(tensor.nbytes for tensor in saved.models[track].tensors.values())
-    with progress_bar(total) as bar:
-        consolidate_checkpoint(
-            options.src,
-            options.dst,
-            track=track,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
-            max_shard_size=options.max_shard_size,
-            link=options.link,
-            progress=bar.update,
-        )
-    return f"{options.dst}: {len(saved.manifest.tensors)} tensors of track {track} from {saved.folder}"
 
 
 def diff(options: argparse.Namespace) -> str:

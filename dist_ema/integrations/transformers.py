@@ -264,7 +264,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _put_back(self, ema: ShardedEMA, exchange: Exchange, best: str) -> None:
         """Collective: every rank must call it. The Trainer has put the live weights of the best checkpoint back."""
         try:
-            ema.load(os.path.join(best, self._name))
+            ema.load(os.path.join(best, self._name), **self._on_load)  # it may be of before those changes
         except CheckpointNotFoundError:
             is_gone = exchange.on_rank_0("train", lambda: not os.path.isdir(best))
             exchange.warn(

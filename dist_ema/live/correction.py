@@ -84,10 +84,10 @@ class Bema:
         return {"ema": self._average(), **({START_TRACK: start} if self.start is None else {})}
 
     def weight(self, num_updates: int) -> float:
-        """The weight a_t of the correction after so many updates; 0 where there is nothing to correct.
+        """The weight a_t of the correction after so many updates of a track; 0 where there is nothing to correct.
 
         Args:
-            num_updates: the number of updates so far.
+            num_updates: the number of updates of the track so far.
         """
         step = num_updates - 1
         age = self.rho + self.gamma * step
@@ -197,10 +197,10 @@ def check_start_track(schedules: object) -> None:
     """
     kept = dict(schedules).get(START_TRACK)  # type: ignore[call-overload]
     if not isinstance(kept, MergeSchedule) or kept.num_steps != 1:
+        present = f"there is no track {START_TRACK!r}" if kept is None else f"the track {START_TRACK!r} is {kept!r}"
         raise ConfigError(
-            f"correct=Bema(...) has no start=, and the track {START_TRACK!r} is {kept!r}, expected one that keeps the "
-            "weights at which the average began: give start= the folder of these weights, or build the average of "
-            "bema.schedules"
+            f"correct=Bema(...) has no start=, and {present}, expected one that keeps the weights at which the average "
+            "began: give start= the folder of these weights, or build the average of bema.schedules"
         )
 
 

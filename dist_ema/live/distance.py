@@ -44,7 +44,7 @@ def distances(
 
     def same(prepared: tuple[list[str], dict[str, set[str]]]) -> dict[str, Any]:
         names, members = prepared
-        return {"tracks": names, **state.progress, "groups": {group: sorted(fqns) for group, fqns in members.items()}}
+        return {"tracks": names, "groups": {group: sorted(fqns) for group, fqns in members.items()}}
 
     names, members = call.together(prepare, same)
     return [_distances(call.exchange, state, name, members) for name in names]

@@ -78,7 +78,8 @@ def consolidate_checkpoint(
         card = card_text(saved.manifest.form, saved.manifest.tracks[name], saved.manifest.count_of(name))
         write_model_folder(target, files, work.values, work.unchanged, check, card=card, link=link)
 
-    steadily([source], write)
+    start = correct.start if isinstance(correct, Bema) else None
+    steadily([source, *(absolute(path) for path in (live, start) if path is not None)], write)
 
 
 class _Consolidation:

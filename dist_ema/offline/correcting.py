@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.checks import PathLike, absolute, shown
+from dist_ema.disk.formats.file_names import stem_in
 from dist_ema.disk.formats.headers import StoredModel, StoredTensor, read_header, read_model_folder
 from dist_ema.disk.formats.model_files import dtype_of
 from dist_ema.disk.saved_average import SavedAverage
@@ -114,4 +115,10 @@ def _model_at(path: Path) -> tuple[Path, StoredModel]:
     if path.is_file():
         file = read_header(path)
         return path.parent, StoredModel({path.name: file}, file.tensors, None)
+    dcp = [below for below in (path, *path.glob("pytorch_model_fsdp_*")) if (below / ".metadata").is_file()]
+    if dcp and stem_in(path) is None:
+        raise CheckpointMismatchError(
+            f"{dcp[0]} is a checkpoint of torch's DCP, expected safetensors: write it as a model folder first, by "
+            f"`dist-ema merge FOLDER {dcp[0]}`, and give that folder"
+        )
     return path, read_model_folder(path)

@@ -20,6 +20,10 @@ MOST_POINTS = 500
 _MOST_STEPS = 5_000_000
 _MOST_SNAPSHOTS = 24
 
+# The size of a legend, and the characters of that size that are as wide as the figure.
+_LEGEND_POINTS = 10.0
+_LEGEND_CHARACTERS = 84
+
 
 def mean_ages(schedule: Schedule, num_steps: int) -> tuple[list[float], list[float]]:
     """Momentum of updates 0 to `num_steps - 1`, and the mean age of the averaged values after them, in updates.
@@ -69,7 +73,7 @@ def draw_schedules(
         steps = list(range(1, num_steps, stride))
         smallest, largest = min(smallest, *momenta[1:]), max(largest, *momenta[1:])
         above.plot(steps, [momenta[step] for step in steps], label=label)
-        below.plot(steps, [ages[step] for step in steps], label=label)
+        below.plot(steps, [ages[step] for step in steps])
     above.set_ylabel("momentum")
     below.set_ylabel("mean age (updates)")
     below.set_xlabel("update")
@@ -82,7 +86,9 @@ def draw_schedules(
         dress(axes)
         if now is not None:
             axes.axvline(now, color="#666666", linewidth=0.8, linestyle="--")
-    above.legend(frameon=False)
+    # Above the axes, and as wide as the figure: a long schedule within them would cover curves, or squeeze the axes.
+    size = min(_LEGEND_POINTS, _LEGEND_POINTS * _LEGEND_CHARACTERS / max(map(len, schedules)))
+    figure.legend(handles=above.get_lines()[: len(schedules)], frameon=False, loc="outside upper left", fontsize=size)
     save_figure(figure, path, replace=replace)
 
 

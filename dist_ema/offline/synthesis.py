@@ -186,7 +186,8 @@ def write(
         warnings.warn(
             f"the snapshots cannot express {weighed.schedule!r} after {snapshots.num_updates} updates: the profile of "
             f"their best sum is off by {best.error:.0%}. More snapshots help, tracks that average longer and shorter "
-            "than the wanted one, and a number of updates at which there is a snapshot",
+            "than the wanted one, and a number of updates at which there is a snapshot. With snapshots of live "
+            "weights, wish for an average that begins at one of them",
             UserWarning,
             stacklevel=5,
         )

@@ -31,6 +31,7 @@ class Passing:
 
     def __init__(self, begin: Callable[[], Any]) -> None:
         self._works: list[Any] = []  # one handle, when the message is begun; None in its place when it is through
+        self._waits: list[Any] = []  # what torch's wait returned
         self._has_failed = False
         # The map ends with its first use: a second call begins nothing, and no reference to the group is left here.
         self.begin: Callable[[], None] = partial(self._works.extend, map(_call, (begin,)))
@@ -44,8 +45,10 @@ class Passing:
         if self._has_failed or not self._works:
             raise RuntimeError("the message was not begun, or has failed")
         try:
-            if self._works[0] is not None:
-                self._works[0].wait()
+            if self._works[0] is not None and not self._waits:
+                # One call of C. An interrupt between the wait and its record would have us wait again, and gloo waits
+                # for the next message of the sender then.
+                self._waits.extend(map(_call, (self._works[0].wait,)))
         except Exception:
             self._has_failed = True
             self._works.clear()  # it would keep connections open

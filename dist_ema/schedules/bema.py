@@ -20,7 +20,7 @@ class BemaSchedule:
     """Momentum that falls as `m(k) = (rho + gamma * k)^-kappa`, down to `floor`.
 
     Source: BEMA (arXiv 2508.00180), and `BEMACallback` of trl, which takes k from the number of the optimizer step:
-    docs/schedules.md has what maps to what. With update number 0 made before the first step, k is that number.
+    docs/schedules/bema.md has what maps to what. With update number 0 made before the first step, k is that number.
 
     Args:
         kappa: how fast the momentum falls, from 0 (always 1: no average) to 1.

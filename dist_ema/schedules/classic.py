@@ -171,6 +171,11 @@ class ConstantSchedule:
                 "decay=0.999 (the weight of the old average) and momentum=0.001 (the weight of the new value), which "
                 "mean the same"
             )
+        if half_life is not None and per_step is None:
+            raise ConfigError(
+                f"half_life={half_life!r} is in no unit, expected per_step beside it: how many tokens, images or "
+                "epochs one update is. In updates it is half_life_steps"
+            )
         if [decay, momentum, half_life_steps, half_life].count(None) != 3 or (half_life is None) != (per_step is None):
             raise ConfigError(
                 f"ConstantSchedule was given decay={decay!r}, momentum={momentum!r}, half_life_steps="

@@ -1,7 +1,7 @@
 """The register of schedules: records, texts, the package's names and the command line know a schedule from it alone.
 
 A schedule is one class below `@registered`. The names of the package, the types in a manifest, the calls in a text, and
-the schedules that the tests and docs/schedules.md must cover all derive from `SCHEDULES`.
+the schedules that the tests and docs/schedules/catalogue.md must cover all derive from `SCHEDULES`.
 """
 
 from __future__ import annotations

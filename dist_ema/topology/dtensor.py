@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dist_ema.boxes.shards import Box, same_memory
+from dist_ema.boxes.shards import Box, Slot, same_memory
 from dist_ema.errors import CheckpointMismatchError, ModelChangedError, UnsupportedModelError
 from dist_ema.topology.seam.layout import HeldBox, Holders, Layout, Locator, Named, View
 from dist_ema.topology.seam.loaded import dtensor_from_local, is_dtensor, is_fsdp2
 from dist_ema.topology.seam.meshes import place
 from dist_ema.topology.seam.runs import boxes_in_whole, sizes_of
+from dist_ema.topology.values import name_of_inner
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -113,7 +114,7 @@ def _locate(named: Named, model: nn.Module, rank: int) -> tuple[list[HeldBox], H
     values, form = _LocalValues(named), _DTensorForm(tensor)
     local = Box(fqn, (0,) * len(sizes), sizes)
     boxes = [
-        HeldBox(box, values if part.sizes == sizes else _PartOfLocal(values, part), form)
+        HeldBox(box, values if part.sizes == sizes else _PartOfLocal(values, part), form, values.slot)
         for box, part in boxes_in_whole(local, placed.runs)
     ]
     return boxes, placed.holders
@@ -157,21 +158,24 @@ class _LocalValues:
     The DTensor is kept, because its name may resolve to a gathered copy (see `DTensors.drop_gathered`). Over tensor
     parallelism a gathered copy is a DTensor too, on the smaller mesh. Another DTensor under the name that lies alike
     has replaced the kept one (`load_state_dict(assign=True)`).
+
+    Attributes:
+        slot: where the module keeps the DTensor; None if torch does not name its local tensor.
     """
 
     def __init__(self, named: Named) -> None:
         self._owner = named.owner
         self._attribute = named.attribute
-        self._is_buffer = named.is_buffer
+        # The attribute is not read: SimpleFSDP's modules have a property there, which gathers the whole tensor.
+        self._table: MutableMapping[str, Any] = vars(named.owner)["_buffers" if named.is_buffer else "_parameters"]
         self._sharded: DTensor = named.source
         self._view = torch.empty(0, device="cpu")
+        inner = name_of_inner(self._sharded)
+        self.slot = None if inner is None else Slot(self._table, self._attribute, inner)
 
     def _current(self) -> Any:
-        """The entry of the model's table under the name; None if it was removed.
-
-        The attribute is not read: SimpleFSDP's modules have a property there, which gathers the whole tensor.
-        """
-        return vars(self._owner)["_buffers" if self._is_buffer else "_parameters"].get(self._attribute)
+        """The entry of the model's table under the name; None if it was removed."""
+        return self._table.get(self._attribute)
 
     def is_sharded(self) -> bool:
         """Whether the name resolves to the sharded tensor, or to a DTensor that replaced it."""

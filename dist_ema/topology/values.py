@@ -6,7 +6,7 @@ read them (quantised weights). A parameter whose values an unknown engine has ta
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +15,10 @@ from dist_ema.errors import UnsupportedModelError
 from dist_ema.topology.seam.layout import Named
 from dist_ema.topology.seam.loaded import is_dtensor
 
-__all__ = ["check_tensor", "foreign_kind"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["check_tensor", "foreign_kind", "name_of_inner"]
 
 # The attributes that DeepSpeed's ZeRO-3 gives a parameter when it takes the values away.
 _PARTITIONED = ("ds_id", "ds_shape", "ds_tensor", "ds_status")
@@ -45,6 +48,16 @@ def foreign_kind(tensor: object) -> str | None:
     if wraps or packs:
         return f"{kind.__module__}.{kind.__qualname__}"
     return str(tensor.dtype) if tensor.is_quantized else None
+
+
+def name_of_inner(tensor: DTensor) -> str | None:
+    """The attribute that has the local tensor, as torch's protocol of wrappers tells it; None if there is not one.
+
+    `to_local()` makes a new parameter at each call, which takes longer than to compare the attribute.
+    """
+    names, _ = tensor.__tensor_flatten__()
+    inner = [name for name in names if isinstance(getattr(tensor, name), torch.Tensor)]
+    return inner[0] if len(inner) == 1 else None
 
 
 def check_tensor(named: Named) -> None:

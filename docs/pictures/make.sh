@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draws the pictures of docs/schedules.md, or those of the given names: `bash docs/pictures/make.sh annealed`.
-# Those of docs/performance.md are measured, and drawn by launch/bench/growth.py.
+# Draws the pictures of docs/schedules.md and docs/schedules/, or those of the given names: `bash docs/pictures/make.sh annealed`.
+# Those of docs/performance/growth.md are measured, and drawn by launch/bench/growth.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -12,6 +12,8 @@ draw() { # picture, updates, schedules
     python -m dist_ema.cli plot "${arguments[@]}" --steps "$2" --out "$1.svg" --force
 }
 
+draw compared 10000 'ConstantSchedule(decay=0.999)' 'HalfLifeSchedule(fraction=0.05)' \
+    'CosineSchedule(0.004, total_steps=10_000)' 'after(8_000, EqualSchedule())'
 draw cosine 12000 'CosineSchedule(0.004, total_steps=10_000)' 'CosineSchedule(0.004, 0.001, total_steps=10_000)'
 draw linear 12000 'LinearSchedule(0.002, 0.0, total_steps=10_000)' \
     'chain((0, LinearSchedule(0.01, 0.004, total_steps=2_000)), (2_000, CosineSchedule(0.004, total_steps=8_000)))'

@@ -148,7 +148,7 @@ def killed_while_awaited(rank: Rank) -> End:
 def killed_in_a_save(rank: Rank) -> End:
     """It dies with bytes in its hands that others wait for."""
     if rank.is_odd:
-        setattr(parcels, "host_bytes", lambda *arguments: rank.die())  # noqa: B010
+        setattr(parcels.Part, "copy_to", lambda *arguments: rank.die())  # noqa: B010
     return rank.end_of(rank.save)
 
 

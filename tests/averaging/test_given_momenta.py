@@ -38,7 +38,6 @@ def average_apart(folder: str) -> None:
             lambda: ema.whole_tensors(track),
             lambda: ema.full_state_dict(track),
             lambda: ema.add_track("late", HALF),
-            ema.metrics,
         ):
             with pytest.raises(RankMismatchError, match=words):
                 call()

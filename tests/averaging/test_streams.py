@@ -401,7 +401,7 @@ def test_what_is_fetched_from_a_device_has_the_same_bits(monkeypatch, dtype, ove
         ema.update()
     found = ema.full_state_dict("one")
     prepared = ema._state._updater._prepared
-    assert len(prepared._blocks) > 4 and len(prepared._landings) == 2
+    assert len(prepared.blocks) > 4 and len(prepared._landings) == 2
     assert_alike(found, naive.values)
 
 

@@ -506,6 +506,64 @@ def test_a_deep_copy_updates_itself_and_not_the_first() -> None:
     assert (ema.num_updates, other.num_updates) == (1, 2)
 
 
+MOMENTA = [1.0, 0.5, 0.5, 0.25, 0.0, 0.25, 1.0, 0.125, 0.5]
+
+
+@pytest.mark.filterwarnings("ignore:only your code can rebuild")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_kept_from_the_last_update_take_the_momenta_of_this_one(dtype) -> None:
+    """One that stays, changes, is 0 or 1, of two tracks in turn, with a skipped step and a mask between."""
+    model = Mixed(dtype)
+    schedules = {"a": lambda step: MOMENTA[step], "b": lambda step: MOMENTA[-step]}
+    ema = ShardedEMA(model, schedules)
+    naive = {name: {} for name in schedules}
+    for step in range(len(MOMENTA)):
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape))
+        if step == 5:
+            ema.update(found_inf=torch.ones(1))
+        ema.update(found_inf=torch.zeros(1) if step == 3 else None)
+        for name, schedule in schedules.items():
+            for fqn, value in model.named_parameters():
+                live = value.detach().float()
+                weight = schedule(step) if step else 1.0
+                naive[name][fqn] = torch.lerp(naive[name].get(fqn, live), live, weight) if weight else naive[name][fqn]
+    for name in schedules:
+        found = ema.full_state_dict(name)
+        assert [fqn for fqn, value in naive[name].items() if not torch.equal(found[fqn], value)] == []
+
+
+def test_a_deep_copy_after_many_updates_makes_steps_of_its_own() -> None:
+    model, ema = mixed_and_updated(3)
+    other_model, other = copy.deepcopy((model, ema))
+    before = ema.full_state_dict()
+    for parameter in other_model.parameters():
+        parameter.data.fill_(7.0)
+    other.update()
+    assert all(torch.equal(value, before[name]) for name, value in ema.full_state_dict().items())
+    assert not torch.equal(other.full_state_dict()["p0"], before["p0"])
+
+
+def mixed_and_updated(updates: int) -> tuple[Mixed, ShardedEMA]:
+    model = Mixed(torch.float32)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=0.5))
+    for _ in range(updates):
+        ema.update()
+    return model, ema
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_update_leaves_gradients_as_they_were(enabled: bool) -> None:
+    model, ema = mixed_and_updated(2)
+    with torch.set_grad_enabled(enabled):
+        ema.update()
+        assert torch.is_grad_enabled() == enabled
+        model.p0.data = torch.randn(3)
+        with pytest.raises(ModelChangedError):
+            ema.update()
+        assert torch.is_grad_enabled() == enabled
+
+
 @pytest.mark.parametrize("skipped", [None, 0.0, 1.0])
 def test_a_compensated_average_is_the_live_weights_while_it_copies_them(skipped) -> None:
     model = nn.Linear(20, 10)

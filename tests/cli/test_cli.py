@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import averaged_once
 from torch import nn
 
-from dist_ema import ConstantSchedule, CosineSchedule, ShardedEMA
+from dist_ema import Bema, ConstantSchedule, CosineSchedule, ShardedEMA
 from dist_ema.cli import main
 from dist_ema.offline.plots import mean_ages
 
@@ -101,6 +102,41 @@ def test_consolidate_writes_a_plain_model_folder(saved, tmp_path, capsys) -> Non
     assert all(torch.equal(value, expected[name].bfloat16()) for name, value in written.items())
 
 
+def test_consolidate_corrects_the_lag_of_a_saved_average_as_the_run_does(tmp_path, capsys) -> None:
+    """With the constants of the saved schedule, and of the track that keeps the start or of a folder."""
+    net = nn.Linear(3, 2)
+    bema = Bema(eta=0.5, kappa=0.7, rho=3.0, gamma=2.0, update_after_step=1)
+    ema = ShardedEMA(net, bema.schedules)
+    for step in range(5):
+        with torch.no_grad():
+            net.weight.add_(step)
+        if step == 1:
+            save_file(net.state_dict(), tmp_path / "start.safetensors")
+        ema.update()
+    save_file(net.state_dict(), tmp_path / "live.safetensors")
+    ema.save(tmp_path / "ckpt" / "ema")
+    ema.consolidate(tmp_path / "in the run", track="ema", correct=bema)
+    expected = load_file(tmp_path / "in the run" / "model.safetensors")
+    run = ["consolidate", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--track", "ema"]
+    with_live = [*run, "--bema", "--live", str(tmp_path / "live.safetensors"), "--eta", "0.5"]
+    for start in ([], ["--start", str(tmp_path / "start.safetensors")]):
+        assert main([*with_live, *start]) == 0
+        told = capsys.readouterr().out
+        assert f"plus {11**-0.5:.9g} (live - start)" in told and "rho 3, gamma 2, update_after_step 1" in told
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.allclose(written[name], value, rtol=1e-6, atol=0) for name, value in expected.items())
+    assert main([*with_live, "--rho", "10", "--dtype", "bfloat16"]) == 0
+    assert f"plus {18**-0.5:.9g} (live - start)" in capsys.readouterr().out
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").touch()
+    assert main([*run, "--bema", "--live", str(tmp_path / "dcp")]) == 1
+    assert "dist-ema merge FOLDER" in capsys.readouterr().err
+    for wrong in (["--bema"], ["--live", "x"], ["--eta", "0.2"], ["--start", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*run, *wrong])
+        assert caught.value.code == 2 and "--bema needs --live" in capsys.readouterr().err
+
+
 def test_diff_tells_the_distance_of_two_sets_of_weights(saved, tmp_path, capsys) -> None:
     ema = ShardedEMA(nn.Linear(3, 2), ConstantSchedule(decay=0.9))
     ema.start_from(saved / "ema" / "a")
@@ -116,6 +152,21 @@ def test_diff_tells_the_distance_of_two_sets_of_weights(saved, tmp_path, capsys)
     assert main(["diff", str(saved / "ema" / "a"), str(tmp_path / "other.safetensors")]) == 1
     told = capsys.readouterr()
     assert "all 0 tensors" in told.out and "3 tensors cannot be compared" in told.err
+
+
+def test_a_long_schedule_in_a_picture_leaves_the_curves_their_room(tmp_path) -> None:
+    """Its text stood within the axes, was cut at the edge of the picture, and took a third of their width."""
+    inner = "CosineSchedule(0.004, total_steps=8_000)"
+    long = f"chain((0, LinearSchedule(0.01, 0.004, total_steps=2_000)), (2_000, {inner}))"
+    picture = tmp_path / "long.svg"
+    assert main(["plot", "--schedule", long, "--schedule", inner, "--steps", "100", "--out", str(picture)]) == 0
+    text = picture.read_text()
+    width = float(re.search(r'width="([\d.]+)pt"', text)[1])
+    left, right = (
+        float(number) for number in re.search(r'"axes_1".*?d="M ([\d.]+) \S+ \nL ([\d.]+)', text, re.S).groups()
+    )
+    assert right - left > 0.8 * width
+    assert text.count(">CosineSchedule(") == 1, "a legend names a schedule once"
 
 
 def test_plot_draws_the_schedules(saved, tmp_path, capsys) -> None:
@@ -157,6 +208,10 @@ def test_commands_and_options_of_the_command_line(capsys) -> None:
         (["synthesize", "--help"], ["--max-shard-size", "--json", "example:"]),
         (["verify", "--help"], ["SRC", "example:"]),
         (["consolidate", "--help"], ["SRC", "DST", "--track", "--dtype", "--max-shard-size", "example:"]),
+        (
+            ["consolidate", "--help"],
+            ["--bema", "--live", "--start", "--eta", "--rho", "--gamma", "--update-after-step"],
+        ),
         (["inspect", "--help"], ["SRC", "--json", "example:"]),
     ):
         with pytest.raises(SystemExit) as caught:

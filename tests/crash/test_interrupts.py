@@ -108,7 +108,7 @@ def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.M
         for parameter in each.parameters():
             parameter.data.add_(1.0)
         runs.append(ema)
-    from dist_ema.averaging import update
+    from dist_ema.averaging import moves
 
     calls, is_short = [], [True]
 
@@ -118,9 +118,9 @@ def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("no more")
         compensated(*arguments)
 
-    compensated = update._compensated
+    compensated = moves._compensated
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError, match="no more"):
-        patched.setattr(update, "_compensated", failing)
+        patched.setattr(moves, "_compensated", failing)
         runs[0].update()
     assert runs[0].num_updates == 1
     is_short.clear()

@@ -261,6 +261,25 @@ def case_resume(root: Path, layout: str) -> None:
         assert_same_bits(averaged_values(second.ema, resumed), averaged_values(whole.ema, module))
 
 
+def case_blends(root: Path, layout: str) -> None:
+    """The live weights are the average after every third step, also where a resume between two blends adds a track."""
+    steady = ConstantSchedule(momentum=0.3)
+    blends: dict[str, Any] = {"evaluate": "live", "blend_every": 3, "blend_weight": 1.0}
+    whole, stopped = average(schedule=steady, **blends), average(schedule=steady, **blends)
+    _, module = seeded(root / "whole", layout, whole, enable_checkpointing=False)
+    assert_same_bits(values_of(module), averaged_values(whole.ema, module))
+    kept = checkpoint(root, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+    seeded(root, layout, stopped, kept, max_epochs=2)
+    tracks = {"ema": steady, "slow": ConstantSchedule(momentum=0.01)}
+    path = root / "saved" / "epoch=1.ckpt"
+    with pytest.raises(CheckpointMismatchError, match=r"new_tracks=\{\"slow\""):
+        seeded(root, layout, average(schedule=tracks, **blends), path=path, enable_checkpointing=False)
+    second = average(schedule=tracks, on_load={"new_tracks": {"slow": "live"}}, **blends)
+    _, resumed = seeded(root, layout, second, path=path, enable_checkpointing=False)
+    assert second.ema.num_updates == STEPS and second.ema._state.beginnings.starts == {"slow": 4}
+    assert_same_bits(values_of(resumed), values_of(module))
+
+
 def case_lost(root: Path) -> None:
     """What a checkpoint lacks, or has of another time, is not taken for its average."""
     kept = checkpoint(root, save_top_k=-1, every_n_train_steps=2, filename="{step}")
@@ -613,6 +632,11 @@ def test_a_run_that_was_stopped_and_resumed_is_as_if_never_stopped(world, tmp_pa
     world(ranks).run(case_resume, tmp_path, layout)
 
 
+@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS[1:])
+def test_blends_keep_their_rhythm_over_a_resume_that_adds_a_track(world, tmp_path, layout, ranks) -> None:
+    world(ranks).run(case_blends, tmp_path, layout)
+
+
 def test_a_checkpoint_without_its_average_or_with_another_is_refused(world, tmp_path) -> None:
     world(1).run(case_lost, tmp_path)
 
@@ -668,6 +692,8 @@ def test_the_names_by_which_lightning_writes_folders_are_these(world) -> None:
         ({"on_missing": "skip"}, "expected 'error' or 'live'"),
         ({"name": "a/b"}, "folder name"),
         ({"consolidate": 1}, "expected True or False"),
+        ({"on_load": {"tracks": {}}}, "expected keywords of ShardedEMA.load: .*new_tracks"),
+        ({"blend_every": 0}, "blend_every is 0"),
         ({"intervall": 2}, r"\['intervall'\], expected options of ShardedEMA"),
     ],
 )

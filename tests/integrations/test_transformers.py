@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -252,12 +253,30 @@ def test_the_best_checkpoint_of_a_time_without_averages_stays_live(tmp_path) -> 
     assert_alike(whole(resumed.model), whole(alone))
 
 
+def test_a_resume_that_adds_a_track_ends_with_the_best_average_of_before(tmp_path) -> None:
+    """The best checkpoint has one track, and the run has two by now: its end would have failed, after all the work."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    first = EMACallback(SCHEDULE)
+    trainer_of(tmp_path, first, max_steps=2, **best).train()
+    at_best = averaged(first)
+    tracks = {"ema": SCHEDULE, "slow": ConstantSchedule(momentum=0.01)}
+    second = EMACallback(tracks, on_load={"new_tracks": {"slow": "live"}}, consolidate=True)
+    resumed = trainer_of(tmp_path, second, max_steps=4, **best)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_global_step == 2
+    assert_alike(whole(resumed.model), at_best)
+    record = json.loads((tmp_path / "checkpoint-4" / "ema" / "manifest.json").read_text())
+    assert (record["num_updates"], record["starts"]) == (4, {"slow": 2})
+    assert_alike(whole(GPT2LMHeadModel.from_pretrained(tmp_path / "ema" / "ema")), at_best)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"evaluate": "ema"}, "evaluate is 'ema', expected one of 'averaged', 'live', 'both'"),
         ({"on_missing": "skip"}, "on_missing is 'skip'"),
         ({"consolidate": "yes"}, "consolidate is 'yes'"),
+        ({"on_load": {"tracks": {}}}, "expected keywords of ShardedEMA.load: .*new_tracks"),
         ({"background": True}, "EMACallback was given \\['background'\\], expected options of ShardedEMA"),
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"name": "optimizer"}, "the Trainer would take it for its own"),

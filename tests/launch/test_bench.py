@@ -86,6 +86,10 @@ ALONE = {
             "small",
             "--calls",
             "update",
+            "--dtypes",
+            "float32",
+            "--layouts",
+            "fsdp2",
         ),
     ),
 }

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from averaged_layouts import SCHEDULE, averaged
 from layouts_zoo import build_layout, local, read_whole
+from pipelines import part as stage
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dist_ema import ConfigError, RankMismatchError, ShardedEMA, SwapError, UnsupportedModelError
+from dist_ema import ConfigError, Experts, RankMismatchError, ShardedEMA, SwapError, UnsupportedModelError
 
 
 def copied(layout: str, dtype: torch.dtype) -> int:
@@ -159,3 +160,47 @@ def copy_replicas() -> None:
 
 def test_replicas_get_what_owners_have_in_the_dtype_of_the_module_and_the_buffers_of_rank_0(world) -> None:
     world(2).run(copy_replicas)
+
+
+class Mixture(nn.Module):
+    """Plain experts of one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 4)
+        self.stacked = nn.Parameter(torch.ones(2, 3))
+        self.listed = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+
+def copied_parts(kind: str) -> None:
+    """Every rank has names and values of its own."""
+    rank = dist.get_rank()
+    experts = [Experts("stacked", 0), Experts("listed.{}.*", dim=None)] if kind == "experts" else []
+
+    def part() -> nn.Module:
+        return Mixture() if kind == "experts" else stage(rank, dist.get_world_size())
+
+    model, other = part(), part().to(torch.bfloat16)
+    ema = ShardedEMA(model, SCHEDULE, experts=experts)
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            apart = 10.0 * rank if name.startswith(("stacked", "listed")) else 0.0
+            nn.init.constant_(parameter, step + apart + 0.01 * len(name))
+        ema.update()
+    with ema.average_parameters():
+        averaged = {name: value.detach().to(torch.bfloat16) for name, value in model.named_parameters()}
+    ema.copy_to(other)
+    for name, value in other.named_parameters():
+        assert torch.equal(value, averaged[name]), name
+    other.unknown = nn.Linear(1, 1)
+    with pytest.raises(UnsupportedModelError, match="the model has not"):
+        ema.copy_to(other)
+    del other.unknown
+    delattr(other, "listed" if kind == "experts" else "layers")
+    with pytest.raises(UnsupportedModelError, match="the module lacks"):
+        ema.copy_to(other)
+
+
+@pytest.mark.parametrize("kind", ["stages", "experts"])
+def test_a_rank_that_has_a_stage_or_experts_of_its_own_gets_the_average_of_these(world, kind) -> None:
+    world(2).run(copied_parts, kind)

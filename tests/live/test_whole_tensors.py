@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import signal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +18,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_ema import ConfigError, RankMismatchError, ShardedEMA, SwapError
+from dist_ema import CommunicationError, ConfigError, RankMismatchError, ShardedEMA, SwapError
 from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box
 from dist_ema.live.elsewhere.chunks import Portion, Sized, chunks_of
 from dist_ema.live.elsewhere.routes import ALIGNMENT, Tensors, routes_of
+from dist_ema.ranks import deliveries
+from dist_ema.ranks.broadcasts import Passing
 
 
 def assert_equal(got: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -120,6 +125,102 @@ def stop_early() -> None:
     ema.update()
 
 
+def test_an_interrupt_after_the_wait_for_a_message_does_not_let_it_be_waited_for_again() -> None:
+    raise_in_c = getattr(ctypes.CDLL(None), "raise")  # the handler runs when the call of C is over
+    message = Passing(partial(SimpleNamespace, wait=partial(raise_in_c, signal.SIGUSR1)))
+
+    class Interrupt(BaseException):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    former = signal.signal(signal.SIGUSR1, handler)
+    try:
+        message.begin()
+        with pytest.raises(Interrupt):
+            message.wait()
+        message.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+
+class Odd(nn.Module):
+    """A long averaged matrix, a counter that is not averaged, and a frozen matrix whose memory is turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long = nn.Parameter(torch.arange(64 * 1024.0).view(64, 1024))
+        self.register_buffer("seen", torch.zeros(32 * 1024, dtype=torch.int64))
+        self.turned = nn.Parameter(torch.arange(64 * 1024.0).view(1024, 64).t(), requires_grad=False)
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+@pytest.mark.parametrize("at", ["begin", "wait"])
+def test_a_message_that_fails_is_told_of_and_leaves_no_stream_open(monkeypatch, chunk, at) -> None:
+    def fail() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    filled: list[object] = []
+
+    def failing(*_: object) -> list[Passing]:
+        filled.append(None)
+        if len(filled) != chunk + 1:
+            return []
+        return [Passing(fail if at == "begin" else partial(SimpleNamespace, wait=fail))]
+
+    ema = ShardedEMA(nn.Linear(64, 64), SCHEDULE)
+    ema.update()
+    monkeypatch.setattr("dist_ema.live.elsewhere.stream.deliveries", failing)
+    with pytest.raises(CommunicationError, match=rf"chunk {chunk + 1} of \d+ did not get through .*closed by peer"):
+        dict(ema.whole_tensors(bucket_bytes=2**10))
+    ema.update()
+
+
+def change_what_is_sent() -> list[bool]:
+    model = Odd()
+    ema = ShardedEMA(model, SCHEDULE, exclude=["seen", "turned"])
+    ema.update()
+    expected = {name: value.clone() for name, value in ema.whole_tensors()}
+    for bucket_bytes in (2**18, 2**22):  # each tensor in portions, and all of them in one chunk
+        for ranks in (None, [1]):
+            got, before = {}, None
+            for name, value in ema.whole_tensors(bucket_bytes=bucket_bytes, ranks=ranks):
+                got[name] = value
+                if before is not None:
+                    before.zero_()  # a tensor that was handed out is its receiver's
+                    before.copy_(expected[next(other for other in got if got[other] is before)])
+                before = value
+            if ranks is None or dist.get_rank() in ranks:
+                assert_equal(got, expected, None)
+    # A counter that a loop moves meanwhile is sent as it was at one moment, the same to all.
+    for number, (name, value) in enumerate(ema.whole_tensors(bucket_bytes=2**18)):
+        if name == "seen":
+            seen = value
+        model.seen.add_(number + 1)
+    everywhere = [torch.empty_like(seen) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, seen)
+    return [torch.equal(seen, other) for other in everywhere]
+
+
+def test_what_is_changed_in_the_loop_spoils_no_tensor_on_any_rank(world) -> None:
+    for same in world(2).run(change_what_is_sent):
+        assert all(same)
+
+
+def broadcast_to_few(layout: str) -> None:
+    former, deliveries._FEW = deliveries._FEW, 1
+    try:
+        stream_in_every_way(layout)
+    finally:
+        deliveries._FEW = former
+
+
+def test_broadcasts_bring_the_same_as_messages_to_each_rank(world) -> None:
+    world(2).run(broadcast_to_few, "fsdp2")
+    world(4).run(broadcast_to_few, "hsdp")
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -205,11 +306,11 @@ BUCKET, LARGEST = 24 * MIB, 48 * MIB
 
 
 class Wide(nn.Module):
-    """96 tensors of 1 MiB before and after one of 48."""
+    """96 tensors of 1 MiB before and after two of 48: the second is begun before the first is handed out."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [256] * 48 + [256 * 48] + [256] * 48
+        widths = [256] * 48 + [256 * 48] * 2 + [256] * 48
         self.layers = nn.ParameterList(nn.Parameter(torch.ones(width, 1024)) for width in widths)
 
 
@@ -265,16 +366,17 @@ def test_chunks_have_every_element_once_in_order_and_keep_to_their_bytes() -> No
         ],
     ]
     for most_bytes in (1, 7, 64, 1000, 10**6):
-        chunks = chunks_of(tensors, most_bytes)
+        num_tensors = len(sizes) if most_bytes >= 1000 else len(sizes) - 1  # the last would be cut in 60,000 portions
+        chunks = chunks_of(tensors[:num_tensors], most_bytes)
         portions = [portion for chunk in chunks for portion in chunk]
         assert portions == [
             Portion(index, number, portion.total)
-            for index in range(len(sizes))
+            for index in range(num_tensors)
             for portion in [next(portion for portion in portions if portion.tensor == index)]
             for number in range(portion.total)
         ]
         for least_direct_bytes in (1, 50, 10**7):
-            counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+            counts = [torch.zeros(size, dtype=torch.int64) for size in sizes[:num_tensors]]
             for chunk in chunks:
                 total = 0
                 for owned in owners:

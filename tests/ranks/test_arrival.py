@@ -212,7 +212,7 @@ def patched(module: Any, name: str) -> Callable[[ShardedEMA, Callable[[], None]]
 PLACES = {
     "before the first agreement": ("save", in_prepare),
     "between two agreements": ("save", patched(Replicas, "check")),
-    "between the messages of an exchange": ("save", patched(parcels, "host_bytes")),
+    "between the messages of an exchange": ("save", patched(parcels.Part, "copy_to")),
     "after the last byte": ("save", patched(PartialChecksums, "partial")),
     "after the last agreement": ("load", lambda ema, leave: patched(ema._state, "restore")(ema, leave)),
 }

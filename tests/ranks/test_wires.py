@@ -20,6 +20,7 @@ import torch
 
 from dist_ema.ranks.wires import addresses, tasks
 from dist_ema.ranks.wires import wires as wires_of_threads
+from dist_ema.ranks.wires.outgoing import Outgoing
 from dist_ema.ranks.wires.wires import MOST_ACCEPTED, WireError, Wires
 
 MOST_OPEN = MOST_ACCEPTED + 2
@@ -239,6 +240,29 @@ def test_few_descriptors_are_open_whatever_the_number_of_ranks() -> None:
             own.close()
         assert num_open() == before
     assert MOST_ACCEPTED <= max(seen) <= MOST_ACCEPTED + 1
+
+
+@pytest.mark.parametrize("num_ranks", [MOST_ACCEPTED + 1, MOST_ACCEPTED + 2])
+def test_a_connection_to_a_rank_is_kept_where_all_ranks_have_a_place(monkeypatch, num_ranks) -> None:
+    """With one rank more, a kept connection would take the place of a rank that is waited for."""
+    connected, kept = [], []
+    monkeypatch.setattr(Board, "wires", lambda board, rank: Wires(rank, board, num_ranks=num_ranks))
+    connect = Outgoing._connect
+    monkeypatch.setattr(Outgoing, "_connect", lambda own, target: (connected.append(target), connect(own, target))[1])
+
+    def rounds(wires: Wires, rank: int) -> None:
+        others = [other for other in range(num_ranks) if other != rank]
+        for number in range(5):
+            received = {other: bytearray(3) for other in others}
+            wires.pass_all([(other, lambda number=number: bytes([rank, number, 7])) for other in others], received)
+            assert received == {other: bytes([other, number, 7]) for other in others}
+        kept.append(len(wires._outgoing._connections))
+
+    run(num_ranks, rounds)
+    if num_ranks == MOST_ACCEPTED + 1:
+        assert len(connected) == num_ranks * MOST_ACCEPTED and kept == [MOST_ACCEPTED] * num_ranks
+    else:
+        assert set(kept) == {1}
 
 
 def sent_until_killed(text: str) -> None:

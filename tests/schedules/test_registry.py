@@ -83,12 +83,16 @@ def test_a_registered_schedule_survives_record_and_text(name) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_registered_schedule_is_on_the_page_and_compared(name) -> None:
-    page = (ROOT / "docs" / "schedules.md").read_text()
-    assert f"\n## {name}\n" in page or f"\n| `{name}(" in page, f"docs/schedules.md has no section or row of {name}"
+    catalogue, combining = (
+        (ROOT / "docs" / "schedules" / f"{page}.md").read_text() for page in ("catalogue", "combining")
+    )
+    assert f"\n## {name}\n" in catalogue or f"\n| `{name}(" in combining, (
+        f"no section of docs/schedules, no row of {name}"
+    )
     is_observed = any(f"{name}(" in case["ours"] for case in GOLDEN_MOMENTA)
     assert is_observed != (name in NOT_OBSERVED), f"tests/golden/schedules.json, or a reason in NOT_OBSERVED: {name}"
     if name in NOT_OBSERVED:
-        assert f"`{name}`" in page.split("\n## ")[0], "the page tells which are compared with a twin"
+        assert f"`{name}`" in catalogue.split("\n## ")[0], "the page tells which are compared with a twin"
         sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
         assert f"def {NOT_OBSERVED[name]}(" in sources
 

@@ -224,6 +224,8 @@ def test_a_chain_asks_the_schedule_of_the_part_with_a_count_of_its_own() -> None
 
 def test_a_half_life_in_tokens_is_that_in_updates() -> None:
     assert ConstantSchedule(half_life=2e9, per_step=4e6) == ConstantSchedule(half_life_steps=500)
+    with pytest.raises(ConfigError, match="expected per_step beside it"):
+        ConstantSchedule(half_life=2e9)
     in_images = HalfLifeSchedule(fraction=0.05, max_half_life=500_000, per_step=250)
     assert in_images == HalfLifeSchedule(fraction=0.05, max_half_life_steps=2000)
 

@@ -51,6 +51,9 @@ class Beginnings(NamedTuple):
 BEGUN_TOGETHER = Beginnings()
 
 
+_ALL_STARTED: frozenset[str] = frozenset()
+
+
 class Now(NamedTuple):
     """The counters of now. It is replaced as a whole, so that its fields always agree.
 
@@ -66,12 +69,20 @@ class Now(NamedTuple):
 
     num_updates: int = 0
     last_skipped: LateFlag | None = None
-    not_started: frozenset[str] = frozenset()
+    not_started: frozenset[str] = _ALL_STARTED
     num_refused_before: int = 0
     kept: Mapping[str, KeptBuffers] = {}  # never changed in place
     starts: Mapping[str, int] = {}
     begun_at: Mapping[str, str] = {}
     momenta: int = 0
+
+    def after_update(self, step: int, flag: LateFlag | None) -> Now:
+        """The counters after update number `step`, which takes in what has not started."""
+        # Every update makes one, and `_replace` takes twice as long.
+        kept = {} if self.not_started else self.kept  # averages that had not started move in any case
+        return Now(
+            step + 1, flag, _ALL_STARTED, self.num_refused_before, kept, self.starts, self.begun_at, self.momenta
+        )
 
     def own_number(self, track: str, step: int) -> int:
         """The number that an update of the average has for a track."""

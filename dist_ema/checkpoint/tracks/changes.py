@@ -68,7 +68,10 @@ class TrackChanges:
         for argument, given in (("new_tracks", own), ("renamed_tracks has the new name", names.values())):
             for name in given:
                 if name not in tracks:
-                    raise ConfigError(f"{argument} {name!r}, expected one of the tracks of this average: {known}")
+                    raise ConfigError(
+                        f"{argument} {name!r}, expected one of the tracks of this average: {known}. It is new_tracks="
+                        "{new: start}, and renamed_tracks={old: new}"
+                    )
         for name in (*gone, *names):
             if name in tracks:
                 raise ConfigError(

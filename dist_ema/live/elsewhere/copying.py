@@ -113,15 +113,18 @@ class _Target:
     def __init__(self, plan: Plan, of_module: Plan, picks: Callable[[Sequence[str]], bool]) -> None:
         self.drop_gathered = of_module.drop_gathered
         own, others = _picked(plan, picks), _picked(of_module, picks)
-        missing = sorted(sorted(names) for names in own.keys() - others.keys())
+        # The plan of the model has the tensors of all ranks (stages, experts), that of the module those of this rank.
+        held_here = {held.spec.fqn for division in plan.divisions for held in division.held}
+        missing = sorted(sorted(names) for names in own.keys() - others.keys() if own[names] in held_here)
         extra = sorted(sorted(names) for names in others.keys() - own.keys())
         if missing or extra:
+            lacks = f"lacks {len(missing)} tensors of the model ({_shown(missing)})"
+            more = f"has {len(extra)} that the model lacks ({_shown(extra)})"
             raise UnsupportedModelError(
-                f"the module lacks {len(missing)} tensors of the model {missing[:3]} and has {len(extra)} that the "
-                f"model has not {extra[:3]}, expected the same names, tied alike: leave out by exclude= what only one "
-                "of them has"
+                f"the module {' and '.join([lacks] * bool(missing) + [more] * bool(extra))}, expected the same names, "
+                "tied alike: leave out by exclude= what only one of them has"
             )
-        self._fqns = {others[names]: fqn for names, fqn in own.items()}
+        self._fqns = {others[names]: fqn for names, fqn in own.items() if names in others}
         _check_specs(plan, of_module, self._fqns)
         self._counterparts = matched(_part(plan, own.values()), of_module, self._fqns, "the module")
         self._live = [
@@ -147,6 +150,12 @@ class _Target:
     def dtypes(self) -> dict[str, str]:
         """Fqn of what this rank holds -> dtype in the module."""
         return {box.fqn: str(held.spec.dtype) for box, held in self._counterparts.items()}
+
+
+def _shown(tensors: Sequence[Sequence[str]]) -> str:
+    """The first names of tensors, which may have several."""
+    names = [" = ".join(map(repr, names)) for names in tensors[:3]]
+    return ", ".join([*names, *["..."] * (len(tensors) > 3)])
 
 
 def _picked(plan: Plan, picks: Callable[[Sequence[str]], bool]) -> dict[frozenset[str], str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -261,14 +262,22 @@ class _Stream:
 
     def _begin(self, number: int) -> None:
         """Begin the messages of a chunk; after an interrupt, those that are left."""
-        for message in self._sent[number].messages:
-            message.begin()
+        with self._get_through(number):
+            for message in self._sent[number].messages:
+                message.begin()
 
     def _wait(self, number: int) -> list[list[Left]]:
         """Wait for the messages of a chunk. Returns what is left to do for every portion of it."""
-        try:
+        with self._get_through(number):
             for message in self._sent[number].messages:
                 message.wait()
+        self._num_through = number + 1  # first: messages that are forgotten would be begun again
+        return self._sent.pop(number).left
+
+    @contextmanager
+    def _get_through(self, number: int) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             self._num_through = len(self._chunks)  # nothing more gets through
             raise CommunicationError(
@@ -276,8 +285,6 @@ class _Stream:
                 f"({str(error).splitlines()[0]}). A rank is gone, or neither exhausted its stream nor closed it: the "
                 "process group cannot be used any more"
             ) from error
-        self._num_through = number + 1  # first: messages that are forgotten would be begun again
-        return self._sent.pop(number).left
 
     def _whole(self, chunk: Sequence[Portion], left: Sequence[Sequence[Left]]) -> NamedTensors:
         """The tensors that are whole with this chunk, each completed when it is asked for."""

@@ -71,7 +71,13 @@ def open_source(path: Path, track: str | None) -> Mergeable:
     """
     if path.is_file():
         return _of_dcp(path, path.parent) if path.name == METADATA_NAME else _of_weights(path, None)
-    folder = averaged_side(contents.resolve(path))
+    try:
+        folder = averaged_side(contents.resolve(path))
+    except CheckpointNotFoundError:
+        raise CheckpointNotFoundError(
+            f"there is nothing at {path}, expected weights to merge: a model folder, a safetensors file, a saved "
+            "average or a checkpoint of torch's DCP"
+        ) from None
     if contents.has_manifest(folder):
         saved = read_saved(folder)
         return _of_average(path, saved, saved.track(track))
