@@ -81,5 +81,5 @@ def test_pictures_of_growth_are_those_that_their_benchmark_draws_and_the_page_sh
     measured = {path.name for path in (ROOT / "docs" / "pictures").glob("growth_*.svg")}
     benchmark = (ROOT / "launch" / "bench" / "growth.py").read_text()
     drawn = {f"growth_{name}.svg" for name in re.findall(r'^    "(\w+)": Growth\(', benchmark, re.MULTILINE)}
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert measured == drawn == set(re.findall(r"\(pictures/(growth_\w+\.svg)\)", page)) != set()
+    page = (ROOT / "docs" / "performance" / "growth.md").read_text()
+    assert measured == drawn == set(re.findall(r"\(\.\./pictures/(growth_\w+\.svg)\)", page)) != set()

@@ -7,7 +7,7 @@
     names      every tensor of the model, once, with all its canonical names
     values     the tensors whose values a file can have
     seam       the interface of a layout, a Protocol of four methods, and the records that the files exchange; the
-               arithmetic of runs and meshes
+               arithmetic of runs and meshes; torch's types of sharding, where they are loaded
 
 | live tensor | box | ranks that hold it alike |
 |---|---|---|

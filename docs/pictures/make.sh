@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Draws the pictures of docs/schedules.md and docs/schedules/, or those of the given names: `bash docs/pictures/make.sh annealed`.
+# Those of docs/performance/growth.md are measured, and drawn by launch/bench/growth.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -18,7 +18,6 @@ ranks    construction, save and load of a small model under DDP, real ranks on l
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import json
@@ -30,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from measuring import Cell, Report, Spread, benchmark_parser, interleaved, ratio
@@ -48,8 +48,7 @@ _TENSORS_A_SAMPLE = 20_000
 Samples = dict[str, dict[int, list[float]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Growth:
+class Growth(NamedTuple):
     """Something that grows.
 
     Attributes:

@@ -1,6 +1,7 @@
 """What a process waits for before its first update: the time of fresh processes, with an average and without.
 
     python launch/bench/start_up.py
+    python launch/bench/start_up.py --optimizer
 
 A process imports torch and accelerate alone, or builds an average of a small model besides, and updates it once. The
 difference is what this package adds. The last columns have the same measured within the process, without the noise of
@@ -41,6 +42,8 @@ print(time.process_time() - began)
 _PROCESSES = {
     "torch, accelerate": (_IMPORTS, "torch, accelerate"),
     "and an average": (_IMPORTS + _AVERAGE, "torch, accelerate"),
+}
+_WITH_OPTIMIZER = {
     "and an optimizer": (_IMPORTS + _OPTIMIZER, "torch, accelerate"),
     "and an optimizer, an average": (_IMPORTS + _OPTIMIZER + _AVERAGE, "and an optimizer"),
 }
@@ -93,10 +96,12 @@ def _own(processes: Sequence[Taken]) -> dict[str, Cell]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = benchmark_parser("What an average adds to the start of a process.", rounds=9)
+    parser.add_argument("--optimizer", action="store_true", help="measure processes with an optimizer of torch too")
     options = parser.parse_args(arguments)
     report = Report("start_up", options)
-    processes = {name: ("-c", code) for name, (code, _) in _PROCESSES.items()}
-    bases = {name: base for name, (_, base) in _PROCESSES.items()}
+    measured = _PROCESSES | (_WITH_OPTIMIZER if options.optimizer else {})
+    processes = {name: ("-c", code) for name, (code, _) in measured.items()}
+    bases = {name: base for name, (_, base) in measured.items()}
     report.add(f"start of a run, {options.rounds} rounds", rows(processes, bases, options.rounds))
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "average"
