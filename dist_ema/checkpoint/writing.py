@@ -30,6 +30,7 @@ from dist_ema.disk.formats.byte_ranges import Strip, strips_of_box
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.disk.formats.model_files import Entry, FileLayout, ModelFiles, host_bytes, write_all
 from dist_ema.ranks.exchange import Exchange
+from dist_ema.ranks.wires.wires import Wires
 
 __all__ = ["Pieces", "write_tensors"]
 
@@ -86,19 +87,21 @@ def write_tensors(
         for number, writing in enumerate(writings):
             writing.write(parcels.windows(None, number))
         return guard.failure
-    try:
-        with exchange.wires(f"writing {folder}") as wires:
-            if any(writing.may_receive for writing in writings):
-                wires.listen()
-            for writing in writings[:1]:
-                writing.write_in_place()  # the disk is at work while the ranks wait for one another
-            parcels.announce(exchange, wires, f"writing {folder}")
-            for number, writing in enumerate(writings):
-                writing.write(parcels.windows(wires, number))
-    finally:
-        for writing in writings[:1]:
-            writing.close()
+    with exchange.wires(f"writing {folder}") as wires:
+        if any(writing.may_receive for writing in writings):
+            wires.listen()
+        for number, writing in enumerate(writings):
+            windows = parcels.windows(wires, number)
+            writing.write(windows if number else _after_announcing(windows, parcels, exchange, wires, folder))
     return guard.failure
+
+
+def _after_announcing(
+    windows: Iterable[Window], parcels: Parcels, exchange: Exchange, wires: Wires, folder: Path
+) -> Iterator[Window]:
+    """Collective: every rank must take the first window. By then the disk is at work on what is written in place."""
+    parcels.announce(exchange, wires, f"writing {folder}")
+    yield from windows
 
 
 def _parts_by_file(files: ModelFiles, pieces: Pieces, *, with_headers: bool) -> dict[str, list[Part]]:
@@ -149,24 +152,19 @@ class _FileWriting:
         self._direct: list[Part] = []
         self._descriptor = -1
 
-    def write_in_place(self) -> None:
-        """Write the parts that this rank writes in place, unless that was done."""
-        self._guard(self._write_direct)
-        self._direct = []
-
     def write(self, windows: Iterable[Window]) -> None:
         """Write the parts that this rank writes in place, and then the windows, as they come."""
         try:
-            self.write_in_place()
+            self._guard(self._write_direct)
             for window in windows:
                 self._guard(self._write_window, window)
             if self._descriptor >= 0:
                 self._guard(os.fsync, self._descriptor)
         finally:
-            self.close()
+            self._close()
 
-    def close(self) -> None:
-        """Close the file. A network file system may report only now that a write has failed. Twice does no harm."""
+    def _close(self) -> None:
+        """Close the file. A network file system may report only now that a write has failed."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:
