@@ -5,8 +5,9 @@
 
 Under DDP against what everybody else does: each rank averages the whole model, by `_foreach_lerp_` over lists that were
 made before. Under FSDP2 against the way without a sharded average: `full_tensor()` of each parameter, then a lerp of a
-full copy. Told is the slowest rank of each round: its CPU time (that of gloo's threads too; on fewer cores than ranks
-the fair one), and its wall time.
+full copy; "raw" is what an update cannot do without, one `_foreach_lerp_` over lists of the local tensors. Told is
+the slowest rank of each round: its CPU time (that of gloo's threads too; on fewer cores than ranks the fair one), and
+its wall time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from measuring import Cell, Report, benchmark_parser, interleaved, milliseconds,
 from models import MODELS, build
 from torch import nn
 from torch.distributed.tensor import DTensor
-from update import MOMENTUM, raw
+from update import MOMENTUM, RAW, raw
 
 from dist_ema import ConstantSchedule, ShardedEMA
 
@@ -55,6 +56,12 @@ def gathered(model: nn.Module) -> Callable[[], object]:
     return update
 
 
+def held_raw(model: nn.Module) -> Callable[[], object]:
+    """Every rank averages what it holds, over lists that were made before."""
+    live = [parameter.to_local().detach() for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    return raw([value.float().clone() for value in live], live)
+
+
 OTHERS = {"ddp": ("the whole model on each rank", whole_model), "fsdp2": ("full_tensor() + lerp_", gathered)}
 
 
@@ -68,8 +75,11 @@ def rows(model_name: str, layout: str, rounds: int) -> list[Mapping[str, Cell]]:
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     title, other = OTHERS[layout]
     calls = {title: other(model), "ShardedEMA.update": ema.update}
+    if layout == "fsdp2":
+        calls[RAW] = held_raw(model)
     found = interleaved({name: functools.partial(slowest, call) for name, call in calls.items()}, rounds)
     held = {title: 1.0, "ShardedEMA.update": largest.item() / whole_bytes}
+    held[RAW] = held["ShardedEMA.update"]
     return [
         {
             "average": name,
