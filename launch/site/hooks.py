@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from tutorial_page import pages_of
 
 _ROOT = Path(__file__).parents[2]
 
@@ -45,6 +46,8 @@ def on_files(files: Files, config: Any) -> Files:
         path = _ROOT / source
         text = decisions_page(path) if path.is_dir() else path.read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
+    for place, content in pages_of(_ROOT / "docs" / "tutorial.ipynb").items():
+        files.append(File.generated(config, place, content=content))
     return files
 
 
@@ -96,7 +99,8 @@ def site_link(match: re.Match[str], folder: str, here: str, files: Files) -> str
         return match[0]
     path = posixpath.normpath(posixpath.join(folder, target))
     page = _BESIDE_DOCS.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
-    if page is not None and page.endswith((".md", ".svg", ".png", ".ipynb")):
+    page = page and page.replace(".ipynb", ".md")
+    if page is not None and page.endswith((".md", ".svg", ".png")):
         # A page that is missing stays a link too, which the strict build refuses.
         place = posixpath.relpath(page, posixpath.dirname(here) or ".")
         return f"{match['image']}[{match['text']}]({place}{match['anchor'] or ''})"

@@ -191,3 +191,9 @@ def test_no_page_names_the_machine_that_built_it(site) -> None:
 def test_the_page_of_the_command_line_is_its_help_of_now() -> None:
     written, now = cli_page.PAGE.read_text(), cli_page.page()
     assert written.split() == now.split(), "run launch/site/cli_page.py"
+
+
+def test_the_tutorial_is_a_page_with_what_its_code_drew(site) -> None:
+    page = (site / "tutorial.html").read_text()
+    assert page.count('src="tutorial_') == 3 and "equal bit for bit" in page and 'href="tutorial.html"' in page
+    assert (site / "tutorial_3.png").read_bytes().startswith(b"\x89PNG")
