@@ -16,11 +16,15 @@ from tutorial_page import pages_of
 
 _ROOT = Path(__file__).parents[2]
 
+# Pages that name everything, so that a search would find them first: the site's search leaves them out.
+_NOT_SEARCHED = ("changelog.md", "decisions/")
+
 # File of the repository -> its page. All of docs/ has its own name there, without "docs/".
 _BESIDE_DOCS = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "docs/decisions": "decisions/index.md",
 }
 
@@ -66,6 +70,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.parent is None:  # nothing stands beside it
         page.meta["hide"] = ["navigation"]
     here = page.file.src_uri
+    if here.startswith(_NOT_SEARCHED):
+        page.meta["search"] = {"exclude": True}
     source = next((name for name, made in _BESIDE_DOCS.items() if made == here), f"docs/{here}")
     folder = source if not source.endswith(".md") else posixpath.dirname(source)
 

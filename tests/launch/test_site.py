@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
 import os
 import re
 import shutil
@@ -145,7 +146,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     listed = pages_in(nav)
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     of_decisions = {page for page in there if page.startswith("decisions/0")}
-    made = {"index.md", "changelog.md", "contributing.md", "decisions/index.md"}
+    made = {"index.md", "tutorial.md", "changelog.md", "contributing.md", "security.md", "decisions/index.md"}
     assert sorted(listed) == sorted((there - of_decisions) | made)
 
 
@@ -174,6 +175,12 @@ def test_links_to_files_that_the_site_lacks_are_text_and_others_lead_to_pages(si
     home = (site / "index.html").read_text()
     assert 'href="tests/' not in home and 'title="tests/boxes/test_owners.py"' in home
     assert 'href="docs/' not in home and 'href="training.html"' in home and 'href="decisions/index.html"' in home
+
+
+def test_a_search_finds_pages_for_users_and_neither_decisions_nor_the_changelog(site) -> None:
+    places = [entry["location"] for entry in json.loads((site / "search" / "search_index.json").read_text())["docs"]]
+    assert "questions.html#what-about-lora" in places and "security.html" in places
+    assert [place for place in places if place.startswith(("decisions/", "changelog"))] == []
 
 
 def test_nothing_is_loaded_from_elsewhere_when_a_page_is_read(site) -> None:
