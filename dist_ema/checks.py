@@ -19,7 +19,6 @@ PathLike = str | os.PathLike[str]
 # scheme has two characters or more, so that "C:/x" stays a local name, as "a:b/c" and "./s3:x" do.
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)(::[A-Za-z0-9+.-]+)*:/")
 _LONGEST_TARGET_NAME_BYTES = 200
-_LARGEST_INTEGER = 2**63 - 1
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 
@@ -65,13 +64,7 @@ def positive_integer(name: str, value: object) -> int:
     Raises:
         ConfigError: it is not such a number.
     """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number <= _LARGEST_INTEGER:
-        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 1 (and below 2^63)")
-    return number
+    return _integer(name, value, least=1, bits=63)
 
 
 def update_number(name: str, value: object) -> int:
@@ -80,12 +73,16 @@ def update_number(name: str, value: object) -> int:
     Raises:
         ConfigError: it is not such a number.
     """
+    return _integer(name, value, least=0, bits=62)
+
+
+def _integer(name: str, value: object, *, least: int, bits: int) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = -1
-    if isinstance(value, bool) or not 0 <= number < 2**62:
-        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least 0 (and below 2^62)")
+        number = least - 1
+    if isinstance(value, bool) or not least <= number < 2**bits:
+        raise ConfigError(f"{name} is {shown(value)}, expected an integer of at least {least} (and below 2^{bits})")
     return number
 
 

@@ -36,6 +36,8 @@ _EARLY_BYTES = 8 * 2**20
 _JOINED_BYTES = 2**20
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+# The stretches in the file, and the function that puts their bytes into rows.
+_Pieces = list[tuple[Strip, Callable[[Bytes], None]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +251,7 @@ class Window:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._pieces: list[tuple[Strip, Callable[[Bytes], None]]] = []  # the function puts the bytes into rows
+        self._pieces: _Pieces = []
 
     def put_parts(self, parts: Sequence[Part]) -> None:
         """Take this rank's own bytes."""
@@ -275,9 +277,6 @@ class Window:
                 copy_to(np.lib.stride_tricks.as_strided(place[strip.start - origin :], shape, strides))
             for start, stop in _without_gaps(strips):
                 yield start, place[start - origin : stop - origin]
-
-
-_Pieces = list[tuple[Strip, Callable[[Bytes], None]]]
 
 
 def _copy_rows(content: Bytes, rows: Bytes) -> None:

@@ -30,6 +30,7 @@ from dist_ema.live.elsewhere.ownership import Ownership, boxes_by_tensor
 from dist_ema.live.elsewhere.places import Left, Places
 from dist_ema.live.elsewhere.routes import LEAST_DIRECT_BYTES, Tensors
 from dist_ema.live.holders.replicas import Replicas
+from dist_ema.options import floating_dtype
 from dist_ema.ranks.broadcasts import Passing
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.deliveries import deliveries, device_of_messages
@@ -57,7 +58,7 @@ def whole_tensors(
     def prepare() -> tuple[dict[str, Any], Sequence[tuple[Box, torch.Tensor]]]:
         request = {
             "track": state.track(track),
-            "dtype": str(_checked_dtype(dtype)),
+            "dtype": str(floating_dtype("dtype", dtype)),
             "bucket_bytes": positive_integer("bucket_bytes", bucket_bytes),
             "ranks": _checked_ranks(ranks, exchange.world_size),
         }
@@ -112,12 +113,6 @@ def _most_bytes(bucket_bytes: int, device: torch.device) -> int:
     """Bytes of a chunk: two of them are a bucket, or less."""
     most = max(1, bucket_bytes // 2)
     return min(most, _MOST_BYTES_ON_A_HOST) if device.type == "cpu" else most
-
-
-def _checked_dtype(dtype: object) -> object:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype is {dtype!r}, expected a floating-point one such as torch.bfloat16, or None")
-    return dtype
 
 
 def _checked_ranks(ranks: Iterable[int] | None, world_size: int) -> list[int] | None:
