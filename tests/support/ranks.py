@@ -3,6 +3,9 @@
 Process start dominates rank tests, so a world is kept for the whole session of a pytest worker. A case is a
 module-level function; it runs on every rank at once. A short process-group timeout turns a hang into an error, and
 every rank's traceback is shown. After any failure the world is killed: its ranks may be in different places.
+
+Every case begins with the environment that the world was started with: Lightning, for one, takes WORLD_SIZE out of it
+when it ends, and transformers then shards nothing.
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ def _serve(rank: int, size: int, port: int, store: str, pipe: Connection) -> Non
         world_size=size,
         timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_SECONDS),
     )
+    environment = dict(os.environ)
     while True:
         try:
             case, arguments = pipe.recv()
@@ -112,6 +116,8 @@ def _serve(rank: int, size: int, port: int, store: str, pipe: Connection) -> Non
             ok, value = True, case(*arguments)
         except BaseException:
             ok, value = False, traceback.format_exc()
+        os.environ.clear()
+        os.environ.update(environment)
         pipe.send((ok, value, len(dist.distributed_c10d._world.pg_map)))
     # Leaving through destroy_process_group() aborts now and then in gloo's teardown.
     os._exit(0)
