@@ -38,6 +38,7 @@ ROOMS = [
     "live.holders",
     "averaging",
     "averaging.counting",
+    "averaging.fused",
     "ranks",
     "ranks.wires",
     "ranks.store",

@@ -16,6 +16,7 @@ from oracle import NaiveAverage
 from torch import nn
 
 from dist_ema import ConstantSchedule, ShardedEMA
+from dist_ema.averaging.fused.launches import Launch
 from dist_ema.averaging.streams import HostThread
 from dist_ema.averaging.update import Updater
 
@@ -250,3 +251,146 @@ def test_the_thread_of_averages_in_host_memory_is_on_the_device_of_the_weights()
     stream.run(lambda: found.append(torch.cuda.current_stream(last) == stream._stream))
     stream.join()
     assert found == [last.index, True]
+
+
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on updates take torch's own kernels."""
+    monkeypatch.setattr("dist_ema.averaging.prepared_update.launch_for", lambda *_, **__: None)
+
+
+def launches(ema: ShardedEMA) -> list[Any]:
+    blocks = ema._state._updater._prepared.blocks  # type: ignore[attr-defined]
+    return [block.launch for block in blocks]
+
+
+TRACKS = {
+    "one": SCHEDULE,
+    "two": ConstantSchedule(momentum=0.001),
+    "hard": ConstantSchedule(momentum=1.0),
+    "held": ConstantSchedule(momentum=0.7),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@OVERLAP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("flagged", [False, True], ids=["", "found_inf"])
+@pytest.mark.parametrize("names", [["one"], ["one", "two", "hard", "held"]], ids=len)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"skip_nonfinite": True}, {"compensated": True}, {"skip_nonfinite": True, "compensated": True}],
+    ids=["", "skip", "comp", "skip_comp"],
+)
+def test_one_kernel_gives_the_bits_of_torchs_own(dtype, overlap, options, names, flagged) -> None:
+    fused, stepwise = model_on_gpu(dtype), model_on_gpu(dtype)
+    schedules = {name: TRACKS[name] for name in names}
+    ours = ShardedEMA(fused, schedules, overlap=overlap, **options)
+    flag = torch.zeros(1, device="cuda") if flagged else None
+    with pytest.MonkeyPatch.context() as patched:
+        theirs = ShardedEMA(stepwise, schedules, overlap=overlap, **options)
+        for step in range(6):
+            torch.manual_seed(step)
+            for one, other in zip(fused.parameters(), stepwise.parameters(), strict=True):
+                value = torch.randn(one.shape, device="cuda") * 10.0 ** torch.randint(-3, 4, one.shape, device="cuda")
+                if step == 3 and value.numel() and "skip_nonfinite" in options:
+                    value.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])[: value.numel()]
+                ours.wait()
+                theirs.wait()
+                with torch.no_grad():
+                    one.copy_(value.clamp(-6e4, 6e4) if step != 3 else value)
+                    other.copy_(one)
+            if flag is not None:
+                flag.fill_(float(step == 4))
+            ours.update(found_inf=flag)
+            by_torch(patched)
+            theirs.update(found_inf=flag)
+            patched.undo()
+    ours.wait()
+    theirs.wait()
+    assert all(launches(ours)) and not any(launches(theirs))
+    for name in names:
+        ours_now, theirs_now = ours._state.averages[name], theirs._state.averages[name]
+        for one, other in zip(ours_now.values, theirs_now.values, strict=True):
+            assert torch.equal(one.view(torch.int32), other.view(torch.int32)), name
+        assert all(map(torch.equal, ours_now.residuals, theirs_now.residuals)), name
+    if "skip_nonfinite" in options:
+        assert ours.num_refused() == theirs.num_refused() > 0
+
+
+def test_a_launch_that_an_interrupt_cut_off_is_repeated_and_moves_nothing_twice(monkeypatch) -> None:
+    """Ctrl-C comes after the kernel was given to the device, and before the call returns."""
+    model = model_on_gpu()
+    ema = warmed_up(ShardedEMA(model, SCHEDULE))
+    naive = NaiveAverage(SCHEDULE.momentum)
+    run, interrupts = Launch.__call__, [1]
+
+    def interrupted(self: Launch, *arguments: Any) -> None:
+        run(self, *arguments)
+        if not interrupts:
+            interrupts.append(1)
+            raise KeyboardInterrupt
+
+    for step in range(4):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        interrupts[:] = [] if step == 2 else [1]
+        monkeypatch.setattr(Launch, "__call__", interrupted)
+        if step == 2:
+            with pytest.raises(KeyboardInterrupt):
+                ema.update()
+        else:
+            ema.update()
+        naive.update(dict(model.named_parameters()))
+    assert ema.num_updates == 4
+    close(ema.full_state_dict(), naive.values)
+
+
+def test_updates_in_a_captured_graph_move_at_every_replay() -> None:
+    model = model_on_gpu()
+    ema = warmed_up(ShardedEMA(model, SCHEDULE))
+    ema.update()
+    ema.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update()
+    naive = {name: value.cuda() for name, value in ema.full_state_dict().items()}
+    for step in range(3):
+        torch.manual_seed(step)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        graph.replay()
+        naive = {name: naive[name].lerp(value, 0.25) for name, value in model.named_parameters()}
+    close(ema.full_state_dict(), naive)
+
+
+def test_updates_go_on_where_triton_cannot_compile(monkeypatch, caplog) -> None:
+    """A container without a C compiler, say: the same bits, and one line in the log that tells of it."""
+    model = model_on_gpu(torch.bfloat16)
+    monkeypatch.setattr("dist_ema.averaging.fused.launches._has_warned", False)
+    monkeypatch.setattr(
+        "dist_ema.averaging.fused.launches.Launch.make_ready", lambda self: 1 / 0 if self.device else None
+    )
+    ema, naive = ShardedEMA(model, SCHEDULE), NaiveAverage(SCHEDULE.momentum)
+    for _ in range(3):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+    assert not any(launches(ema))
+    assert [record.levelname for record in caplog.records if "Triton" in record.message] == ["WARNING"]
+    close(ema.full_state_dict(), naive.values)
+
+
+def test_tensors_at_odd_addresses_move_too() -> None:
+    """As the views of a flat parameter, whose live tensors begin at any element."""
+    flat = torch.randn(1_000_003, device="cuda").bfloat16()
+    model = nn.Module()
+    model.odd = nn.Parameter(flat[1:500_000])
+    model.even = nn.Parameter(flat[512_000:])
+    ema, naive = ShardedEMA(model, SCHEDULE), NaiveAverage(SCHEDULE.momentum)
+    for _ in range(3):
+        nn.init.normal_(model.odd)
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+    assert len(launches(ema)) == 2 and all(launches(ema))
+    close(ema.full_state_dict(), naive.values)

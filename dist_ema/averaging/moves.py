@@ -21,6 +21,7 @@ import torch
 
 from dist_ema.averaging.averages import copying
 from dist_ema.averaging.counting.skipped_steps import weight_unless
+from dist_ema.averaging.fused.launches import Launch
 from dist_ema.averaging.infinities import is_mask
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.tensor_blocks import Block
@@ -113,6 +114,11 @@ class Moves:
         results: list[torch.Tensor] = []
         refused: dict[torch.device, list[torch.Tensor]] = {}
         for block, live in prepared.brought(blocks, worker, steps):
+            if block.launch is not None:
+                counts = self._skip_nonfinite and block.counted
+                counter = self._counter(block.launch.device) if counts else None
+                block.launch.add_to(steps, self._of_all(active), unless, counter)
+                continue
             if self._skip_nonfinite:
                 known = block.tracks[0] if block.watched else None
                 steps.again(partial(_take, taken, live, block.masks, known))
@@ -121,6 +127,8 @@ class Moves:
                     count = torch.zeros_like(counter)
                     steps.again(partial(_refuse, refused, taken))
                     steps.again(partial(adding_up, count, refused))
+                    if unless is not None:
+                        steps.again(partial(count.masked_fill_, unless.reshape(()).to(count.device) != 0, 0))
                     steps.once(partial(counter.add_, count), counter)
             for index, momentum in active:
                 averaged = block.tracks[index]
@@ -144,6 +152,13 @@ class Moves:
                         steps.again(partial(residual.mul_, weights.left(residual)))
         return steps
 
+    def _of_all(self, active: Sequence[tuple[int, float]]) -> tuple[float, ...]:
+        """The momenta of all tracks."""
+        momenta = [0.0] * self._num_tracks
+        for index, momentum in active:
+            momenta[index] = momentum
+        return tuple(momenta)
+
 
 class _Kept(NamedTuple):
     """Steps that were made for these momenta."""
@@ -159,6 +174,8 @@ class _Kept(NamedTuple):
         for at, call in enumerate(calls):
             if isinstance(call, partial) and call.func is _lerp:
                 calls[at] = partial(_lerp, *call.args[:2], next(of_tracks))
+            elif isinstance(call, partial) and isinstance(call.func, Launch):
+                calls[at] = partial(call.func, tuple(momenta), *call.args[1:])
         return _Kept(self.prepared, momenta, self.steps.with_calls(calls))
 
 

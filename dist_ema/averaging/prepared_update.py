@@ -13,6 +13,7 @@ import torch
 
 from dist_ema.averaging.averages import Averages
 from dist_ema.averaging.cpu_threads import SERIAL_NUMEL, num_workers, share_out
+from dist_ema.averaging.fused.launches import launch_for
 from dist_ema.averaging.infinities import masks_of
 from dist_ema.averaging.live_memory import Guard
 from dist_ema.averaging.tensor_blocks import Block, make_blocks
@@ -75,6 +76,7 @@ class Prepared:
             with torch.inference_mode(False):
                 self._averaged = [[value.data for value in values] for values in self._averaged]
         chunk_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
+        fuse = partial(launch_for, num_tracks=len(tracks), skips=skip_nonfinite)
         self.blocks: list[Block] = []
         kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
         for at, index in enumerate(filled):
@@ -89,6 +91,7 @@ class Prepared:
                 counted=counted,
                 watched=is_watched,
                 masks=masks,
+                fuse=None if is_watched else fuse,
             )
         # Neither another thread nor a later update could write to an inference tensor.
         with torch.inference_mode(False):
@@ -105,7 +108,8 @@ class Prepared:
 
     def used(self) -> Iterator[torch.Tensor]:
         """All tensors that the work reads or writes."""
-        return itertools.chain(self._live, *self._averaged, *self._scratches.values())
+        launches = (block.launch.used() for block in self.blocks if block.launch is not None)
+        return itertools.chain(self._live, *self._averaged, *self._scratches.values(), *launches)
 
     def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
         """Lanes for all blocks; `make(blocks, worker)` returns the steps that move some of the blocks."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
 from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_pairwise, copying
+from dist_ema.averaging.fused.launches import Launch, can_move, is_aligned
 from dist_ema.averaging.streams import has_streams
 from dist_ema.uninterrupted import Steps
 
@@ -38,6 +39,7 @@ class Block:
         counted: whether this rank counts which live values are left out.
         watched: whether there may be infinities on either side (`dist_ema.averaging.infinities`).
         masks: the infinities of the live tensors that are no overflow.
+        launch: does the whole update of the block in one kernel; None if torch's kernels do it.
     """
 
     scratch_numel = 0
@@ -45,6 +47,7 @@ class Block:
     counted = True
     watched = False
     masks: tuple[float, ...] = ()
+    launch: Launch | None = None
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
         self._live = live
@@ -141,6 +144,7 @@ def make_blocks(
     counted: bool = True,
     watched: bool = False,
     masks: tuple[float, ...] = (),
+    fuse: Callable[..., Launch | None] | None = None,
 ) -> list[Block]:
     """Blocks that cover these tensors.
 
@@ -152,9 +156,13 @@ def make_blocks(
         counted: an attribute of the blocks.
         watched: an attribute of the blocks.
         masks: an attribute of the blocks.
+        fuse: makes the launch of one kernel for live tensors and their averaged ones, or returns None.
     """
     packs, rest = _packs(live, tracks)
     blocks: list[Block] = [_Packed(*_selected(pack, live, tracks)) for pack in packs]
+    if fuse is not None:
+        fused, rest = _fused(rest, live, tracks, fuse)
+        blocks += fused
     kinds: dict[type[Block], list[int]] = {Block: [], _Staged: [], _Fetched: []}
     for index in rest:
         kinds[_kind(live[index], tracks[0][index])].append(index)
@@ -168,6 +176,31 @@ def make_blocks(
     for block in blocks:
         block.counted, block.watched, block.masks = counted, watched, masks
     return blocks
+
+
+def _fused(
+    indices: Sequence[int],
+    live: Sequence[torch.Tensor],
+    tracks: Sequence[Sequence[torch.Tensor]],
+    fuse: Callable[..., Launch | None],
+) -> tuple[list[Block], list[int]]:
+    """A block for each kernel that one launch can do; and the indices of all other tensors."""
+    alike: dict[object, list[int]] = {}
+    rest: list[int] = []
+    for index in indices:
+        value, rows = live[index], [averaged[index] for averaged in tracks]
+        kind = (value.device, value.dtype, is_aligned(value, *rows)) if can_move(value, rows) else None
+        (rest if kind is None else alike.setdefault(kind, [])).append(index)
+    blocks: list[Block] = []
+    for of_kind in alike.values():
+        tensors = _selected(of_kind, live, tracks)
+        launch = fuse(*tensors)
+        if launch is None:
+            rest += of_kind
+        else:
+            blocks.append(Block(*tensors))
+            blocks[-1].launch = launch
+    return blocks, sorted(rest)
 
 
 def _selected(

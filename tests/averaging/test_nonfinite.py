@@ -104,3 +104,17 @@ def test_without_the_option_they_enter(tmp_path: Path) -> None:
     ema.save(os.path.join(tmp_path, "ema"))
     with pytest.raises(ConfigError, match="skip_nonfinite"):
         ShardedEMA(model, ConstantSchedule(momentum=MOMENTUM), skip_nonfinite="yes")
+
+
+def test_values_of_a_step_that_the_optimizer_skipped_are_not_counted_as_left_out() -> None:
+    """Nothing of that step is averaged, so nothing of it is left out of an average."""
+    model = torch.nn.Linear(3, 3)
+    ema = ShardedEMA(model, ConstantSchedule(momentum=MOMENTUM), skip_nonfinite=True)
+    for _ in range(2):
+        ema.update()
+    with torch.no_grad():
+        model.weight[0, :] = torch.tensor(BAD)
+    ema.update(found_inf=torch.ones(1))
+    assert ema.num_refused() == 0
+    ema.update(found_inf=torch.zeros(()))
+    assert ema.num_refused() == 3

@@ -1,0 +1,1 @@
+"""Updates on a GPU in one kernel, which reads every live value once."""
