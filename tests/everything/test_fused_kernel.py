@@ -1,6 +1,6 @@
 """The kernel of `dist_ema.averaging.fused` in Triton's interpreter, on a CPU, against torch's own steps.
 
-    TRITON_INTERPRET=1 pytest tests/everything/test_fused_kernel.py
+    PYTHONPATH=folder-with-triton pytest tests/everything/test_fused_kernel.py
 
 The interpreter rounds a fused multiplication and addition twice, so averages are alike to a rounding unit here. On a
 GPU they are the same bits (tests/test_gpu.py).
@@ -11,6 +11,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +130,11 @@ def test_tensors_at_odd_addresses_move_too() -> None:
     run(launch([live], [[averaged]], 1, skips=False), (0.25,))
     torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(row[:3], first)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=["A100", "H100", "B200"])
+def test_the_kernel_compiles_for_the_gpus_in_use(capability) -> None:
+    """Without a GPU: vectors where addresses allow them, and one rounding where torch's lerp has one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compiled_kernel.py"), str(capability)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
