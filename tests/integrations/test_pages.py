@@ -57,6 +57,10 @@ def test_the_script_of_a_page_runs_on_two_ranks_and_goes_on_from_its_checkpoint(
     assert load_file(export).keys() == first.keys() and (tmp_path / "of-the-end").exists()
 
 
+def test_the_first_script_that_a_reader_runs_ends_without_a_warning(tmp_path) -> None:
+    assert "dist_ema" not in run("../training.md", tmp_path, 1)
+
+
 def test_the_loop_like_torchtitans_goes_on_bit_for_bit_and_on_other_ranks(tmp_path) -> None:
     run("torchtitan.md", tmp_path / "whole", 4, "8")
     run("torchtitan.md", tmp_path / "cut", 4, "3")
