@@ -258,7 +258,7 @@ def main() -> None:
         "--folder", type=Path, default=MEMORY if MEMORY.is_dir() else None, help="of a local file system"
     )
     options = parser.parse_args()
-    wrong = []
+    wrong, num_pairs = [], 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         pairs = Pairs(Path(folder))
         print("| pairs | number | both returned | one was told | one was killed | bad |\n|---|---|---|---|---|---|")
@@ -270,10 +270,12 @@ def main() -> None:
                 ends["killed" if "killed" in both else "told" if "told" in both else "returned"] += 1
             bad = [f"{place}: {outcome}" for place, outcome in found if outcome.bad]
             wrong += bad
+            num_pairs += len(found)
             print(
                 f"| {name} | {len(found)} | {ends['returned']} | {ends['told']} | {ends['killed']} | {len(bad)} |",
                 flush=True,
             )
+    print(f"{num_pairs} pairs, {len(wrong)} bad")
     if wrong:
         sys.exit("FAILED:\n" + "\n".join(wrong[:20]))
 

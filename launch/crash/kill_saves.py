@@ -124,6 +124,7 @@ def main() -> None:
             sys.exit(f"FAILED: {bad.outcome}, {bad.reason or 'not all survivors were told'}: {bad.kill}\n{bad.log}")
         trials.undisturbed(Kill(()))
         print(f"generation {trials.generation} was saved at last, and nothing lies beside the folder")
+        print(f"{len(everything)} kills, 0 bad")
 
 
 if __name__ == "__main__":
