@@ -73,7 +73,9 @@ bash launch/setup.sh
 "$python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[browser,notebook]'
 
 mkdir -p "$logs"
-echo "$(git describe --always --dirty 2> /dev/null || echo 'no git'), $(date -u +%F), $(nproc) cores" > "$logs/table.txt"
+commit=$(git describe --always --dirty 2> /dev/null || echo "no commit")
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc takes that for the number of cores
+echo "$commit, $(date -u +%F), $cores cores" > "$logs/table.txt"
 trap 'exit 130' INT # else a part ends, and the next one begins
 trap 'cat "$logs/table.txt"' EXIT
 SECONDS=0
