@@ -36,6 +36,7 @@ MEMORY = Path("/dev/shm")
 TURNING_POINTS = (
     *("open .ema.writer-TOKEN", "mkdir .ema.staging-TOKEN", "open manifest.json", "rename ema .ema.old"),
     *("rename .ema.staging-TOKEN ema", "rename .ema.old .ema.old-TOKEN", "remove .ema.writer-TOKEN"),
+    "rename ema .ema.old-TOKEN",  # of a target that is not whole, beside a former content that is
 )
 
 
