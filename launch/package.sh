@@ -20,6 +20,7 @@ rm -rf "$out"
 ls -l "$out"
 
 if $is_tried; then
+    unset PYTHONPATH # a checkout in it would be what pip takes for installed, and what Python imports
     "$python" - README.md > "$work/example.py" <<'EXAMPLE'
 import re, sys
 print(re.search(r"```python\n(.*?)```", open(sys.argv[1]).read(), re.DOTALL).group(1))
@@ -27,7 +28,12 @@ EXAMPLE
     "$python" -m venv "$work/empty"
     constraints=$PWD/launch/constraints.txt
     "$work/empty/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" "$out"/*.whl
-    cd "$work" # away from the checkout: the installed package is the one that is imported
+    cd "$work" # away from the checkout
+    "$work/empty/bin/python" - <<'INSTALLED'
+import sys, dist_ema
+if not dist_ema.__file__.startswith(sys.prefix):
+    sys.exit(f"{dist_ema.__file__} was tried, which is not of the wheel")
+INSTALLED
     ACCELERATE_USE_CPU=true "$work/empty/bin/python" example.py
     "$work/empty/bin/dist-ema" verify checkpoint
     "$work/empty/bin/dist-ema" inspect checkpoint

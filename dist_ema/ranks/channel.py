@@ -318,9 +318,11 @@ class Channel:
                 f"rank {self.rank} left {call} before its end ({reason}). The call has ended on all ranks, and may be "
                 "made again on all of them"
             )
-        if self._link is None:
+        # The link in which the others wait: an interrupt may come before `_link` is that of this call.
+        link = self._link if self.is_beside or self._world is None else self._world.link
+        if link is None:
             return error_class(kind)(message)
-        return self._leave(self._link, kind, message, lives=True)
+        return self._leave(link, kind, message, lives=True)
 
     def _lost(self, action: str, link: Link, error: Exception) -> DistEMAError:
         """Leave a link, because the store or a rank is gone. Returns the error that all ranks raise."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
+import importlib
 import os
 import random
 import shutil
@@ -92,6 +94,7 @@ def become(rank: int, port: int, folder: Path) -> None:
 
 def live(folder: Path, *, averages: bool) -> NoReturn:
     """The life of a rank. Raises a `Rank` at its end."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
@@ -103,12 +106,14 @@ def live(folder: Path, *, averages: bool) -> NoReturn:
 
 
 def ended(pids: Sequence[int]) -> list[int]:
-    """The exit statuses; negative for a signal, -9 also for a rank that did not end."""
+    """The exit statuses; negative for a signal, -9 also for a rank that did not end: its log has where it was."""
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + HANG_SECONDS
     while len(statuses) < len(pids):
         for pid in set(pids) - set(statuses):
             if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGUSR1)
+                time.sleep(1.0)
                 os.kill(pid, signal.SIGKILL)
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -127,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.be is not None:
         live(Path(options.be[1]), averages=options.be[0] == WAYS[0])
     torch.set_num_threads(1)
+    for module in ("torch._dynamo", "torch.distributed.checkpoint"):  # else every forked rank takes seconds for them
+        importlib.import_module(module)
     randoms = random.Random(options.seed)
     good: dict[str, int] = collections.Counter()
     for number in range(options.times):
@@ -135,8 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if statuses == [0] * RANKS:
                 good[way] += 1
                 continue
-            last = (log.strip().splitlines() or ["nothing"])[-1]
-            print(f"run {number} {way}: statuses {statuses}, last words: {last}", flush=True)
+            hung = {-signal.SIGKILL, -signal.SIGUSR1} & {*statuses}
+            words = (log if hung else log.strip().rpartition("\n")[2]) or "nothing"
+            print(f"run {number} {way}: statuses {statuses}, last words: {words}", flush=True)
     for way in WAYS:
         print(f"{way}: {good[way]} of {options.times} runs ended with status 0", flush=True)
     return 1 if good[WAYS[0]] < good[WAYS[1]] else 0

@@ -82,7 +82,7 @@ def row(name: str, results: Sequence[Result]) -> str:
 
 
 def try_all(trials: Trials, kills: int, rng: random.Random) -> tuple[dict[str, list[Result]], Result | None]:
-    """All kills by name of their row, up to the first that went wrong; and that one."""
+    """All kills by name of their row, up to the first that went wrong; and that one. Prints each full row."""
     results: dict[str, list[Result]] = {}
     for name, series in (
         ("", random_kills(trials, kills, rng)),
@@ -90,11 +90,17 @@ def try_all(trials: Trials, kills: int, rng: random.Random) -> tuple[dict[str, l
         ("all ranks, before each change", kills_at_changes(trials, everyone=True)),
         ("rank 0, in commits and in recoveries", kills_in_recovery(trials)),
     ):
+        bad, told = None, len(results)
         for result in series:
             random_name = "one rank, any moment" if len(result.kill.victims) == 1 else "all ranks, any moment"
             results.setdefault(name or random_name, []).append(result)
             if not result.good:
-                return results, result
+                bad = result
+                break
+        for name_of_row in list(results)[told:]:
+            print(row(name_of_row, results[name_of_row]), flush=True)
+        if bad is not None:
+            return results, bad
     return results, None
 
 
@@ -109,10 +115,8 @@ def main() -> None:
         warm_up(trials)
         usual_ms = ", ".join(f"{1000 * trials.save_seconds(*kind):.0f}" for kind in KINDS)
         print(f"{options.ranks} ranks, seed {options.seed}; a save takes {usual_ms} ms {KINDS}", flush=True)
+        print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
         results, bad = try_all(trials, options.kills, random.Random(options.seed))
-        print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
-        for name, series in results.items():
-            print(row(name, series))
         everything = [result for series in results.values() for result in series]
         inside = statistics.fmean(result.inside for result in everything)
         beside = Counter(" and ".join(result.beside) or "nothing" for result in everything)
@@ -124,6 +128,7 @@ def main() -> None:
             sys.exit(f"FAILED: {bad.outcome}, {bad.reason or 'not all survivors were told'}: {bad.kill}\n{bad.log}")
         trials.undisturbed(Kill(()))
         print(f"generation {trials.generation} was saved at last, and nothing lies beside the folder")
+        print(f"{len(everything)} kills, 0 bad")
 
 
 if __name__ == "__main__":

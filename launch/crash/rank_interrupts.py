@@ -251,20 +251,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks = [context.Process(target=live, args=(rank, folder, options, rows), daemon=True) for rank in range(2)]
         for each in ranks:
             each.start()
-        num_bad = sum(told(rows, len(options.calls), ranks))
+        counts = list(told(rows, len(options.calls), ranks))
     for each in ranks:
         each.kill()
+    num_points, num_bad = (sum(column) for column in zip(*counts, strict=True))
+    print(f"{num_points} points, {num_bad} bad")
     return 1 if num_bad else 0
 
 
-def told(rows: Any, num_calls: int, ranks: Sequence[Any]) -> Iterator[int]:
-    """Print what the ranks have counted, a row for each call; gives the number of bad points of each."""
+def told(rows: Any, num_calls: int, ranks: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Print what the ranks have counted, a row for each call; gives the number of points of each, and of bad ones."""
     results: dict[str, list[tuple[int, list[str]]]] = {}
     while sum(map(len, results.values())) < 2 * num_calls:
         if rows.empty():
             if any(each.exitcode for each in ranks):
                 print(f"FAILED: the ranks ended with {[each.exitcode for each in ranks]}")
-                yield 1
+                yield 0, 1
                 return
             time.sleep(0.05)
             continue
@@ -275,7 +277,7 @@ def told(rows: Any, num_calls: int, ranks: Sequence[Any]) -> Iterator[int]:
             print(f"{name:20} {points:6} points, {len(everything)} bad", flush=True)
             for each in everything[:10]:
                 print(f"    {each}", flush=True)
-            yield len(everything)
+            yield points, len(everything)
 
 
 if __name__ == "__main__":

@@ -335,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in bad[:10]:
             print(f"    {each[-600:]}", flush=True)
         num_bad += len(bad)
+    print(f"{len(options.cases) * options.times} trials, {num_bad} bad")
     return 1 if num_bad else 0
 
 

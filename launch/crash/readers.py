@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from dist_ema import ConstantSchedule, ShardedEMA, consolidate_checkpoint, synthesize
 from dist_ema.cli import main as command
 
+STOCK = "stock load_file"
 MEMORY = Path("/dev/shm")  # names change there as on a disk, and no save waits for one
 
 
@@ -98,7 +99,7 @@ def readers(target: Path, scratch: Path) -> dict[str, Callable[[], None]]:
         "dist-ema diff": differing,
         "consolidate_checkpoint": consolidated,
         "synthesize": synthesized,
-        "stock load_file": lambda: one_generation(model_folder(target)),
+        STOCK: lambda: one_generation(model_folder(target)),
     }
 
 
@@ -193,7 +194,7 @@ def count_reads(
 
 def is_bad(name: str, found: Counter[str]) -> bool:
     """Whether a reader of ours went wrong, or did not read."""
-    return not found["reads"] or (name != "stock load_file" and bool(found["mixed"] + found["damaged or missing"]))
+    return not found["reads"] or (name != STOCK and bool(found["mixed"] + found["damaged or missing"]))
 
 
 def main() -> None:
@@ -213,6 +214,8 @@ def main() -> None:
         for reader, found in results.items():
             print(f"| {reader} | {' | '.join(str(found[column]) for column in columns)} |")
         bad = [reader for reader, found in results.items() if is_bad(reader, found)]
+        num_reads = sum(found["reads"] for reader, found in results.items() if reader != STOCK)
+        print(f"{num_reads} reads by our readers; {len(bad)} of {len(results) - 1} readers bad")
         if bad:
             log = folder / "log"
             sys.exit(f"FAILED: {', '.join(bad)}\n{log.read_text()[-4000:] if log.exists() else ''}")

@@ -17,6 +17,7 @@ from job_pairs import TURNING_POINTS, Outcome, Pairs
 from dist_ema.disk.folders import commit
 
 SHORT = TURNING_POINTS[2:6]
+OF_WHAT_IS_NOT_WHOLE = TURNING_POINTS[7]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,13 @@ def bad(outcomes: list[tuple[str, Outcome]]) -> list[str]:
 
 
 def one_inside(folder: Path, state: str) -> list[tuple[str, Outcome]]:
-    points = [point for point in SHORT if "old" not in point or state != "between_renames"]
+    points = [point for point in SHORT if "old" not in point or state == "whole"]
+    if state == "file_in_the_way":
+        points = [OF_WHAT_IS_NOT_WHOLE]
     return list(job_pairs.one_inside_the_other(Pairs(folder), getattr(job_pairs, state), points=points))
 
 
-@pytest.mark.parametrize("state", ["whole", "between_renames"])
+@pytest.mark.parametrize("state", ["whole", "between_renames", "file_in_the_way"])
 def test_a_save_inside_another_is_told_or_replaces_what_it_has_seen(forking, tmp_path, state) -> None:
     outcomes = forking(one_inside, tmp_path, state)
     assert not bad(outcomes)

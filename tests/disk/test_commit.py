@@ -187,6 +187,34 @@ def test_a_folder_that_came_between_the_last_look_and_the_rename_is_put_back(tmp
     assert content(target) == "quick" and os.listdir(tmp_path) == ["ema"]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_an_average_that_came_where_a_file_was_in_the_way_is_put_back(tmp_path, monkeypatch, is_killed) -> None:
+    """The first save moved it away unseen, and both returned."""
+    target = tmp_path / "ema"
+    commit.publish(staged(target, "former"))
+    target.rename(tmp_path / ".ema.old")
+    tokenizer(target)
+    slow, quick = staged(target, "slow"), staged(target, "quick")
+    real, renames = Path.rename, []
+
+    def interleaved(source: Path, name: Path) -> Path:
+        renames.append(source)
+        if len(renames) == 1:
+            commit.publish(quick)
+        elif is_killed and len(renames) > 1 and source.name.startswith(".ema.old-"):
+            raise KeyboardInterrupt  # as if it had been killed before it could put the average back
+        return real(source, name)
+
+    monkeypatch.setattr(Path, "rename", interleaved)
+    with pytest.raises(KeyboardInterrupt if is_killed else CheckpointError):
+        commit.publish(slow)
+    monkeypatch.undo()
+    assert renames[0] == target and content(target) == "quick"
+    commit.discard(slow)
+    commit.discard(commit.stage(target, contents.is_average))
+    assert content(target) == "quick" and (is_killed or os.listdir(tmp_path) == ["ema"])
+
+
 def test_a_save_that_began_between_the_renames_of_another_takes_its_place_or_is_told(tmp_path, monkeypatch) -> None:
     target = tmp_path / "ema"
     commit.publish(staged(target, "former"))

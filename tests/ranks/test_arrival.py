@@ -34,6 +34,8 @@ from dist_ema import (
 from dist_ema.checkpoint import parcels, save_calls
 from dist_ema.disk.formats.checksums import PartialChecksums
 from dist_ema.live.holders.replicas import Replicas
+from dist_ema.ranks import worlds
+from dist_ema.ranks.store.link import Link
 
 SCHEDULE = ConstantSchedule(momentum=0.25)
 
@@ -254,6 +256,55 @@ def test_a_rank_that_is_interrupted_ends_the_call_for_all_at_once_and_the_next_c
         return
     assert other[2] < 5 and kinds[how] in other[1]
     assert other[0] == ("DistEMAError" if swallowed else "CommunicationError")
+
+
+def as_it_arrives() -> Callable[[], None]:
+    """The next call is interrupted after it was counted, before its link is known."""
+
+    def come(world: worlds.World, call: str) -> None:
+        if call:
+            raise KeyboardInterrupt
+
+    worlds.World.at = property(lambda world: "", come)  # type: ignore[assignment]
+    return lambda: delattr(worlds.World, "at")
+
+
+def in_the_second_link() -> Callable[[], None]:
+    """The next call is interrupted as it waits in its second link: it has found that the first one was left."""
+    real, came_to = Link.combine, []
+
+    def combine(link: Link, *arguments: Any, **options: Any) -> Any:
+        came_to.append(link)
+        if len(came_to) == 2:
+            raise KeyboardInterrupt
+        return real(link, *arguments, **options)
+
+    Link.combine = combine  # type: ignore[method-assign]
+    return lambda: setattr(Link, "combine", real)
+
+
+def interrupted_beside_a_left_link(folder: str, by: Callable[[], Callable[[], None]], interrupted_rank: int) -> Any:
+    ema = averaging()
+    ema.metrics()
+    if dist.get_rank() == 1:  # at the very end of that call, with which all had done
+        ema._exchange.channel.abandon("metrics", KeyboardInterrupt())
+    dist.barrier()
+    restore = by() if dist.get_rank() == interrupted_rank else lambda: None
+    told = caught(ema.metrics)
+    restore()
+    dist.barrier()
+    whole_life(ema, folder)
+    return told
+
+
+@pytest.mark.parametrize(("by", "rank"), [(as_it_arrives, 1), (in_the_second_link, 0)], ids=["arrives", "waits"])
+def test_an_interrupt_beside_a_link_that_was_left_ends_the_call_where_the_others_wait(
+    world, tmp_path, by, rank
+) -> None:
+    """The rank left the former link once more, and the others waited in the new one until the timeout of the group."""
+    told = world(2).run(interrupted_beside_a_left_link, str(tmp_path / "ema"), by, rank)
+    assert told[rank][0] == "KeyboardInterrupt" and told[1 - rank][0] == "CommunicationError"
+    assert "KeyboardInterrupt" in told[1 - rank][1] and max(told[0][2], told[1][2]) < 5
 
 
 def test_a_third_rank_is_told_too_while_the_errors_of_the_others_are_kept(world, tmp_path) -> None:

@@ -8,7 +8,7 @@ Other jobs may save into the same folder at any moment, and only the renames are
 fingerprint of the content that it is going to replace, and replaces that content or nothing:
 
     - a folder is renamed onto a free name only, which fails if another save was faster;
-    - the content that the first rename has moved is checked again, and put back if another save wrote it;
+    - the content that the first rename has moved is looked at again, and put back if another save wrote it;
     - whole content is removed only when whole content lies at the target, and then under a name of its own.
 
 One of two writers wins, and the other raises an error. contents.py lists the names beside the target.
@@ -130,7 +130,7 @@ def publish(staged: Staged, unfit: Collection[str] = ()) -> None:
         CheckpointError: another job has saved into the folder since this one was staged; its save stays.
         OSError: the folder cannot be written; the former content stays.
     """
-    target, trash = staged.target, _beside(staged.target, "trash")
+    target, aside = staged.target, _beside(staged.target, "old")
     try:
         for source in (target,) if is_whole(target) else (target, old_of(target)):
             if source.is_dir():
@@ -140,21 +140,21 @@ def publish(staged: Staged, unfit: Collection[str] = ()) -> None:
         if staged.is_current():
             raise
         raise _taken(target) from error
-    _swap(staged, trash)
+    _swap(staged, aside)
     try:
         sync(target.parent)
-        if os.path.lexists(trash):
-            _remove(trash)
+        if os.path.lexists(aside):
+            _remove(aside)
         _retire_old(target)
     except Exception as error:
         _log_once(target, f"{target} is in place, but its folder could not be put in order: {error}")
     staged.release()
 
 
-def _swap(staged: Staged, trash: Path) -> None:
-    """Do the renames."""
+def _swap(staged: Staged, aside: Path) -> None:
+    """Do the renames. A target that is not whole becomes `aside`: readers and other saves keep what is whole there."""
     target, old = staged.target, old_of(staged.target)
-    moved = False
+    moved: Path | None = None
     try:
         content = content_of(target)
         if content is Content.FOREIGN or not staged.is_current():
@@ -162,18 +162,21 @@ def _swap(staged: Staged, trash: Path) -> None:
         if content is not Content.NOTHING:
             if former_of(target) == old:  # the target is not whole, and must not replace the former content, which is
                 carry_over(target, old)
-                target.rename(trash)
+                target.rename(aside)
+                moved = aside
+                if is_whole(aside):  # by another save, since the last look
+                    raise _taken(target)
             else:
                 _retire_old(target)
                 target.rename(old)
-                moved = True
+                moved = old
                 if not staged.was(old):
                     raise _taken(target)
         staged.folder.rename(target)
     except BaseException as error:
-        if moved and not os.path.lexists(target):
+        if moved is not None and not os.path.lexists(target):
             with suppress(OSError):  # another save has taken the name at this moment
-                old.rename(target)
+                moved.rename(target)
         if isinstance(error, OSError) and error.errno in _TAKEN:
             raise _taken(target) from error
         raise

@@ -5,7 +5,7 @@ For a target `ema`, in the same parent folder:
     .ema.old              the former content, between the two renames of a commit over an existing folder
     .ema.staging-TOKEN    a folder that is being written; worthless until it is committed
     .ema.writer-TOKEN     the record of the writer of the staging folder of the same token (claims.py)
-    .ema.old-TOKEN        a former content that is being removed
+    .ema.old-TOKEN        a former content that is being removed, or a target that was not whole
     .ema.trash-TOKEN      a staging folder that is being removed
 
     reader:   ema if it is whole, else .ema.old if that is whole: the whole new content or the whole old content
