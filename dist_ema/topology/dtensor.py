@@ -196,9 +196,11 @@ class _LocalValues:
         if current is not self._sharded and is_dtensor(current) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():
-            local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
+            # From torch 2.13 on a new object at each call. Before that the one that the DTensor keeps: had it been kept
+            # here too, `local.data = ...` would go unnoticed.
+            local = self._sharded.to_local()
         if not same_memory(local, self._view):
-            self._view = local
+            self._view = local.detach()
         return self._view
 
 
