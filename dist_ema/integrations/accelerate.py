@@ -229,7 +229,7 @@ def _check(
         )
     if accelerator.distributed_type not in SERVED:
         raise AttachError(
-            f"the accelerator runs as {accelerator.distributed_type}, expected one process, DDP, FSDP or DeepSpeed: "
+            f"the accelerator runs as {accelerator.distributed_type!s}, expected one process, DDP, FSDP or DeepSpeed: "
             "other engines keep their own copies of the weights"
         )
     if accelerator.num_processes != world_size:

@@ -87,7 +87,7 @@ def check_trainer(trainer: Any, callback_class: type[Any], world_size: int) -> N
     accelerator = trainer.accelerator
     if accelerator.distributed_type not in SERVED:
         raise AttachError(
-            f"the Trainer runs under {accelerator.distributed_type}, expected one process, DDP, FSDP or DeepSpeed: "
+            f"the Trainer runs under {accelerator.distributed_type!s}, expected one process, DDP, FSDP or DeepSpeed: "
             "that engine steps its own copies of the weights, which EMACallback does not follow. Train with fsdp=... "
             "of TrainingArguments, or without that engine"
         )

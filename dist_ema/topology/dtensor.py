@@ -135,21 +135,19 @@ def _nothing_held(named: Named) -> list[HeldBox]:
 def _axis_of_fsdp(named: Named, model: nn.Module) -> int | None:
     """The mesh axis along which FSDP2 dealt out the rows of a strided shard; None where the axes deal from the left.
 
-    `fully_shard` cuts the local tensor that it is given, so its axis comes last. Its strided placement says as much,
-    unless a further axis has a strided shard of the same dim as well (packed columns under FSDP2).
+    `fully_shard` cuts the local tensor that it is given, so its axis comes last. Its placement says as much, unless a
+    further axis has a strided shard of the same dim (packed columns under FSDP2). Torch 2.11 then gives it a plain
+    Shard, and torch 2.13 a strided one that is not true from the left either.
     """
     tensor: DTensor = named.source
     placements: Sequence[Any] = tensor.placements
     first, *others = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()] or [0]
-    strided = [placements[axis].dim % tensor.ndim for axis in (first, *others) if _is_strided(placements[axis])]
-    if not _is_strided(placements[first]) or strided[0] not in strided[1:]:
+    dim = getattr(placements[first], "dim", None)
+    strided = [placements[axis].dim % tensor.ndim for axis in others if hasattr(placements[axis], "split_factor")]
+    if dim is None or dim % tensor.ndim not in strided:
         return None
     managed = any(is_fsdp2(module) and named.owner in module.modules() for module in model.modules())
     return first if managed else None
-
-
-def _is_strided(placement: Any) -> bool:
-    return hasattr(placement, "split_factor")
 
 
 class _LocalValues:
@@ -198,9 +196,11 @@ class _LocalValues:
         if current is not self._sharded and is_dtensor(current) and _lie_alike(current, self._sharded):
             self._sharded = current
         with torch.no_grad():
-            local = self._sharded.to_local()  # a new object at each call, from torch 2.13 on
+            # From torch 2.13 on a new object at each call. Before that the one that the DTensor keeps: had it been kept
+            # here too, `local.data = ...` would go unnoticed.
+            local = self._sharded.to_local()
         if not same_memory(local, self._view):
-            self._view = local
+            self._view = local.detach()
         return self._view
 
 

@@ -231,17 +231,15 @@ def test_the_default_of_all_other_models_stays_what_it_was(tmp_path) -> None:
 def quantised(kind: str) -> nn.Module:
     layer: nn.Module = nn.Linear(64, 64, bias=False)
     if kind.startswith("torchao"):
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-        quantize_(layer, Int8WeightOnlyConfig() if "int8" in kind else Float8WeightOnlyConfig())
+        quantization = pytest.importorskip("torchao.quantization")
+        config = quantization.Int8WeightOnlyConfig if "int8" in kind else quantization.Float8WeightOnlyConfig
+        quantization.quantize_(layer, config())
     elif kind == "float8":
         layer.weight.requires_grad_(False)
         layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
         layer.forward = lambda x: x @ layer.weight.float().T
     else:
-        import bitsandbytes
-
-        modules = bitsandbytes.nn
+        modules = pytest.importorskip("bitsandbytes").nn
         made = modules.Linear4bit if kind == "bnb4" else modules.Linear8bitLt
         further = {} if kind == "bnb4" else {"has_fp16_weights": False}
         packed = made(64, 64, bias=False, **further)
