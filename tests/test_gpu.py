@@ -6,6 +6,9 @@ The same code paths run on a CPU in averaging/test_streams.py and averaging/test
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -368,7 +371,7 @@ def test_updates_go_on_where_triton_cannot_compile(monkeypatch, caplog) -> None:
     model = model_on_gpu(torch.bfloat16)
     monkeypatch.setattr("dist_ema.averaging.fused.launches._has_warned", False)
     monkeypatch.setattr(
-        "dist_ema.averaging.fused.launches.Launch.make_ready", lambda self: 1 / 0 if self.device else None
+        "dist_ema.averaging.fused.launches.Launch.make_ready", lambda self, **_: 1 / 0 if self.device else None
     )
     ema, naive = ShardedEMA(model, SCHEDULE), NaiveAverage(SCHEDULE.momentum)
     for _ in range(3):
@@ -394,3 +397,91 @@ def test_tensors_at_odd_addresses_move_too() -> None:
         naive.update(dict(model.named_parameters()))
     assert len(launches(ema)) == 2 and all(launches(ema))
     close(ema.full_state_dict(), naive.values)
+
+
+def test_a_storage_that_was_freed_and_came_back_elsewhere_is_followed() -> None:
+    """As engines offload weights between two rounds. The tables have addresses, and the storage is the same object."""
+    model = nn.Linear(1000, 1000, bias=False).cuda()
+    ema, naive = warmed_up(ShardedEMA(model, SCHEDULE)), NaiveAverage(SCHEDULE.momentum)
+    address, storage, others = model.weight.data_ptr(), model.weight.untyped_storage(), []
+    for _ in range(3):
+        ema.update()
+        naive.update(dict(model.named_parameters()))
+        nbytes = storage.nbytes()
+        storage.resize_(0)
+        others.append(torch.full((1000, 1000), 7.0, device="cuda"))
+        storage.resize_(nbytes)
+        assert model.weight.data_ptr() != address
+        address = model.weight.data_ptr()
+        nn.init.normal_(model.weight)
+    assert all(launches(ema)) and all(bool((other == 7.0).all()) for other in others)
+    close(ema.full_state_dict(), naive.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int32], ids=str)
+def test_the_first_flag_of_a_run_may_come_at_any_step(dtype) -> None:
+    model = model_on_gpu()
+    ema, naive = warmed_up(ShardedEMA(model, SCHEDULE)), NaiveAverage(SCHEDULE.momentum)
+    for step in range(6):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        flag = torch.tensor([False, step == 4], device="cuda")[1].to(dtype) if step >= 3 else None
+        ema.update(found_inf=flag)
+        if step != 4:
+            naive.update(dict(model.named_parameters()))
+    assert ema.num_updates == 5 and all(launches(ema))
+    close(ema.full_state_dict(), naive.values)
+
+
+def test_another_default_device_of_the_user_does_not_reach_the_tables() -> None:
+    model = model_on_gpu()
+    ema = ShardedEMA(model, SCHEDULE)
+    with torch.device("cuda"):
+        for _ in range(3):
+            ema.update()
+    assert all(launches(ema))
+
+
+def test_autograd_sees_that_an_update_moved_what_the_forward_of_a_teacher_needs() -> None:
+    model = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50)).cuda()
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    ema = ShardedEMA(model, SCHEDULE, into=teacher)
+    ema.update()
+    loss = teacher(torch.randn(3, 50, device="cuda", requires_grad=True)).sum()
+    ema.update()
+    assert all(launches(ema))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_outlives_the_tables_of_the_update_that_it_captured() -> None:
+    """An update after the capture makes tables anew, where memory of the model was replaced."""
+    model = model_on_gpu()
+    ema = warmed_up(ShardedEMA(model, SCHEDULE))
+    ema.update()
+    ema.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update()
+    former = model.p0.data
+    model.p0.data = former.clone()
+    ema.update()
+    others = [torch.full((1 << n,), -1, dtype=torch.int64, device="cuda") for n in range(5, 20) for _ in range(20)]
+    naive = {name: value.cuda() for name, value in ema.full_state_dict().items()}
+    graph.replay()
+    live = dict(model.named_parameters()) | {"p0": former}
+    close(ema.full_state_dict(), {name: value.lerp(live[name], 0.25) for name, value in naive.items()})
+    assert all(bool((other == -1).all()) for other in others)
+
+
+def test_with_triton_as_an_interpreter_updates_go_on() -> None:
+    """TRITON_INTERPRET=1, with which users look for errors in kernels of their own: it reads no address of a GPU."""
+    program = (
+        "import torch; from dist_ema import ConstantSchedule, ShardedEMA\n"
+        "model = torch.nn.Linear(50, 50).cuda(); ema = ShardedEMA(model, ConstantSchedule(momentum=0.25))\n"
+        "for _ in range(3): ema.update()\n"
+        "assert torch.equal(ema.full_state_dict()['weight'], model.weight.detach().cpu())\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, timeout=120
+    )

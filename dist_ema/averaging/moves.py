@@ -115,8 +115,7 @@ class Moves:
         refused: dict[torch.device, list[torch.Tensor]] = {}
         for block, live in prepared.brought(blocks, worker, steps):
             if block.launch is not None:
-                counts = self._skip_nonfinite and block.counted
-                counter = self._counter(block.launch.device) if counts else None
+                counter = self._counter(block.launch.device) if block.launch.counts else None
                 block.launch.add_to(steps, self._of_all(active), unless, counter)
                 continue
             if self._skip_nonfinite:

@@ -13,7 +13,7 @@ import torch
 
 from dist_ema.averaging.averages import Averages
 from dist_ema.averaging.cpu_threads import SERIAL_NUMEL, num_workers, share_out
-from dist_ema.averaging.fused.launches import launch_for
+from dist_ema.averaging.fused.launches import is_ready, launch_for
 from dist_ema.averaging.infinities import masks_of
 from dist_ema.averaging.live_memory import Guard
 from dist_ema.averaging.tensor_blocks import Block, make_blocks
@@ -45,6 +45,7 @@ class Prepared:
             counts: it goes one block after the other.
         uncounted: names of tensors of which another rank counts what is left out.
         watched: indices of the shards that may have infinities.
+        flagged: whether the update that begins has a flag.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Prepared:
         skip_nonfinite: bool,
         uncounted: Collection[str],
         watched: frozenset[int] = frozenset(),
+        flagged: bool = False,
     ) -> None:
         self.watched = watched
         live = [shard.observed() for shard in shards]
@@ -76,7 +78,7 @@ class Prepared:
             with torch.inference_mode(False):
                 self._averaged = [[value.data for value in values] for values in self._averaged]
         chunk_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
-        fuse = partial(launch_for, num_tracks=len(tracks), skips=skip_nonfinite)
+        fuse = partial(launch_for, num_tracks=len(tracks), skips=skip_nonfinite, shared=bool(others), flagged=flagged)
         self.blocks: list[Block] = []
         kinds: dict[tuple[bool, bool, tuple[float, ...]], list[int]] = {}
         for at, index in enumerate(filled):
@@ -91,8 +93,9 @@ class Prepared:
                 counted=counted,
                 watched=is_watched,
                 masks=masks,
-                fuse=None if is_watched else fuse,
+                fuse=None if is_watched else partial(fuse, counts=counted and skip_nonfinite),
             )
+        self._launches = [block.launch for block in self.blocks if block.launch is not None]
         # Neither another thread nor a later update could write to an inference tensor.
         with torch.inference_mode(False):
             self._scratches = self._make_scratches()
@@ -104,12 +107,16 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether live tensors and averages still stand for the same memory."""
-        return self._guard.is_current()
+        return self._guard.is_current() and all(launch.is_current() for launch in self._launches)
+
+    def is_ready(self, *, flagged: bool) -> bool:
+        """Whether its launches can go, with a flag or without one."""
+        return all(is_ready(launch, flagged=flagged) for launch in self._launches)
 
     def used(self) -> Iterator[torch.Tensor]:
         """All tensors that the work reads or writes."""
-        launches = (block.launch.used() for block in self.blocks if block.launch is not None)
-        return itertools.chain(self._live, *self._averaged, *self._scratches.values(), *launches)
+        tables = (launch.used() for launch in self._launches)
+        return itertools.chain(self._live, *self._averaged, *self._scratches.values(), *tables)
 
     def lanes(self, make: Callable[[Sequence[Block], int], Steps]) -> list[Lane]:
         """Lanes for all blocks; `make(blocks, worker)` returns the steps that move some of the blocks."""

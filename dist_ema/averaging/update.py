@@ -233,7 +233,7 @@ class Updater:
         if not moves:
             self._run(Stream(), Job(first, count))
             return
-        prepared = self._ready()
+        prepared = self._ready(flagged=unless is not None)
         flag = None if unless is None else self.stream.flag_of_now(unless)
         lanes = self._moves.lanes(prepared, momenta, flag)
         if first or self._watch.due:
@@ -246,13 +246,13 @@ class Updater:
             self._watch.forget()  # the next update looks at what is copied now
         self._run(stream, Job(lanes, count, prepared.share))
 
-    def _ready(self) -> Prepared:
+    def _ready(self, *, flagged: bool) -> Prepared:
         prepared = self._prepared
         if prepared is None or not prepared.is_current():
             prepared = None
             self._watch.follow()
         watched = self._watch.watched()
-        if prepared is None or prepared.watched != watched:
+        if prepared is None or prepared.watched != watched or not prepared.is_ready(flagged=flagged):
             self._prepared = prepared = None  # its memory is freed before the new memory is made
             self._moves.forget()
             prepared = Prepared(
@@ -261,6 +261,7 @@ class Updater:
                 skip_nonfinite=self._skip_nonfinite,
                 uncounted=self._uncounted,
                 watched=watched,
+                flagged=flagged,
             )
             self.stream.keep(prepared.used())
             self._prepared = prepared

@@ -18,8 +18,8 @@ OPTIONS = {"num_warps": kernel.NUM_WARPS, "enable_fp_fusion": False}
 
 def instructions(capability: int, live: Any, num_tracks: int, **chosen: bool) -> collections.Counter[str]:
     """How often each instruction that loads, stores, or multiplies and adds is in the compiled kernel."""
-    flags = ("COMPENSATED", "SKIPS", "COUNTS", "FLAGGED", "ONCE", "ALIGNED")
-    constants = {name: chosen.get(name, name in ("ONCE", "ALIGNED")) for name in flags}
+    flags = ("COMPENSATED", "SKIPS", "COUNTS", "FLAGGED", "ALIGNED")
+    constants = {name: chosen.get(name, name == "ALIGNED") for name in flags}
     constants |= {"LIVE": live, "NUM_TRACKS": num_tracks, "CHUNK": 4 * kernel.BLOCK, "BLOCK": kernel.BLOCK}
     floats = ("fp32",) * num_tracks
     signature = {

@@ -38,8 +38,8 @@ def tensors(dtype: torch.dtype, num_rows: int) -> tuple[list[torch.Tensor], list
 
 def launch(live: list[torch.Tensor], rows: list[list[torch.Tensor]], num_tracks: int, *, skips: bool) -> Launch:
     kernel = importlib.import_module("dist_ema.averaging.fused.kernel")
-    made = Launch(kernel, live, rows, num_tracks=num_tracks, skips=skips)
-    made.make_ready()
+    made = Launch(kernel, live, rows, num_tracks=num_tracks, skips=skips, counts=skips)
+    made.make_ready(flagged=False)
     return made
 
 

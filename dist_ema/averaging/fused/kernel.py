@@ -6,7 +6,7 @@ adds with one rounding where it can (`fma`), and so does this; the launch forbid
 [Note: done once]
 A launch is given a number. A chunk keeps the number of the last launch that moved it, and a launch that finds its own
 number leaves the chunk alone. So a launch may be repeated with its number after an interrupt, whether or not the first
-try reached the device.
+try reached the device. In a graph that is captured, each replay would find the number of the capture, so there is none.
 """
 
 # What Triton compiles is not typed as Python is.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "NUM_WARPS", "move"]
+__all__ = ["BLOCK", "IS_COMPILED", "NUM_WARPS", "move"]
 
 # Elements that a program moves at a time, and its warps (measured on an H100: the fastest of twelve pairs).
 BLOCK = 4096
@@ -83,7 +83,7 @@ def _move_block(
     return refused
 
 
-@triton.jit(do_not_specialize=["num_chunks", "number"])
+@triton.jit(do_not_specialize=["num_chunks", "number", "flag"])
 def move(
     rows,
     chunks,
@@ -100,7 +100,6 @@ def move(
     SKIPS: tl.constexpr,
     COUNTS: tl.constexpr,
     FLAGGED: tl.constexpr,
-    ONCE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,8 +112,8 @@ def move(
         chunks: for each chunk the index of its tensor, and how many chunks of that tensor come before; int32.
         done: for each chunk the number of the launch that moved it last; int32.
         num_chunks: how many chunks there are; programs share them.
-        number: the number of this launch.
-        flag: one element; if it is not 0, nothing moves.
+        number: the number of this launch; a chunk that has it is left alone. If it is negative none is.
+        flag: one float32; if it is not 0, nothing moves.
         counter: one int64, to which the number of live values that are left out is added.
         weights: for each track the weight of the live values.
         rests: for each track 1 - weight, as double precision has it.
@@ -124,7 +123,6 @@ def move(
         SKIPS: whether live values that are infinite or not a number are left out.
         COUNTS: whether these are counted.
         FLAGGED: whether there is a flag.
-        ONCE: whether a chunk that has `number` is left alone.
         ALIGNED: whether all addresses are multiples of 16 bytes.
         CHUNK: elements of a chunk, a multiple of `BLOCK`.
         BLOCK: elements that are moved at a time.
@@ -136,7 +134,7 @@ def move(
         for at in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
             # An exchange and not a load: all threads of the program get the former number.
             latest = number - 1
-            if ONCE:
+            if number >= 0:
                 latest = tl.atomic_xchg(done + at, number)
             if latest != number:
                 row = rows + tl.load(chunks + 2 * at) * (2 + NUM_TRACKS + NUM_TRACKS * COMPENSATED)
@@ -169,3 +167,7 @@ def move(
                 if COUNTS:
                     if refused > 0:
                         tl.atomic_add(counter, refused.to(tl.int64))
+
+
+# With TRITON_INTERPRET set, the kernel runs on the host, which can read no address of a GPU.
+IS_COMPILED = isinstance(move, triton.JITFunction)
