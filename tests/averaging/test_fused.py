@@ -72,6 +72,12 @@ def assert_alike(ours: ShardedEMA, theirs: ShardedEMA) -> None:
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), (one, other)
 
 
+def is_prepared(ema: ShardedEMA) -> bool:
+    """Whether the next update would take the tables that there are."""
+    prepared = ema._state._updater._prepared
+    return prepared is not None and prepared.is_current()
+
+
 def made_launches(ema: ShardedEMA) -> list[Launch]:
     return [block.launch for block in ema._state._updater._prepared.blocks if block.launch is not None]
 
@@ -130,6 +136,20 @@ def test_a_launch_moves_what_the_steps_move(dtype, schedule, options) -> None:
     assert ours.num_updates == 5  # of 6, one was skipped
     if "skip_nonfinite" in options:
         assert ours.num_refused() == theirs.num_refused() == 3
+
+
+def test_a_launch_that_is_kept_for_the_next_update_takes_its_momenta() -> None:
+    """Where nothing but momenta changes, the steps of an update are made once."""
+
+    def update(model: nn.Module, ema: ShardedEMA, step: int) -> None:
+        for value in model.parameters():
+            nn.init.constant_(value, step)
+        ema.update()
+        assert step < 2 or ema._state._updater._moves._kept is not None
+
+    two = {"slow": TRACKS["slow"], "fast": CosineSchedule(0.4, 0.1, total_steps=10)}
+    for schedule in (TRACKS["slow"], two):
+        both(update, lambda: nn.Linear(5, 40), schedule=schedule)
 
 
 def test_tracks_that_come_and_go_move_from_when_they_begin() -> None:
@@ -197,6 +217,7 @@ def test_a_storage_that_was_freed_and_came_back_elsewhere_is_followed(kernel) ->
     in_the_way = [torch.full((70, 3), 9.0) for _ in range(50)]
     storage.resize_(70 * 3 * 4)
     assert model.p5.data_ptr() != address and in_the_way
+    assert not is_prepared(ema)
     trained(model, 1)
     expected = ema.full_state_dict()["p5"].lerp(model.p5.detach(), 0.25)
     ema.update()
@@ -222,10 +243,11 @@ def test_a_teacher_and_its_model_may_get_other_memory(kernel, whose) -> None:
         lambda module: setattr(module.weight, "data", module.weight.data.clone()),
         lambda module: module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True),
         lambda module: moved_storage(module.weight),
-        lambda module: None,
     ):
         change({"model": model, "teacher": teacher}[whose])
+        assert not is_prepared(ema)  # else the kernel would write to freed memory
         update()
+    update()
     assert kernel.launched
 
 
