@@ -30,7 +30,8 @@ parts() { # what to do with each part: its name and its command follow
     # Every library that the package serves, each by its own trainer, loader and checkpoint; and all tests that the gate may
     # skip because a library is missing.
     "$1" libraries bash launch/test.sh tests/integrations tests/disk/test_folders_of_libraries.py \
-        tests/checkpoint/test_stock_tools.py tests/checkpoint/test_averaged_only.py tests/topology/test_wrappers.py tests/topology/test_plain_bytes.py \
+        tests/checkpoint/test_stock_tools.py tests/checkpoint/test_averaged_only.py \
+        tests/topology/test_wrappers.py tests/topology/test_plain_bytes.py \
         tests/topology/test_transformers_plans.py tests/launch/test_clusters.py tests/launch/test_launch.py
 
     # The kernel of updates on a GPU (tests/everything/test_fused_kernel.py), interpreted and compiled.
