@@ -86,8 +86,9 @@ class Swap(io.IOBase):
         @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
             again = (self._calls, self._state, self._replicas, self._track)
-            with Swap(*again, keep_buffers=self._keep_buffers, correct=self._correct):
-                return function(*args, **kwargs)
+            swap = Swap(*again, keep_buffers=self._keep_buffers, correct=self._correct)
+            # One line: before a line of its own, an interrupt would come between the end of the block and the exit.
+            with swap: return function(*args, **kwargs)  # noqa: E701  # fmt: skip
 
         return within  # type: ignore[return-value]
 

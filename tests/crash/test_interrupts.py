@@ -81,6 +81,29 @@ def moving(steps: Steps, value: torch.Tensor, *, interrupted: bool) -> None:
     steps.once(move, value)
 
 
+def test_an_interrupt_as_a_decorated_function_returns_ends_its_swap() -> None:
+    model, ema = made()
+    live, returned = model.weight.detach().clone(), []
+
+    def called(frame: FrameType, event: str, argument: object) -> Any:
+        return stepped if frame.f_code.co_name == "within" else None
+
+    def stepped(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and returned:
+            raise KeyboardInterrupt
+        return stepped
+
+    evaluate = ema.average_parameters()(lambda: returned.append(not torch.equal(model.weight, live)))
+    sys.settrace(called)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate()
+    finally:
+        sys.settrace(None)
+    assert returned == [True] and torch.equal(model.weight, live)
+    ema.update()  # refused within a swap
+
+
 @pytest.mark.parametrize("interrupted", range(3))
 def test_a_step_that_had_moved_its_tensor_when_the_interrupt_came_is_not_done_again(interrupted: int) -> None:
     values = [torch.zeros(2) for _ in range(3)]

@@ -105,6 +105,19 @@ def test_two_ranks_that_leave_at_once_leave_for_one_reason(store) -> None:
     assert len(set(farewells)) == 1
 
 
+def test_a_farewell_that_took_longer_than_its_rank_waited_for_it_reaches_the_others(store) -> None:
+    """On a busy machine it was not sent at all, and the others waited for half an hour."""
+    own = Farewell(1, "CommunicationError", "interrupted", lives=True)
+
+    def life(link: Link, client: SharedStore) -> Any:
+        if link._rank == 1:
+            link.forget(own)
+            return link.leave(client, own)
+        return link.combine(client, 0, max)
+
+    assert on_ranks(store, 2, life) == [own, own]
+
+
 def test_a_farewell_after_a_broadcast_that_others_have_passed_reaches_them(store) -> None:
     """Rank 0 does not wait in a broadcast: the farewell must not take the place of a verdict that others have read."""
 

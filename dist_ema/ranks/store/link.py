@@ -97,6 +97,7 @@ class Link:
         self._size = size
         self._former = former
         self._left: Farewell | None = None
+        self._farewell: Farewell | None = None  # the one in the store
         self._verdicts: list[str] = []  # those that may still be in the store
         self._num_combined = 0  # agreements that all ranks have come through
 
@@ -164,11 +165,12 @@ class Link:
             The farewell of the first rank that left.
         """
         number = self.number
-        while self._left is None:
+        # Not until `_left` is set: `forget` sets it where this takes long, and the others must learn of it still.
+        while self._farewell is None:
             with suppress(LeftError):
                 self._outcome(store.claim(self._verdict(number), json.dumps({"left": dataclasses.asdict(own)})))
             number += 1  # that verdict was there already
-        return self._left
+        return self._farewell
 
     def check(self, store: SharedStore) -> None:
         """Raise a LeftError if a rank has left, as far as the store shows. For waits that are no agreements."""
@@ -178,7 +180,7 @@ class Link:
             self._outcome(text)
 
     def forget(self, own: Farewell) -> Farewell:
-        """Leave the link without the store, which is gone."""
+        """Leave the link without waiting for the store, which may be gone."""
         if self._left is None:
             self._left = own
         return self._left
@@ -240,8 +242,8 @@ class Link:
         """The value in a verdict. Raises a LeftError for a farewell."""
         content = json.loads(text)
         if "left" in content:
-            self._left = Farewell(**content["left"])
-            raise LeftError(self._left)
+            self._left = self._farewell = Farewell(**content["left"])
+            raise LeftError(self._farewell)
         return content["value"]
 
     def _levels(self) -> list[int]:
