@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that is too long for the gate, or needs programs that the gate does without. Hours on two cores.
+# All that is too long for the gate, or needs programs that the gate does without. CONTRIBUTING.md tells the seconds of each
+# part.
 #
 #   bash launch/everything.sh                  # every part below
 #   bash launch/everything.sh site browser     # these parts, in the order of this file

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from faults import Faults
-from generations import ADDED, ADDED_TEXT, beside, fill
+from generations import ADDED, ADDED_TEXT, beside, fill, free_port
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -334,13 +334,13 @@ def sweep_here(folder: str, layout: str, every: Mapping[str, int], call: str = "
     return [sweep.run(layout, action, number, call=call) for action, number in every.items()]
 
 
-def live(rank: int, size: int, folder: str, options: argparse.Namespace, ticks: Any, rows: Any) -> None:
+def live(rank: int, size: int, port: int, folder: str, options: argparse.Namespace, ticks: Any, rows: Any) -> None:
     """The life of a rank."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=HANG_SECONDS),
@@ -371,8 +371,9 @@ def main() -> None:
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
         ranks = [
-            context.Process(target=live, args=(rank, options.ranks, folder, options, ticks, queue), daemon=True)
+            context.Process(target=live, args=(rank, options.ranks, port, folder, options, ticks, queue), daemon=True)
             for rank in range(options.ranks)
         ]
         for each in ranks:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from generations import free_port
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -223,12 +224,12 @@ def sweep_signals(folder: str, name: str, count: int, seed: int) -> tuple[int, l
     return count, subject.bad
 
 
-def live(rank: int, folder: str, options: argparse.Namespace, rows: Any) -> None:
+def live(rank: int, port: int, folder: str, options: argparse.Namespace, rows: Any) -> None:
     """The life of a rank."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timeout)
     for name in options.calls:
         if options.signals:
             result = sweep_signals(folder, name, options.signals, options.seed)
@@ -248,7 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     rows = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=live, args=(rank, folder, options, rows), daemon=True) for rank in range(2)]
+        port = free_port()
+        ranks = [
+            context.Process(target=live, args=(rank, port, folder, options, rows), daemon=True) for rank in range(2)
+        ]
         for each in ranks:
             each.start()
         counts = list(told(rows, len(options.calls), ranks))

@@ -426,6 +426,7 @@ def test_rank_0_alone_tells_that_a_schedule_is_over(world) -> None:
 ENDING = """
 import os, sys
 import torch
+import torch._dynamo  # an optimizer imports it: each process below would take seconds for that
 from accelerate import Accelerator
 from torch import nn
 from dist_ema import ConstantSchedule, ShardedEMA, attach
