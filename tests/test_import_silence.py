@@ -61,9 +61,14 @@ number = 0
 for package in packages:
     root = importlib.import_module(package)
     for found in pkgutil.walk_packages(root.__path__, package + "."):
-        if not found.name.endswith("__main__"):
+        if found.name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(found.name)
             number += 1
+        except ModuleNotFoundError as error:
+            if (found.name, error.name) != ("dist_ema.averaging.fused.kernel", "triton"):
+                raise
 print(number)
 print("\\n".join(told))
 """
