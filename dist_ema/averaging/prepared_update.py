@@ -107,11 +107,13 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether live tensors and averages still stand for the same memory."""
-        return self._guard.is_current() and all(launch.is_current() for launch in self._launches)
+        return self._guard.is_current() and (
+            not self._launches or all(launch.is_current() for launch in self._launches)
+        )
 
     def is_ready(self, *, flagged: bool) -> bool:
         """Whether its launches can go, with a flag or without one."""
-        return all(is_ready(launch, flagged=flagged) for launch in self._launches)
+        return not self._launches or all(is_ready(launch, flagged=flagged) for launch in self._launches)
 
     def used(self) -> Iterator[torch.Tensor]:
         """All tensors that the work reads or writes."""
