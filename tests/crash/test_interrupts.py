@@ -286,6 +286,10 @@ def test_an_interrupt_at_the_entry_of_the_exit_restores_the_live_weights() -> No
         def called(frame: Any, event: str, argument: object, left: list[int] = left) -> Any:
             if "test_interrupts" in frame.f_code.co_filename:
                 return None
+            # Where a generator is resumed, Python 3.10 leaves it without a `finally` if a trace function raises. The
+            # handler of a signal runs later there, at its first instruction.
+            if sys.version_info < (3, 11) and event == "call" and frame.f_lasti >= 0:
+                return called
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
