@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -53,7 +55,12 @@ def run(checkout: Path, parts: str, *wanted: str) -> subprocess.CompletedProcess
     assert count == 1
     script = checkout / "launch" / "everything.sh"
     script.write_text(text)
-    return subprocess.run(["bash", script, *wanted], capture_output=True, text=True, env=dict(os.environ), check=False)
+    command = ["bash", script, *wanted]
+    # A shell cannot trap a signal that it was started without, as what runs in the background is without Ctrl-C.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=dict(os.environ), check=False, preexec_fn=heeding
+    )
 
 
 def test_a_part_that_fails_is_told_of_and_the_others_run_on(checkout) -> None:
