@@ -348,14 +348,20 @@ def test_a_launch_that_an_interrupt_cut_off_is_repeated_and_moves_nothing_twice(
     close(ema.full_state_dict(), naive.values)
 
 
-def test_updates_in_a_captured_graph_move_at_every_replay() -> None:
-    model = model_on_gpu()
+def captured(model: nn.Module) -> tuple[ShardedEMA, torch.cuda.CUDAGraph]:
+    """An average of the model, and a graph of one of its updates."""
     ema = warmed_up(ShardedEMA(model, SCHEDULE))
     ema.update()
     ema.update()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ema.update()
+    return ema, graph
+
+
+def test_updates_in_a_captured_graph_move_at_every_replay() -> None:
+    model = model_on_gpu()
+    ema, graph = captured(model)
     naive = {name: value.cuda() for name, value in ema.full_state_dict().items()}
     for step in range(3):
         torch.manual_seed(step)
@@ -457,12 +463,7 @@ def test_autograd_sees_that_an_update_moved_what_the_forward_of_a_teacher_needs(
 def test_a_graph_outlives_the_tables_of_the_update_that_it_captured() -> None:
     """An update after the capture makes tables anew, where memory of the model was replaced."""
     model = model_on_gpu()
-    ema = warmed_up(ShardedEMA(model, SCHEDULE))
-    ema.update()
-    ema.update()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ema.update()
+    ema, graph = captured(model)
     former = model.p0.data
     model.p0.data = former.clone()
     ema.update()
