@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from ports import free_port
 from torch import nn
 
 from dist_ema import ConstantSchedule, attach
@@ -66,9 +66,7 @@ def run(averages: bool, randoms: random.Random, *, fresh: bool) -> tuple[list[in
     """The exit statuses of the ranks of one run, and what they wrote to standard error."""
     # No context, and nothing at exit: a rank would leave them too, at its own end.
     folder = Path(tempfile.mkdtemp())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(RANKS):
         pids.append(os.fork())

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from faults import Faults
-from generations import ADDED, ADDED_TEXT, beside, fill, free_port
+from generations import ADDED, ADDED_TEXT, beside, fill
+from ports import free_port
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

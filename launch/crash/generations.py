@@ -6,7 +6,6 @@ So a folder tells by itself whether it is one whole generation, and which. The r
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import torch
@@ -104,10 +103,3 @@ def outcome_of(target: Path, new: int, *, returned: bool) -> tuple[str, str]:
 def beside(target: Path) -> list[str]:
     """What lies beside the folder; tokens, which are random, are left out."""
     return sorted(TOKEN.sub("-TOKEN", path.name) for path in target.parent.iterdir() if path.name != target.name)
-
-
-def free_port() -> int:
-    """A port for the store of the ranks. A store in a file grows with each agreement, and a new client reads it all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from generations import free_port
+from ports import free_port
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

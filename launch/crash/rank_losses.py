@@ -21,7 +21,6 @@ import random
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -34,6 +33,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from ports import free_port
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
@@ -265,9 +265,7 @@ def _port(host: str, pids: list[int]) -> tuple[int, dict[str, str]]:
     """The port of the store, and the variables of the ranks."""
     environment = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(SIZE), "DIST_EMA_NOTICE_SECONDS": str(NOTICE_SECONDS)}
     if host == "rank 0":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1], environment
+        return free_port(), environment
     receiving, sending = os.pipe()
     pids.append(os.fork())
     if pids[-1] == 0:
