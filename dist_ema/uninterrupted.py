@@ -37,6 +37,8 @@ _COUNTS_NOTHING = partial(bool)
 class Steps:
     """Calls to be made in turn; none of them is made yet."""
 
+    __slots__ = ("_moved", "calls")
+
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] = []
         self._moved: dict[int, torch.Tensor] = {}
@@ -60,6 +62,9 @@ class Steps:
 
     def run(self, done: list[Any]) -> None:
         """Do the steps that are left. `done` has the results so far; the further results are added to it."""
+        if not done:
+            done.extend(map(_call, self.calls))
+            return
         cut_off = self._moved.get(len(done))
         if cut_off is not None and version_of(cut_off) != done[-1]:
             done.append(None)
@@ -68,6 +73,8 @@ class Steps:
 
 class Once:
     """An attribute that the first `call` sets, by one call of C; further calls do nothing."""
+
+    __slots__ = ("_name", "_owner", "_value", "call")
 
     def __init__(self, owner: object, name: str, value: object) -> None:
         self.call: Callable[[], Any] = partial(next, map(setattr, (owner,), (name,), (value,)), None)
@@ -87,6 +94,8 @@ class Lane:
         steps: the steps, if they are known.
     """
 
+    __slots__ = ("_done", "_has_failed", "_make", "_owner", "_steps")
+
     def __init__(self, make: Callable[[int], Steps], steps: Steps | None = None) -> None:
         self._make = make
         self._steps = steps
@@ -104,7 +113,7 @@ class Lane:
     @classmethod
     def ready(cls, steps: Steps) -> Lane:
         """A lane of steps that any worker does alike."""
-        return cls(lambda worker: steps, steps)
+        return cls(_knows_its_steps, steps)
 
     def run(self, worker: int) -> None:
         """Do the steps, unless another thread has taken them."""
@@ -134,6 +143,10 @@ class Lane:
         return self._steps is not None and len(self._done) == len(self._steps.calls)
 
 
+def _knows_its_steps(worker: int) -> Steps:
+    raise AssertionError("a lane whose steps are known makes none")
+
+
 def _one_by_one(lanes: Sequence[Lane]) -> None:
     for lane in lanes:
         lane.run(0)
@@ -150,6 +163,8 @@ class Job:
         count: records that the job is done, or will be; None for a job that is not counted.
         share: does `Lane.run` for all lanes; None does one lane after the other.
     """
+
+    __slots__ = ("_count", "_counted", "_finishing", "_has_failed", "_is_finished", "_lanes", "_owner", "_share")
 
     def __init__(
         self,
@@ -170,7 +185,8 @@ class Job:
         """Do the job, unless it was withdrawn. An exception leaves it done, unless the work itself raised."""
         try:
             try:
-                if self._claim():
+                mine = threading.get_ident()
+                if self._owner.setdefault("thread", mine) == mine:
                     self._share(self._lanes)
                     self._count()
                     self._is_finished = True

@@ -21,7 +21,7 @@ from torch import nn
 from dist_ema import ConstantSchedule, ShardedEMA
 from dist_ema.averaging.fused.launches import Launch
 from dist_ema.averaging.streams import HostThread
-from dist_ema.averaging.update import Updater
+from dist_ema.uninterrupted import Job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -50,13 +50,13 @@ def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.fixture
 def slow_updates(monkeypatch) -> Iterator[None]:
     """The device sleeps before it moves the averages, or fetches for them, on whatever stream that is."""
-    move = Updater._move_all
+    do = Job.__call__
 
-    def late(self: Updater, *arguments: Any) -> None:
+    def late(self: Job) -> None:
         torch.cuda._sleep(SLOW_CYCLES)
-        move(self, *arguments)
+        do(self)
 
-    monkeypatch.setattr(Updater, "_move_all", late)
+    monkeypatch.setattr(Job, "__call__", late)
     yield
 
 

@@ -126,8 +126,12 @@ class Prepared:
             return [Lane(partial(make, self.blocks))]
         return [Lane(partial(make, [block])) for block in self.blocks]
 
-    def share(self, lanes: Sequence[Lane]) -> None:
-        """Do the lanes, in as many threads as are worth it."""
+    @property
+    def share(self) -> Callable[[Sequence[Lane]], None] | None:
+        """Does the lanes in as many threads as are worth it; None where that is this one."""
+        return None if self._workers == 1 else self._share_out
+
+    def _share_out(self, lanes: Sequence[Lane]) -> None:
         share_out(Lane.run, lanes, self._workers)
 
     def brought(self, blocks: Sequence[Block], worker: int, steps: Steps) -> Iterator[tuple[Block, list[torch.Tensor]]]:

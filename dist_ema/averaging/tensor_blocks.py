@@ -26,6 +26,9 @@ _BLOCK_NUMEL = {"cuda": 4 * 2**20}
 _TINY_NUMEL = 2048
 _FEWEST_PACKED = 4
 
+# Elements of all averages of a small model, whose blocks go as one: a call takes as long as the lerp of 3,000 elements.
+_TOGETHER_NUMEL = 2**17
+
 _ALIGNED_BYTES = 64
 
 
@@ -135,6 +138,24 @@ class _Packed(Block):
         return [packed]
 
 
+class _Together(Block):
+    """Several blocks of a small model: one lerp for all."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = blocks
+        self._sizes = [aligned(block.scratch_numel, ALIGNED_NUMEL) for block in blocks]
+        self.scratch_numel = sum(self._sizes)
+        rows = zip(*(block.tracks for block in blocks), strict=True)
+        super().__init__([], [[value for values in row for value in values] for row in rows])
+
+    def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
+        brought: list[torch.Tensor] = []
+        parts = scratch[: self.scratch_numel].split_with_sizes(self._sizes)
+        for block, part in zip(self._blocks, parts, strict=True):
+            brought += block.bring(part, steps)
+        return brought
+
+
 def make_blocks(
     live: Sequence[torch.Tensor],
     tracks: Sequence[Sequence[torch.Tensor]],
@@ -158,7 +179,8 @@ def make_blocks(
         masks: an attribute of the blocks.
         fuse: makes the launch of one kernel for live tensors and their averaged ones, or returns None.
     """
-    packs, rest = _packs(live, tracks)
+    is_small = _is_small(live, tracks)
+    packs, rest = _packs(live, tracks, _TOGETHER_NUMEL if is_small else _TINY_NUMEL)
     blocks: list[Block] = [_Packed(*_selected(pack, live, tracks)) for pack in packs]
     if fuse is not None:
         fused, rest = _fused(rest, live, tracks, fuse)
@@ -173,9 +195,17 @@ def make_blocks(
                 continue
             numel = _BLOCK_NUMEL.get(tracks[0][alike[0]].device.type, SCRATCH_NUMEL)
             blocks += [kind(*tensors) for tensors in _cut_to_size(*_selected(alike, live, tracks), numel, chunk_numel)]
+    if is_small and len(blocks) > 1 and all(block.launch is None for block in blocks):
+        blocks = [_Together(blocks)]
     for block in blocks:
         block.counted, block.watched, block.masks = counted, watched, masks
     return blocks
+
+
+def _is_small(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Whether these tensors on a CPU go as one block."""
+    on_cpu = all(value.device.type == "cpu" for value in itertools.chain(live, *tracks))
+    return on_cpu and sum(value.numel() for averaged in tracks for value in averaged) <= _TOGETHER_NUMEL
 
 
 def _fused(
@@ -234,14 +264,20 @@ def by_strides(
     return [listed for listed in (alike, others) if listed]
 
 
-def _packs(live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[int]], list[int]]:
-    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and the indices of all other tensors."""
+def _packs(
+    live: Sequence[torch.Tensor], tracks: Sequence[Sequence[torch.Tensor]], converted_numel: int
+) -> tuple[list[list[int]], list[int]]:
+    """Runs of tiny tensors on the CPU whose averaged ones lie end to end; and the indices of all other tensors.
+
+    Those that are converted, and so copied in any case, have at most `converted_numel` elements.
+    """
     runs: list[list[int]] = []
     rest: list[int] = []
     stop = numel = 0
     for index, (value, *averaged) in enumerate(zip(live, *tracks, strict=True)):
         on_cpu = value.device.type == averaged[0].device.type == "cpu"
-        if not on_cpu or value.numel() > _TINY_NUMEL or not all(map(torch.Tensor.is_contiguous, (value, *averaged))):
+        most = _TINY_NUMEL if value.dtype == averaged[0].dtype else converted_numel
+        if not on_cpu or value.numel() > most or not all(map(torch.Tensor.is_contiguous, (value, *averaged))):
             rest.append(index)
             continue
         follows = runs and index == runs[-1][-1] + 1 and averaged[0].data_ptr() == stop

@@ -137,7 +137,7 @@ class Updater:
         self._begun = job
         try:
             try:
-                stream.run(partial(self._move_all, job))
+                stream.run(job)
                 job.count()
             except BaseException:
                 job.withdraw()
@@ -146,10 +146,6 @@ class Updater:
             job.withdraw()
             raise
         self._begun = None
-
-    def _move_all(self, job: Job) -> None:
-        """The part of an update that touches tensors only."""
-        job()
 
     @torch.no_grad()
     def copy_live(self, fqns: Collection[str] | None = None, *, counted: bool = True) -> None:

@@ -34,9 +34,10 @@ SCHEDULES = {"fast": ConstantSchedule(momentum=0.5), "slow": ConstantSchedule(mo
 class Mixed(nn.Module):
     """Runs of tiny tensors between large ones, some of them not contiguous, empty, or of another dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, scale: int = 100) -> None:
         super().__init__()
-        shapes = [*[(7,)] * 6, (700, 900), (3, 5), (2, 2), (1200, 1100), *[(64,)] * 9, (0, 4), *[(5, 3)] * 5]
+        large = [(7 * scale, 9 * scale), (12 * scale, 11 * scale)]
+        shapes = [*[(7,)] * 6, large[0], (3, 5), (2, 2), large[1], *[(64,)] * 9, (0, 4), *[(5, 3)] * 5]
         for index, shape in enumerate(shapes):
             self.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape).to(dtype)))
         self.turned = nn.Parameter(torch.randn(40, 30).to(dtype).t())
@@ -77,6 +78,22 @@ def test_packed_and_blocked_updates_have_the_bits_of_the_naive_one(dtype, tracks
         ema = ShardedEMA(model, SCHEDULES)
         values = expected_after(model, ema, SCHEDULES["slow"], 4)
         assert all(torch.equal(value, values[name]) for name, value in ema.full_state_dict("slow").items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}, {"compensated": True}], ids=str)
+def test_a_small_model_is_averaged_as_one_block_with_the_bits_of_the_naive_one(dtype, options) -> None:
+    """What is packed, what is converted and what is neither share one lerp; each has its own part of the scratch."""
+    model = Mixed(dtype, scale=8)
+    ema = ShardedEMA(model, SCHEDULES, **options)
+    values = expected_after(model, ema, SCHEDULES["fast"], 4)
+    (block,) = ema._state._updater._prepared.blocks
+    assert len(block.tracks[0]) < sum(parameter.numel() > 0 for parameter in model.parameters())
+    for name, value in ema.full_state_dict("fast").items():
+        if "compensated" in options:
+            assert torch.allclose(value, values[name], rtol=1e-6, atol=1e-6), name
+        else:
+            assert torch.equal(value, values[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
