@@ -29,7 +29,7 @@ from dist_ema.live.teacher_state import TeacherState
 from dist_ema.options import Options, Patterns, checked_device, checked_schedules, name_patterns
 from dist_ema.ranks.calls import Call, ended_for_all
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.ranks.groups import names_of
+from dist_ema.ranks.groups import launched_without_a_group, names_of
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.combinators import Every
 from dist_ema.schedules.functions import ScheduleLike
@@ -110,6 +110,7 @@ def build(
         state = exchange.agree_alike(
             _ACTION, partial(_allocated, prepared, plans, exchange.world_size), partial(_in_files, exchange.world_size)
         )
+        _warn_of_a_missing_group(exchange)
         _warn_of_coarse_averages(exchange, state.options.dtype)
         _warn_of_unknown_schedules(exchange, state.schedules.values())
         _warn_of_sampled_merges(exchange, state.schedules.values(), state.options)
@@ -223,6 +224,17 @@ def _allocated(prepared: _Prepared, plans: Sequence[Plan], world_size: int) -> A
     manifest_of(state, world_size).check_size()
     state.allocate()
     return state
+
+
+def _warn_of_a_missing_group(exchange: Exchange) -> None:
+    """Collective: every rank must call it."""
+    launched = launched_without_a_group()
+    if launched:
+        exchange.warn(
+            f"the launcher started {launched} processes, but there is no process group: each process keeps a whole "
+            "average of its own, and their saves replace one another. Call torch.distributed.init_process_group() (or "
+            "make the Accelerator) before the average is built"
+        )
 
 
 def _warn_of_coarse_averages(exchange: Exchange, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,23 @@ import torch.distributed as dist
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.uninterrupted import insist
 
-__all__ = ["groups_of", "names_of", "of_ranks"]
+__all__ = ["groups_of", "launched_without_a_group", "names_of", "of_ranks"]
 
 
 def _name_of(group: Any) -> str:
     """The name of a process group; None is the default group. Equal on all ranks of a group. No communication."""
     target = dist.group.WORLD if group is None else group
     return "" if target is None else str(target.group_name)
+
+
+def launched_without_a_group() -> int:
+    """How many processes a launcher says that it started, if this is the first and in no process group; else 0.
+
+    No communication. Source of the variables: torchrun (`torch.distributed.run`, "Environment Variables").
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    is_first = os.environ.get("RANK") == "0" and not dist.is_initialized()
+    return int(size) if is_first and size.isdecimal() and int(size) > 1 else 0
 
 
 def names_of(groups: Sequence[Any]) -> list[str]:
