@@ -195,7 +195,7 @@ def make_blocks(
                 continue
             numel = _BLOCK_NUMEL.get(tracks[0][alike[0]].device.type, SCRATCH_NUMEL)
             blocks += [kind(*tensors) for tensors in _cut_to_size(*_selected(alike, live, tracks), numel, chunk_numel)]
-    if is_small and len(blocks) > 1 and all(block.launch is None for block in blocks):
+    if is_small and len(blocks) > 1 and not any(block.launch or block.landing_bytes for block in blocks):
         blocks = [_Together(blocks)]
     for block in blocks:
         block.counted, block.watched, block.masks = counted, watched, masks

@@ -68,18 +68,21 @@ class Pipelined(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Collective. The logits, without a gradient."""
-        inputs = [text] if self.stage.is_first else []
+        inputs = self._inputs(text)
         logits = self._schedule(text, with_loss=False).eval(*inputs)
         if logits is None:
             logits = torch.empty(*text.shape, self._num_symbols, device=text.device)
         dist.broadcast(logits, src=self.num_stages - 1)
         return logits  # type: ignore[no-any-return]
 
+    def _inputs(self, text: Tensor) -> list[Tensor]:
+        return [text.contiguous()] if self.stage.is_first else []  # torch 2.11 refuses an input with gaps
+
     def forward_backward(self, windows: Tensor) -> Tensor:
         """Collective. Add the gradients of a batch, and return its mean loss."""
         text, target = windows[:, :-1], windows[:, 1:]
         losses: list[Tensor] = []
-        inputs = [text] if self.stage.is_first else []
+        inputs = self._inputs(text)
         told: dict[str, Any] = {"target": target, "losses": losses} if self.stage.is_last else {}
         self._schedule(text, with_loss=True).step(*inputs, **told)
         loss = torch.stack(losses).mean().detach() if losses else torch.zeros((), device=text.device)
