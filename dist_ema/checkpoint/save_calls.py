@@ -245,6 +245,7 @@ class SaveCalls:
         tracks: dict[str, Pieces] = {name: state.pieces(name, part.plan) for name in names}
         if rank == 0 and changes is None:
             self.warnings.tell_of_lost_buffers(state, names, part.plan)
+            self.warnings.tell_of_nan(request.target(), tracks, part.plan)
         target, manifest = request.target(), manifest_of(state, world_size, dtype, part.plan)
         if request.replaces_former and rank == 0 and changes is None:
             self.warnings.tell_of_a_better_one(target, manifest.num_updates, state.use)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from dist_ema.averaging.state import AveragedState
 from dist_ema.averaging.usage import Use
 from dist_ema.boxes.plan import Plan
+from dist_ema.checkpoint.writing import Pieces
 from dist_ema.disk.folders import commit
 from dist_ema.disk.formats.headers import read_small
 from dist_ema.disk.manifest import MANIFEST_NAME
@@ -25,6 +26,9 @@ __all__ = ["SaveWarnings"]
 # An average of fewer updates is no loss: it comes from a smoke run or a test.
 _FEWEST_TO_LOSE = 3
 
+# Tensors of which a save looks at some elements: a step with a loss of NaN spoils all of them.
+_MOST_SAMPLED = 64
+
 
 class SaveWarnings:
     """What this run has warned of, and the weights that it began with."""
@@ -33,6 +37,7 @@ class SaveWarnings:
         self._warned_of_better = False
         self._warned_of_no_updates_in: int | None = None  # an epoch of the exchange
         self._warned_of_buffers = False
+        self._warned_of_nan = False
         self._sample: bytes | None = None
 
     def expect_updates(self, plan: Plan) -> None:
@@ -73,6 +78,33 @@ class SaveWarnings:
                 "ema.update() after each of its steps. If you have only loaded weights, all is well"
             )
 
+    def tell_of_nan(self, target: Path, tracks: Mapping[str, Pieces], part: Plan) -> None:
+        """On rank 0: warn if averaged parameters that are written have NaN. No communication.
+
+        It looks at three elements of each of some tensors that this rank owns, and waits for the device.
+
+        Args:
+            target: the folder to write.
+            tracks: the name of each average that is written, and every box of it that this rank owns, with its values.
+            part: the part of the plan that is written.
+        """
+        if self._warned_of_nan:
+            return
+        averaged = {spec.fqn for spec in part.specs if spec.averaged and not spec.is_buffer}
+        spoilt = [
+            track
+            for track, pieces in tracks.items()
+            if _has_nan([value for box, value in pieces if box.fqn in averaged and value.numel()])
+        ]
+        if spoilt:
+            self._warned_of_nan = True
+            tell(
+                f"the average (track {', '.join(spoilt)}) that is written to {target} has values that are not a "
+                "number: a step with a loss of NaN was made, and averaged. Load a checkpoint from before it; give each "
+                "checkpoint a folder of its own, so that this one does not replace it. skip_nonfinite=True keeps NaN "
+                "out of an average"
+            )
+
     def tell_of_lost_buffers(self, state: AveragedState, tracks: Sequence[str], part: Plan) -> None:
         """On rank 0: warn if buffers were kept with one of these averages, which has moved since. No communication.
 
@@ -109,6 +141,19 @@ def _updates_in(target: Path) -> int | None:
 
 
 @torch.no_grad()
+def _has_nan(values: Sequence[torch.Tensor]) -> bool:
+    """Whether a sample of these tensors has NaN."""
+    sampled = values[:: 1 + len(values) // _MOST_SAMPLED]
+    return any(bool(_three_elements(value).isnan().any()) for value in sampled)
+
+
+def _three_elements(values: torch.Tensor) -> torch.Tensor:
+    """The first, middle and last element of a tensor that is not empty."""
+    indices = [tuple(int((size - 1) * part) for size in values.shape) for part in (0.0, 0.5, 1.0)]
+    return torch.stack([values[index] for index in indices])
+
+
+@torch.no_grad()
 def _live_sample(plan: Plan) -> bytes:
     """The bytes of three elements of each averaged parameter that this rank holds: its first, middle and last."""
     elements: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
@@ -116,7 +161,5 @@ def _live_sample(plan: Plan) -> bytes:
         if held.spec.is_buffer or not held.box.numel:
             continue
         values = held.values()
-        indices = [tuple(int((size - 1) * part) for size in values.shape) for part in (0.0, 0.5, 1.0)]
-        sampled = torch.stack([values[index] for index in indices])
-        elements.setdefault((values.device, values.dtype), []).append(sampled)
+        elements.setdefault((values.device, values.dtype), []).append(_three_elements(values))
     return b"".join(torch.cat(sample).cpu().view(torch.uint8).numpy().tobytes() for sample in elements.values())

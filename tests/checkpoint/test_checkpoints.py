@@ -331,3 +331,31 @@ def test_a_warning_that_is_an_error_on_rank_0_ends_the_call_on_all(world, tmp_pa
     first, second = world(2).run(warnings_are_errors, str(tmp_path / "ema"))
     assert first == second and "drifted apart" in first
     assert not list(tmp_path.iterdir())
+
+
+def save_nan(folder: str) -> list[str]:
+    """The warnings of this rank, when a step with a loss of NaN was averaged between two saves and a third."""
+    model = build("fsdp2")
+    model.register_buffer("spare", torch.full((3,), float("nan")))
+    ema = averaging(model)
+    told: list[str] = []
+    for spoils in (False, True, False):
+        if spoils:
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ema.update()
+            ema.save(folder)
+        told.append(" ".join(str(one.message) for one in caught))
+    return told
+
+
+def test_a_save_of_an_average_that_has_become_nan_is_told_once_by_rank_0(world, tmp_path) -> None:
+    """It replaced the last good average without a word."""
+    of_ranks = world(2).run(save_nan, str(tmp_path / "a"))
+    healthy, spoilt, later = of_ranks[0]
+    assert not healthy, "a buffer of NaN is nobody's mistake"
+    assert "not a number" in spoilt and "skip_nonfinite=True" in spoilt
+    assert not later
+    assert not any(of_ranks[1])
