@@ -300,27 +300,38 @@ def insist(work: Callable[[], None]) -> None:
     """
     end = End()
     carried = _carried()
+    taken: dict[str, int] = {}
 
     def within() -> None:
         with carried():
             work()
 
     def run() -> None:
-        end.come_of(within)
+        mine = threading.get_ident()
+        if taken.setdefault("by", mine) == mine:
+            end.come_of(within)
 
-    try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError:  # no more threads, or the interpreter is ending
-        run()
+    is_given = False
     latest: BaseException | None = None
     while not end.has_come:
         try:
+            if not is_given:
+                # After an interrupt at the end of this call a second thread is started, which finds the work taken.
+                _start(run)
+                is_given = True
             end.wait()
         except BaseException as error:
             latest = error
     failure = end.failure or latest
     if failure is not None:
         raise failure
+
+
+def _start(run: Callable[[], None]) -> None:
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError:  # no more threads, or the interpreter is ending
+        run()
 
 
 def _carried() -> Callable[[], Any]:

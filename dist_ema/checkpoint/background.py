@@ -18,6 +18,7 @@ import torch
 from dist_ema.averaging.averages import aligned
 from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.writing import Pieces
+from dist_ema.uninterrupted import End
 
 __all__ = ["Background"]
 
@@ -30,8 +31,7 @@ class Background:
     """The save that is under way, if there is one, and the host memory for the next; both are kept between saves."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._save: _Save | None = None
         self._host: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -58,22 +58,11 @@ class Background:
 
     def start(self, work: Callable[[], None]) -> None:
         """Have the thread do `work`. No communication here; `wait` must have been called."""
-        before = _under_way[-1]._thread if _under_way else None
-
-        def run() -> None:
-            # All saves share one process group: they go one after the other, on every rank in the order of the calls.
-            if before is not None and _has_begun(before):
-                before.join()
-            try:
-                work()
-            except BaseException as error:
-                self._failure = error
-
-        # The thread is not a daemon: the interpreter waits for it at exit.
-        self._thread = threading.Thread(target=run, name="dist_ema-save", daemon=False)
+        # All saves share one process group: they go one after the other, on every rank in the order of the calls.
+        self._save = _Save(work, _under_way[-1]._save if _under_way else None)
         _watch_exit()
         _under_way.append(self)
-        self._thread.start()
+        self._save.start()
 
     def wait(self) -> None:
         """Wait for the save that is under way, if there is one. No communication here.
@@ -81,23 +70,56 @@ class Background:
         Raises:
             CheckpointError: the save failed; the same on all ranks.
         """
-        if self._thread is not None:
-            if _has_begun(self._thread):
-                self._thread.join()
-            self._thread = None
-            if self in _under_way:
-                _under_way.remove(self)
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        save = self._save
+        if save is None:
+            return
+        save.join()
+        if self in _under_way:
+            _under_way.remove(self)
+        self._save = None
+        if save.end.failure is not None:
+            raise save.end.failure
 
 
-def _has_begun(thread: threading.Thread) -> bool:
-    """Whether a thread was started. After an interrupt within `start` it may begin a little later."""
-    deadline = time.monotonic() + _BEGINS_SECONDS
-    while thread.ident is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return thread.ident is not None
+class _Save:
+    """One save, on a thread of its own.
+
+    Nobody joins that thread: a join that a signal handler cuts off takes the thread for ended (Python 3.11).
+
+    Attributes:
+        end: the end of the work.
+
+    Args:
+        work: writes the save.
+        before: the save that must be over first; None if there is none.
+    """
+
+    def __init__(self, work: Callable[[], None], before: _Save | None) -> None:
+        self.end = End()
+        self._work = work
+        self._before = before
+        self._owner: dict[str, str] = {}
+        # It is not a daemon: the interpreter waits for it at exit.
+        self._thread = threading.Thread(target=self._run, name="dist_ema-save", daemon=False)
+
+    def start(self) -> None:
+        """Begin. After an interrupt it may begin a little later, or never."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        if self._owner.setdefault("by", "thread") == "thread":
+            if self._before is not None:
+                self._before.join()
+                self._before = None
+            self.end.come_of(self._work)
+
+    def join(self) -> None:
+        """Wait until it is over; one that has not begun by now never does. It raises what a signal handler raises."""
+        deadline = time.monotonic() + _BEGINS_SECONDS
+        while self._thread.ident is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._thread.ident is not None or self._owner.setdefault("by", "caller") == "thread":
+            self.end.wait()
 
 
 # The saves that no call has waited for yet, in the order of the calls. They are kept alive until then.

@@ -112,6 +112,7 @@ class Swap(io.IOBase):
                     state.swap_in(track)
                     put_average(state.plan, values, meeting(call, state), buffers)
                     yield
+                    leave.note_mode()
                     if keep and sys.exc_info()[1] is handled:  # no exception has ended the block
                         keep_buffers(state, track)
                 finally:
@@ -220,6 +221,11 @@ class _Leave:
         self._has_failed = False
         self._mode: bool | None = None  # whether autograd was on when the leaving began
 
+    def note_mode(self) -> None:
+        """Have autograd at the end as it is now: an interrupt within `torch.no_grad()` may leave it off."""
+        if self._mode is None:
+            self._mode = torch.is_grad_enabled()
+
     def __call__(self, *, again: bool = False) -> None:
         """Put the live weights back; after an interrupt, in a thread that no signal handler interrupts.
 
@@ -229,8 +235,7 @@ class _Leave:
         state, backup = self._state, self._backup
         if backup.is_restored and not state.is_swap_ending:
             return
-        if self._mode is None:
-            self._mode = torch.is_grad_enabled()
+        self.note_mode()
         state.swap_ends_by(functools.partial(self, again=True))
         if self._is_carried_off:
             self._carry_off(again)
@@ -241,7 +246,12 @@ class _Leave:
         except BaseException:
             self._carry_off(again)
             raise
+        self._restore_mode()
         state.swap_out()
+
+    def _restore_mode(self) -> None:
+        if self._mode is not None:
+            torch.set_grad_enabled(self._mode)  # see calls.py
 
     def _carry_off(self, again: bool) -> None:
         """Have a thread put the weights back. An interrupt before that is raised here; the caller calls again."""
@@ -249,8 +259,7 @@ class _Leave:
         try:
             insist(functools.partial(self._restore_anyway, again))
         finally:  # a further interrupt is raised when the thread is through
-            if self._mode is not None:
-                torch.set_grad_enabled(self._mode)  # see calls.py
+            self._restore_mode()
             if self._backup.is_restored and not self._has_failed:
                 self._state.swap_out()
 

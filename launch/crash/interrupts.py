@@ -423,7 +423,10 @@ def expected(row: Row, folder: Path) -> list[dict[str, Any]]:
 def harm(row: Row, given: Subject, seen: Sequence[Mapping[str, Any]]) -> str | None:
     """What is not as it should be, after an interrupt."""
     before, after, further = seen
-    wrong = row.left(given)
+    try:
+        wrong = row.left(given)
+    except DistEMAError as error:
+        wrong = f"a save after it fails: {error}"
     if wrong is not None:
         return wrong
     now = given.seen()
@@ -446,6 +449,7 @@ def sweep_lines(row: Row, folder: Path, every: int, start: int = 1) -> tuple[int
     with row.within():
         seen = expected(row, folder)
         for count, number in enumerate(range(start, sys.maxsize, every)):
+            torch.set_grad_enabled(True)  # what one case left is no harm of the next
             given = row.make(folder)
             at = At(number, RAISED[number % len(RAISED)])
             try:
@@ -492,6 +496,7 @@ def sweep_signals(row: Row, folder: Path, count: int, seed: int) -> tuple[int, d
         row.act(given)
         lasts = time.perf_counter() - began
         for index in range(count):
+            torch.set_grad_enabled(True)  # what one case left is no harm of the next
             given = row.make(folder)
             later = 10.0 ** chance.uniform(-5.5, -2.5) if index % 2 else 0.0
             alarm = Alarm(chance.uniform(1e-6, 1.1 * lasts), later, RAISED[index % len(RAISED)])

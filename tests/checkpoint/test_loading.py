@@ -224,7 +224,7 @@ def background_fails(folder: str) -> list[str]:
         if dist.get_rank() == 0:
             files.os.fsync = fail
         ema.save(folder, background=True)
-        ema._saves.background._thread.join()
+        ema._saves.background._save.join()
         files.os.fsync = real
         ema.update()  # training does not notice
         with pytest.raises(CheckpointError) as caught:

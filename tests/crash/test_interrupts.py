@@ -27,10 +27,12 @@ from dist_ema import (
     DistEMAError,
     ShardedEMA,
     SwapError,
+    uninterrupted,
 )
 from dist_ema.averaging import streams
 from dist_ema.averaging.infinities import Watch
 from dist_ema.averaging.streams import HostThread
+from dist_ema.checkpoint import save_calls
 from dist_ema.live import swap as swapping
 from dist_ema.live.spreading import LiveBackup
 from dist_ema.uninterrupted import Job, Lane, Once, Steps, insist
@@ -446,3 +448,61 @@ def test_a_save_that_was_interrupted_while_its_thread_started_is_waited_for(
         ema.save(tmp_path / "ema", background=True)
     ema.save(tmp_path / "ema")
     ema.load(tmp_path / "ema")
+
+
+def test_work_is_waited_for_when_an_interrupt_comes_as_its_thread_is_started(monkeypatch) -> None:
+    """The update raised while its thread was still at work: made again, it was made twice."""
+    real, started, done = uninterrupted._thread.start_new_thread, [], []
+
+    def start(*arguments: Any) -> None:
+        real(*arguments)
+        started.append(1)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        time.sleep(0.3)
+        done.append(1)
+
+    monkeypatch.setattr(uninterrupted._thread, "start_new_thread", start)
+    with pytest.raises(KeyboardInterrupt):
+        insist(work)
+    assert done == [1] and len(started) == 2
+
+
+def test_autograd_is_on_after_two_interrupts_in_a_swap_that_keeps_buffers(monkeypatch) -> None:
+    """The second one came in the end of torch.no_grad(), which then leaves autograd off."""
+    ema = ShardedEMA(nn.BatchNorm1d(2), ConstantSchedule(momentum=0.5))
+    ema.update()
+
+    def interrupted(*_: object) -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swapping, "keep_buffers", interrupted)
+    with pytest.raises(KeyboardInterrupt), ema.average_parameters(keep_buffers=True):
+        pass
+    assert torch.is_grad_enabled()
+
+
+def test_a_save_behind_training_is_waited_for_though_an_interrupt_cut_off_the_wait(tmp_path, monkeypatch) -> None:
+    """A join of a thread that a signal cuts off takes the thread for ended, so the next save met this one."""
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(momentum=0.5))
+    ema.update()
+    real, written = save_calls.write_average, []
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(1.0)
+        real(*arguments)
+        written.append(1)
+
+    monkeypatch.setattr(save_calls, "write_average", slow)
+    ema.save(tmp_path / "ema", background=True)
+    alarm = Alarm(0.2, 0.0, KeyboardInterrupt)
+    alarm.start()
+    with pytest.raises(KeyboardInterrupt):
+        ema.wait()
+    alarm.stop()
+    assert not written
+    ema.wait()
+    assert written and (tmp_path / "ema" / "model.safetensors").exists()
