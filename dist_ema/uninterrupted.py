@@ -18,13 +18,13 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "outlast", "version_of"]
+__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "made_for_any_mode", "outlast", "version_of"]
 
 # These two are C, and so are `partial`, `map`, `next` and `list.extend`: no handler runs between the steps.
 _call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
@@ -32,6 +32,15 @@ version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
 _POLL_SECONDS = 1e-4
 _COUNTS_NOTHING = partial(bool)
+
+
+def made_for_any_mode() -> AbstractContextManager[object]:
+    """A context whose tensors can be written to in and outside of `torch.inference_mode()`. No communication.
+
+    It does nothing outside of that mode. An interrupt at the end of `torch.inference_mode(False)` would leave open what
+    ends it: whenever Python frees that, autograd is set as it was at the beginning.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Steps:

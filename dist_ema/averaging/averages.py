@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dist_ema.boxes.shards import Held, Shard
+from dist_ema.uninterrupted import made_for_any_mode
 
 __all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_pairwise", "copying"]
 
@@ -41,7 +42,7 @@ class Averages:
         for wanted in dict.fromkeys(devices):
             numels = [shard.box.numel for shard, at in zip(self._shards, devices, strict=True) if at == wanted]
             total = sum(_room(numel, wanted) for numel in numels)
-            with torch.inference_mode(False):  # an inference tensor could not be updated outside that mode
+            with made_for_any_mode():  # an inference tensor could not be updated outside that mode
                 flat[wanted] = torch.zeros(total, dtype=dtype, device=wanted)
         filled = dict.fromkeys(flat, 0)
         views = []

@@ -18,7 +18,7 @@ from dist_ema.averaging.infinities import masks_of
 from dist_ema.averaging.live_memory import Guard
 from dist_ema.averaging.tensor_blocks import Block, make_blocks
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted import Lane, Steps
+from dist_ema.uninterrupted import Lane, Steps, made_for_any_mode
 
 __all__ = ["Prepared"]
 
@@ -75,7 +75,7 @@ class Prepared:
         if self._workers > 1:
             # All views of a buffer share one version; every tensor needs its own, which shows an interrupted thread
             # whether it has moved that tensor.
-            with torch.inference_mode(False):
+            with made_for_any_mode():
                 self._averaged = [[value.data for value in values] for values in self._averaged]
         chunk_numel = SERIAL_NUMEL if self._workers > 1 else _COMPENSATED_NUMEL if on_cpu and compensated else None
         fuse = partial(launch_for, num_tracks=len(tracks), skips=skip_nonfinite, shared=bool(others), flagged=flagged)
@@ -97,7 +97,7 @@ class Prepared:
             )
         self._launches = [block.launch for block in self.blocks if block.launch is not None]
         # Neither another thread nor a later update could write to an inference tensor.
-        with torch.inference_mode(False):
+        with made_for_any_mode():
             self._scratches = self._make_scratches()
             self._landings = self._make_landings(pinned=not on_cpu)
             for index, block in enumerate(self.blocks if self._landings else ()):

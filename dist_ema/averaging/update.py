@@ -24,7 +24,7 @@ from dist_ema.averaging.moves import Moves, adding_up
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.streams import Stream
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted import Job, Lane, Once, Steps
+from dist_ema.uninterrupted import Job, Lane, Once, Steps, made_for_any_mode
 
 __all__ = ["Updater"]
 
@@ -192,7 +192,7 @@ class Updater:
 
     def _counter(self, device: torch.device) -> torch.Tensor:
         if device not in self._refused:
-            with torch.inference_mode(False):
+            with made_for_any_mode():
                 counter = torch.zeros((), dtype=torch.int64, device=device)
             self.stream.keep([counter])
             self._refused[device] = counter

@@ -18,7 +18,7 @@ import torch
 from dist_ema.averaging.averages import aligned
 from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.writing import Pieces
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted import End, insist
 
 __all__ = ["Background"]
 
@@ -103,8 +103,8 @@ class _Save:
         self._thread = threading.Thread(target=self._run, name="dist_ema-save", daemon=False)
 
     def start(self) -> None:
-        """Begin. After an interrupt it may begin a little later, or never."""
-        self._thread.start()
+        """Begin. After an interrupt it may never do so."""
+        insist(self._thread.start)  # an interrupt within it would come out as an error of Python's locks
 
     def _run(self) -> None:
         if self._owner.setdefault("by", "thread") == "thread":

@@ -447,9 +447,9 @@ def sweep_lines(row: Row, folder: Path, every: int, start: int = 1) -> tuple[int
     """The number of points, and place -> harm."""
     bad: dict[str, str] = {}
     with row.within():
-        seen = expected(row, folder)
+        mode, seen = torch.is_grad_enabled(), expected(row, folder)
         for count, number in enumerate(range(start, sys.maxsize, every)):
-            torch.set_grad_enabled(True)  # what one case left is no harm of the next
+            torch.set_grad_enabled(mode)  # what one case left is no harm of the next
             given = row.make(folder)
             at = At(number, RAISED[number % len(RAISED)])
             try:
@@ -490,13 +490,13 @@ def sweep_signals(row: Row, folder: Path, count: int, seed: int) -> tuple[int, d
     chance = random.Random(seed)
     num_raised = 0
     with row.within(), swallowed_signals_ignored():
-        seen = expected(row, folder)
+        mode, seen = torch.is_grad_enabled(), expected(row, folder)
         given = row.make(folder)
         began = time.perf_counter()
         row.act(given)
         lasts = time.perf_counter() - began
         for index in range(count):
-            torch.set_grad_enabled(True)  # what one case left is no harm of the next
+            torch.set_grad_enabled(mode)  # what one case left is no harm of the next
             given = row.make(folder)
             later = 10.0 ** chance.uniform(-5.5, -2.5) if index % 2 else 0.0
             alarm = Alarm(chance.uniform(1e-6, 1.1 * lasts), later, RAISED[index % len(RAISED)])

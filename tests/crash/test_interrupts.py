@@ -506,3 +506,33 @@ def test_a_save_behind_training_is_waited_for_though_an_interrupt_cut_off_the_wa
     assert not written
     ema.wait()
     assert written and (tmp_path / "ema" / "model.safetensors").exists()
+
+
+def test_no_update_enters_a_mode_that_an_interrupt_would_leave_open(monkeypatch) -> None:
+    """What ends torch.inference_mode(False) was freed after the error was dealt with, and turned autograd off."""
+
+    def entered(*_: object) -> None:
+        raise AssertionError("within training there is nothing to leave")
+
+    monkeypatch.setattr(torch, "inference_mode", entered)
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(momentum=0.5), skip_nonfinite=True)
+    for _ in range(3):
+        ema.update()
+    assert ema.num_updates == 3
+
+
+def test_two_interrupts_as_a_save_behind_training_begins_are_no_error_of_python(tmp_path, monkeypatch) -> None:
+    """Within Thread.start the second one came out as "release unlocked lock"."""
+    ema = ShardedEMA(nn.Linear(2, 2), ConstantSchedule(momentum=0.5))
+    ema.update()
+    starting: list[int] = []
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        starting.append(threading.get_ident())
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    ema.save(tmp_path / "ema", background=True)
+    ema.wait()
+    assert starting and threading.get_ident() not in starting, "no signal handler runs in the thread that starts it"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_ema.uninterrupted import Steps, insist
+from dist_ema.uninterrupted import Steps, insist, made_for_any_mode
 
 __all__ = ["Launch", "can_move", "is_aligned", "is_ready", "launch_for"]
 
@@ -175,7 +175,7 @@ class Launch:
             "num_warps": kernel.NUM_WARPS,
             "enable_fp_fusion": False,
         }
-        with torch.inference_mode(False):
+        with made_for_any_mode():
             # Users may set another default device.
             cpu = torch.device("cpu")
             numels = torch.tensor([value.numel() for value in live], device=cpu)

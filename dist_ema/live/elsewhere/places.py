@@ -19,6 +19,7 @@ from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box
 from dist_ema.live.elsewhere.chunks import Portion
 from dist_ema.live.elsewhere.routes import ALIGNMENT, Routes, Run, Tensors, routes_of
+from dist_ema.uninterrupted import made_for_any_mode
 
 __all__ = ["Laid", "Left", "Places"]
 
@@ -86,7 +87,7 @@ class Places:
         self._wholes: dict[int, torch.Tensor] = {}  # begun, and not handed out yet
         rooms = (sum(routes.room_bytes for routes in self._routes(number).values()) for number in range(len(chunks)))
         room = max(rooms, default=0)
-        with torch.inference_mode(False):  # the stream may go on outside of that mode
+        with made_for_any_mode():  # the stream may go on outside of that mode
             # On a host what is not used of them is not taken.
             self._buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(min(2, len(chunks)))]
         self._most_early_bytes = most_bytes - len(self._buffers) * room
@@ -149,7 +150,7 @@ class Places:
         return torch.Size(self._tensors.shapes[tensor]).numel() * self._tensors.itemsizes[tensor]
 
     def _begin(self, tensor: int) -> None:
-        with torch.inference_mode(False):
+        with made_for_any_mode():
             self._wholes[tensor] = torch.empty(
                 self._tensors.shapes[tensor], dtype=self._dtypes[tensor], device=self._device
             )
