@@ -35,6 +35,7 @@ from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import fraction_between
 from dist_ema.schedules.functions import ScheduleLike
+from dist_ema.uninterrupted import keeping_autograd
 
 __all__ = ["ShardedEMA"]
 
@@ -753,7 +754,7 @@ class ShardedEMA:
             SwapError: the averaged weights are in the model.
         """
         self._state.begin("restart")
-        self._state.restart()
+        keeping_autograd(self._state.restart)
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""

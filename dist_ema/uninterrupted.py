@@ -24,7 +24,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["End", "Job", "Lane", "Once", "Steps", "insist", "made_for_any_mode", "outlast", "version_of"]
+__all__ = [
+    "End",
+    "Job",
+    "Lane",
+    "Once",
+    "Steps",
+    "insist",
+    "keeping_autograd",
+    "made_for_any_mode",
+    "outlast",
+    "version_of",
+]
 
 # These two are C, and so are `partial`, `map`, `next` and `list.extend`: no handler runs between the steps.
 _call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
@@ -32,6 +43,20 @@ version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
 _POLL_SECONDS = 1e-4
 _COUNTS_NOTHING = partial(bool)
+
+
+def keeping_autograd(work: Callable[[], None]) -> None:
+    """Do `work`. After an exception autograd is as before: an interrupt at the end of `torch.no_grad()` leaves it off."""
+    mode = torch.is_grad_enabled()
+    try:
+        try:
+            work()
+        except BaseException:
+            torch.set_grad_enabled(mode)
+            raise
+    except BaseException:  # a second one, before the first was dealt with
+        torch.set_grad_enabled(mode)
+        raise
 
 
 def made_for_any_mode() -> AbstractContextManager[object]:

@@ -220,7 +220,11 @@ def sweep_signals(folder: str, name: str, count: int, seed: int) -> tuple[int, l
     for number in range(count):
         seconds = chance.uniform(0.0, 1.2 * lasts)
         again = seconds + (10 ** chance.uniform(-5.0, -2.5) if number % 2 else 1000.0)
-        subject.interrupt(f"after {seconds:.6f} and {again:.6f} s", Signals(seconds, again))
+        try:
+            subject.interrupt(f"after {seconds:.6f} and {again:.6f} s", Signals(seconds, again))
+        except Exception:  # the ranks are no longer in step, because of what was bad before
+            print(*subject.bad, sep="\n", flush=True)
+            raise
     return count, subject.bad
 
 
