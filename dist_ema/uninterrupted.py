@@ -46,7 +46,7 @@ _COUNTS_NOTHING = partial(bool)
 
 
 def keeping_autograd(work: Callable[[], None]) -> None:
-    """Do `work`. After an exception autograd is as before: an interrupt at the end of `torch.no_grad()` leaves it off."""
+    """Do `work`. After an exception autograd is as before: an interrupt at the end of `no_grad()` leaves it off."""
     mode = torch.is_grad_enabled()
     try:
         try:

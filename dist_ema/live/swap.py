@@ -72,12 +72,17 @@ class Swap(io.IOBase):
         except BaseException as error:
             try:
                 try:
-                    swapping.close()
+                    try:
+                        swapping.close()
+                    finally:
+                        swapping.close()
                 finally:
-                    swapping.close()
-            finally:
+                    call.end_for_all(error)
+                    torch.set_grad_enabled(mode)
+            except BaseException as further:  # a second one, before the first was dealt with
                 torch.set_grad_enabled(mode)
-                call.end_for_all(error)
+                call.end_for_all(further)
+                raise
             raise
 
     def __call__(self, function: F) -> F:

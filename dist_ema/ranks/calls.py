@@ -69,11 +69,12 @@ class Calls:
             try:
                 return act(call)
             except BaseException as error:
-                torch.set_grad_enabled(mode)
                 call.end_for_all(error)
+                torch.set_grad_enabled(mode)
                 raise
-        except BaseException:  # a second one, before the first was dealt with
+        except BaseException as error:  # a second one, before the first was dealt with
             torch.set_grad_enabled(mode)
+            call.end_for_all(error)
             raise
         finally:
             self.exchange.channel.end()
@@ -92,6 +93,7 @@ class Call:
         self.exchange = calls.exchange
         self._calls = calls
         self._num_calls_before = calls.exchange.channel.num_calls
+        self._leaving: list[Any] = []
 
     def together(
         self,
@@ -144,12 +146,12 @@ class Call:
         return work()
 
     def end_for_all(self, error: BaseException) -> None:
-        """End the call for the other ranks too, unless they have the same error.
+        """End the call for the other ranks too, unless they have the same error. A second time it does nothing.
 
         Raises:
             DistEMAError: the error that the other ranks raise, in place of an error of Python, torch or numpy.
         """
-        _end_for_all(self.exchange, self.name, self._num_calls_before, error)
+        _end_for_all(self.exchange, self.name, self._num_calls_before, error, self._leaving)
 
 
 @contextmanager
@@ -163,16 +165,23 @@ def ended_for_all(exchange: Exchange, call: str) -> Iterator[None]:
         call: the name of the call, for the message.
     """
     before = exchange.channel.num_calls
+    leaving: list[Any] = []
     try:
-        yield
-    except BaseException as error:
-        _end_for_all(exchange, call, before, error)
+        try:
+            yield
+        except BaseException as error:
+            _end_for_all(exchange, call, before, error, leaving)
+            raise
+    except BaseException as error:  # a second one, before the first was dealt with
+        _end_for_all(exchange, call, before, error, leaving)
         raise
     finally:
         exchange.channel.end()
 
 
-def _end_for_all(exchange: Exchange, call: str, num_calls_before: int, error: BaseException) -> None:
+def _end_for_all(
+    exchange: Exchange, call: str, num_calls_before: int, error: BaseException, leaving: list[Any]
+) -> None:
     # Before the arrival no other rank waits for this one.
     if exchange.channel.is_beside or exchange.channel.num_calls > num_calls_before:
-        exchange.channel.abandon(call, error)
+        exchange.channel.abandon(call, error, leaving)

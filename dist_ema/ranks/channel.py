@@ -105,7 +105,7 @@ class Channel:
         wait = Wait.for_all(world, call, notice_seconds, seconds if seconds and hurried else world.timeout_seconds)
         self._enter(wait, call)
         if isinstance(limits, DistEMAError):
-            raise self._left(call, limits)
+            raise self._left(call, limits, self._awaited_in)
         calls, self.drawn = self._come(wait, call)
         self._link = world.link
         different = differing_calls(calls)
@@ -307,7 +307,12 @@ class Channel:
                 world.renew()
         return _error_of(first)
 
-    def _left(self, call: str, error: BaseException) -> DistEMAError:
+    @property
+    def _awaited_in(self) -> Link | None:
+        """The link in which the others wait: an interrupt may come before `_link` is that of this call."""
+        return self._link if self.is_beside or self._world is None else self._world.link
+
+    def _left(self, call: str, error: BaseException, link: Link | None) -> DistEMAError:
         """Leave the call because of an error that only this rank may have. Returns the error that all ranks raise."""
         if isinstance(error, DistEMAError):
             kind, message = described(error)
@@ -318,8 +323,6 @@ class Channel:
                 f"rank {self.rank} left {call} before its end ({reason}). The call has ended on all ranks, and may be "
                 "made again on all of them"
             )
-        # The link in which the others wait: an interrupt may come before `_link` is that of this call.
-        link = self._link if self.is_beside or self._world is None else self._world.link
         if link is None:
             return error_class(kind)(message)
         return self._leave(link, kind, message, lives=True)
@@ -334,15 +337,22 @@ class Channel:
         )
         return self._leave(link, CommunicationError.__name__, message, lives=False)
 
-    def abandon(self, call: str, error: BaseException) -> None:
+    def abandon(self, call: str, error: BaseException, leaving: list[Link | None]) -> None:
         """End a call for the other ranks, because this one ends it by an error that they may not have.
+
+        Args:
+            call: the name of the call.
+            error: the error by which this rank ends it.
+            leaving: empty at the first try. A further one, after an interrupt, leaves the same link as the first.
 
         Raises:
             DistEMAError: the error that the other ranks raise, in place of an error of Python, torch or numpy.
         """
         if self.world_size == 1 or is_agreed(error):
             return
-        of_all = self._left(call, error)
+        if not leaving:
+            leaving.append(self._awaited_in)
+        of_all = self._left(call, error, leaving[0])
         if isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _COMMON_ERRORS:
             raise of_all from error
         if isinstance(error, DistEMAError):

@@ -230,6 +230,8 @@ class World:
         """
         if not self.has_entered:  # nobody waits for it in this link
             return own
+        if link.is_left:
+            return link.forget(own)  # which has the farewell
         end = End()
 
         def run() -> None:
@@ -249,8 +251,9 @@ class World:
 
     def renew(self) -> None:
         """Have the next call take a new link; all ranks leave the same links. No communication."""
-        self.num_links += 1
-        self.link = self._watched(Link(f"calls/{self.num_links}", self.rank, self.size, self.link))
+        number = self.num_links + 1
+        link = self._watched(Link(f"calls/{number}", self.rank, self.size, self.link))
+        self.num_links, self.link = number, link  # together: an interrupt finds the former link or the new one
 
     def group_of(self, ranks: Sequence[int]) -> Any:
         """Collective: every rank must call it, with the same ranks. A process group of them, which is made once.

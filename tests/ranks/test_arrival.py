@@ -287,7 +287,7 @@ def interrupted_beside_a_left_link(folder: str, by: Callable[[], Callable[[], No
     ema = averaging()
     ema.metrics()
     if dist.get_rank() == 1:  # at the very end of that call, with which all had done
-        ema._exchange.channel.abandon("metrics", KeyboardInterrupt())
+        ema._exchange.channel.abandon("metrics", KeyboardInterrupt(), [])
     dist.barrier()
     restore = by() if dist.get_rank() == interrupted_rank else lambda: None
     told = caught(ema.metrics)
@@ -310,6 +310,46 @@ def test_an_interrupt_beside_a_link_that_was_left_ends_the_call_where_the_others
 def test_a_third_rank_is_told_too_while_the_errors_of_the_others_are_kept(world, tmp_path) -> None:
     first, own, third = world(3).run(interrupted, str(tmp_path / "ema"), "between two agreements", "signal")
     assert first[:2] == third[:2] and own[0] == "KeyboardInterrupt" and max(first[2], third[2]) < 5
+
+
+def interrupted_before_the_farewell(folder: str, call: str) -> Any:
+    """Rank 1 is interrupted within a call, and again before it has told the others."""
+    ema = averaging()
+    state, channel = ema._state, type(ema._exchange.channel)
+    values, left = state.values, channel._left
+    tries: list[int] = []
+
+    def cut_off(*arguments: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+        return left(*arguments)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    if dist.get_rank() == 1:
+        state.values, channel._left = interrupt, cut_off  # type: ignore[method-assign, assignment]
+
+    def swap() -> None:
+        with ema.average_parameters():
+            pass
+
+    told = caught(swap if call == "swap" else ema.sharded_state_dict)
+    state.values, channel._left = values, left  # type: ignore[method-assign]
+    assert torch.is_grad_enabled()
+    whole_life(ema, folder)
+    return told, len(tries)
+
+
+@pytest.mark.parametrize("call", ["swap", "sharded_state_dict"])
+def test_a_second_interrupt_before_the_others_are_told_leaves_nobody_waiting(world, tmp_path, call) -> None:
+    """The next call of that rank met the former one of the others: "the values cannot be combined (KeyError: 0)"."""
+    (waiting, _), (interrupted_twice, tries) = world(2).run(
+        interrupted_before_the_farewell, str(tmp_path / "ema"), call
+    )
+    assert waiting[0] == "CommunicationError" and interrupted_twice[0] == "KeyboardInterrupt" and tries >= 2
+    assert max(waiting[2], interrupted_twice[2]) < 5
 
 
 def fails_between(folder: str, error: type[Exception]) -> tuple[str, str, float]:
