@@ -128,10 +128,13 @@ _under_way: list[Background] = []
 
 def _wait_at_exit() -> None:
     while _under_way:
+        first = _under_way[0]
         try:
-            _under_way[0].wait()
+            first.wait()
         except Exception:
             traceback.print_exc()
+        if first in _under_way:  # an interrupt has left it there, though its save is over: the process would never end
+            _under_way.remove(first)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from dist_ema import (
 from dist_ema.averaging import streams
 from dist_ema.averaging.infinities import Watch
 from dist_ema.averaging.streams import HostThread
-from dist_ema.checkpoint import save_calls
+from dist_ema.checkpoint import background, save_calls
 from dist_ema.live import swap as swapping
 from dist_ema.live.spreading import LiveBackup
 from dist_ema.uninterrupted import Job, Lane, Once, Steps, insist
@@ -536,3 +536,15 @@ def test_two_interrupts_as_a_save_behind_training_begins_are_no_error_of_python(
     ema.save(tmp_path / "ema", background=True)
     ema.wait()
     assert starting and threading.get_ident() not in starting, "no signal handler runs in the thread that starts it"
+
+
+def test_a_process_ends_though_an_interrupt_has_left_a_save_that_is_over_among_those_under_way(monkeypatch) -> None:
+    """A sweep of interrupts was through with its work, and turned at its exit for an hour."""
+    left = background.Background()
+    monkeypatch.setattr(background, "_under_way", [left, left])
+    watch = threading.Thread(target=background._wait_at_exit, daemon=True)
+    watch.start()
+    watch.join(5.0)
+    ended = not watch.is_alive()
+    background._under_way.clear()  # else that thread turns on
+    assert ended
