@@ -219,8 +219,7 @@ class Job:
         """Do the job, unless it was withdrawn. An exception leaves it done, unless the work itself raised."""
         try:
             try:
-                mine = threading.get_ident()
-                if self._owner.setdefault("thread", mine) == mine:
+                if self._claim():
                     self._share(self._lanes)
                     self._count()
                     self._is_finished = True
