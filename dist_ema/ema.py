@@ -35,7 +35,7 @@ from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import fraction_between
 from dist_ema.schedules.functions import ScheduleLike
-from dist_ema.uninterrupted import keeping_autograd
+from dist_ema.uninterrupted.modes import keeping_autograd
 
 __all__ = ["ShardedEMA"]
 

@@ -238,7 +238,7 @@ PRIVATE_NAMES = {
     "averaging.moves": {"_foreach_lerp_": OF_TENSORS},
     "averaging.averages": {"_foreach_copy_": OF_TENSORS},
     "averaging.standstill": {"_dynamo": "test_a_compiler_that_is_loaded_after_the_first_update_does_not_trace_updates"},
-    "uninterrupted": {"_version": OF_TENSORS},
+    "uninterrupted.jobs": {"_version": OF_TENSORS},
     "integrations.accelerate": {"_models": "test_detach_removes_the_hooks_and_frees_the_name"},
     "integrations.watch": {"_init_optim_state": "test_a_phantom_step_of_dcp_is_not_counted"},
     "integrations.trainer": {

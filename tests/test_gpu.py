@@ -21,7 +21,7 @@ from torch import nn
 from dist_ema import ConstantSchedule, ShardedEMA
 from dist_ema.averaging.fused.launches import Launch
 from dist_ema.averaging.streams import HostThread
-from dist_ema.uninterrupted import Job
+from dist_ema.uninterrupted.jobs import Job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_ema.boxes.shards import Held, Shard
-from dist_ema.uninterrupted import made_for_any_mode
+from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["ALIGNED_NUMEL", "Averages", "aligned", "copy_pairwise", "copying"]
 

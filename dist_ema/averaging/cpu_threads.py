@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_ema.uninterrupted import End, outlast
+from dist_ema.uninterrupted.threads import End, outlast
 
 __all__ = ["SERIAL_NUMEL", "KeptThreads", "num_workers", "share_out"]
 

@@ -19,7 +19,7 @@ import torch
 from dist_ema.averaging.averages import Averages
 from dist_ema.averaging.streams import has_streams
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted import version_of
+from dist_ema.uninterrupted.jobs import version_of
 
 __all__ = ["Watch", "is_mask", "masks_of"]
 
@@ -129,6 +129,11 @@ class Watch:
         self._untrained = _Untrained(
             indices, views, [looked for looked, _ in versions], [latest for _, latest in versions]
         )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether `watched` would look at nothing, and find nothing."""
+        return self._is_known and self._look is None and not self._untrained.indices and not self._infinite
 
     def watched(self) -> frozenset[int]:
         """The shards to be watched at the update that begins; waits for the device after a copy or load."""

@@ -32,14 +32,15 @@ class Guard:
     def __init__(self, held: Sequence[Held], others: Sequence[Callable[[], torch.Tensor]] = ()) -> None:
         slotted = [(piece.slot, piece.view) for piece in held if piece.slot is not None]
         self._plain = _Entries([slot for slot, _ in slotted if slot.inner is None])
-        self._others = _Views([*(piece.view for piece in held if piece.slot is None), *others])
+        views = [*(piece.view for piece in held if piece.slot is None), *others]
+        self._others = _Views(views) if views else None
         self._slots = [slot for slot, _ in slotted if slot.inner is not None]
         self._shown = _Views([view for slot, view in slotted if slot.inner is not None])
         self._wrapped = _wrapped(self._slots, self._shown)
 
     def is_current(self) -> bool:
         """Whether all tensors still have that memory, in the same shape and strides."""
-        if not self._plain.are_kept() or not self._others.are_kept():
+        if not self._plain.are_kept() or (self._others is not None and not self._others.are_kept()):
             return False
         if not self._slots or (self._wrapped is not None and self._wrapped.are_kept()):
             return True

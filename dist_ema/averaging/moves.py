@@ -25,7 +25,7 @@ from dist_ema.averaging.fused.launches import Launch
 from dist_ema.averaging.infinities import is_mask
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.tensor_blocks import Block
-from dist_ema.uninterrupted import Lane, Steps
+from dist_ema.uninterrupted.jobs import Lane, Steps
 
 __all__ = ["Moves", "adding_up"]
 
@@ -40,6 +40,9 @@ class Moves:
         skip_nonfinite: whether live values that are infinite or not a number are left out, element by element.
         compensated: whether the averages have residuals.
         counter: gives the tensor of a device that counts what is left out.
+
+    Attributes:
+        kept: the steps of the latest update that kept them; None if there are none.
     """
 
     def __init__(
@@ -54,15 +57,23 @@ class Moves:
         self._skip_nonfinite = skip_nonfinite
         self._compensated = compensated
         self._counter = counter
-        self._kept: _Kept | None = None
+        self.kept: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which makes its own steps."""
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"kept": None}
 
     def forget(self) -> None:
         """Forget steps that were kept for the next update."""
-        self._kept = None
+        self.kept = None
+
+    def kept_steps(self, momenta: Sequence[float]) -> Steps:
+        """The steps that were kept, with these momenta, of which none is 0."""
+        kept = self.kept
+        assert kept is not None
+        if momenta != kept.momenta:
+            self.kept = kept = kept.with_momenta(momenta)
+        return kept.steps
 
     def lanes(self, prepared: Prepared, momenta: Sequence[float], unless: torch.Tensor | None) -> Sequence[Lane]:
         """The lanes of an update.
@@ -85,14 +96,10 @@ class Moves:
         """
         if not prepared.is_repeated or self._skip_nonfinite or self._compensated or 0.0 in momenta:
             return None
-        kept = self._kept
-        if kept is None or kept.prepared is not prepared:
+        if self.kept is None or self.kept.prepared is not prepared:
             steps = self._steps(prepared, list(enumerate(momenta)), None, prepared.blocks, 0)
-            self._kept = _Kept(prepared, momenta, steps)
-            return steps
-        if momenta != kept.momenta:
-            self._kept = kept = kept.with_momenta(momenta)
-        return kept.steps
+            self.kept = Kept(prepared, momenta, steps)
+        return self.kept_steps(momenta)
 
     def _steps(
         self,
@@ -159,14 +166,14 @@ class Moves:
         return tuple(momenta)
 
 
-class _Kept(NamedTuple):
-    """Steps that were made for these momenta."""
+class Kept(NamedTuple):
+    """Steps that were made of this preparation, and for these momenta."""
 
     prepared: Prepared
     momenta: Sequence[float]
     steps: Steps
 
-    def with_momenta(self, momenta: Sequence[float]) -> _Kept:
+    def with_momenta(self, momenta: Sequence[float]) -> Kept:
         """The same, with other momenta."""
         of_tracks = itertools.cycle(momenta)  # each block has one lerp for each track, in this order
         calls = self.steps.calls.copy()
@@ -175,7 +182,7 @@ class _Kept(NamedTuple):
                 calls[at] = partial(_lerp, *call.args[:2], next(of_tracks))
             elif isinstance(call, partial) and isinstance(call.func, Launch):
                 calls[at] = partial(call.func, tuple(momenta), *call.args[1:])
-        return _Kept(self.prepared, momenta, self.steps.with_calls(calls))
+        return Kept(self.prepared, momenta, self.steps.with_calls(calls))
 
 
 class _Weights:

@@ -18,7 +18,8 @@ from dist_ema.averaging.infinities import masks_of
 from dist_ema.averaging.live_memory import Guard
 from dist_ema.averaging.tensor_blocks import Block, make_blocks
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted import Lane, Steps, made_for_any_mode
+from dist_ema.uninterrupted.jobs import Lane, Steps
+from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["Prepared"]
 
@@ -30,12 +31,12 @@ _FEWEST_SHARED_NUMEL = 2**20
 
 
 class Prepared:
-    """The lists of an update, which are valid while `is_current()`.
+    """The lists of an update, which are valid while `is_current`.
 
     Attributes:
         blocks: the parts of the update.
         is_fetched: whether live values come from a device into host memory.
-        is_repeated: whether updates without a flag do the same steps each time, in one thread.
+        is_repeated: whether updates without a flag do the same steps each time, in one thread; gradients may be on.
         watched: the shards that may have infinities.
 
     Args:
@@ -103,17 +104,15 @@ class Prepared:
             for index, block in enumerate(self.blocks if self._landings else ()):
                 block.land_in(self._landings[index % 2])
         self.is_fetched = bool(self._landings)
-        self.is_repeated = self._workers == 1 and not self.is_fetched and not watched
+        is_tracked = any(value.requires_grad for value in self._live)
+        self.is_repeated = self._workers == 1 and not (self.is_fetched or watched or is_tracked)
 
-    def is_current(self) -> bool:
-        """Whether live tensors and averages still stand for the same memory."""
+    def is_current(self, *, flagged: bool) -> bool:
+        """Whether live tensors and averages have the memory that they had, and launches can go, with a flag or not."""
         return self._guard.is_current() and (
-            not self._launches or all(launch.is_current() for launch in self._launches)
+            not self._launches
+            or all(launch.is_current() and is_ready(launch, flagged=flagged) for launch in self._launches)
         )
-
-    def is_ready(self, *, flagged: bool) -> bool:
-        """Whether its launches can go, with a flag or without one."""
-        return not self._launches or all(is_ready(launch, flagged=flagged) for launch in self._launches)
 
     def used(self) -> Iterator[torch.Tensor]:
         """All tensors that the work reads or writes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from dist_ema.averaging.state import AveragedState
 from dist_ema.messages import tell
 from dist_ema.schedules.base import Schedule
 from dist_ema.schedules.nesting import steps_of
+from dist_ema.uninterrupted.modes import without_gradients
 
 __all__ = ["Standstill", "update_and_count"]
 
@@ -76,20 +78,9 @@ def _is_still(schedule: Schedule, step: int) -> bool:
 
 
 def _update_and_count(state: AveragedState, standstill: Standstill, found_inf: torch.Tensor | None) -> None:
-    step, mode = state.num_updates, torch.is_grad_enabled()
-    try:
-        try:
-            if mode:  # the context manager takes twice as long
-                torch.set_grad_enabled(False)
-            state.update(found_inf)
-            if mode:
-                torch.set_grad_enabled(True)
-        except BaseException:
-            torch.set_grad_enabled(mode)  # see ranks/calls.py
-            raise
-    except BaseException:  # a second one, before the first was dealt with
-        torch.set_grad_enabled(mode)
-        raise
+    step = state.num_updates
+    if found_inf is not None or not state.update_again():
+        without_gradients(partial(state.update, found_inf))
     state.use.num_calls += 1
     if step >= standstill.next_step:
         standstill.tell(step)

@@ -26,13 +26,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dist_ema.averaging.cpu_threads import KeptThreads
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted.threads import End
 
 __all__ = ["HostThread", "SideStream", "Stream", "has_streams", "join_all", "join_before_steps", "stream_beside"]
 
 
 class Stream:
-    """Runs work in the order in which it is given. This class runs it at once: nothing overlaps."""
+    """Runs work in the order in which it is given. This class runs it at once: nothing overlaps.
+
+    Attributes:
+        is_in_line: whether work is done, or launched on the current stream, when `run` returns.
+    """
+
+    is_in_line = True
 
     def run(self, work: Callable[[], None]) -> None:
         """Do `work` after all work that the current stream has been given so far.
@@ -58,6 +64,8 @@ class SideStream(Stream):
     Args:
         device: the device of the live weights and of the averages; a CPU runs the work in line.
     """
+
+    is_in_line = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

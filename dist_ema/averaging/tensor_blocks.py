@@ -12,7 +12,8 @@ import torch
 from dist_ema.averaging.averages import ALIGNED_NUMEL, aligned, copy_pairwise, copying
 from dist_ema.averaging.fused.launches import Launch, can_move, is_aligned
 from dist_ema.averaging.streams import has_streams
-from dist_ema.uninterrupted import Steps
+from dist_ema.uninterrupted.jobs import Steps
+from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["SCRATCH_NUMEL", "Block", "by_strides", "cut_alike", "make_blocks"]
 
@@ -125,16 +126,25 @@ class _Packed(Block):
     """Tiny live tensors, whose averaged ones lie end to end: one flat tensor for every track."""
 
     def __init__(self, live: list[torch.Tensor], tracks: list[list[torch.Tensor]]) -> None:
-        self.scratch_numel = sum(value.numel() for value in live)
-        flat = [[averaged[0].as_strided((self.scratch_numel,), (1,))] for averaged in tracks]
+        self._numel = sum(value.numel() for value in live)
+        self.scratch_numel = self._start = aligned(self._numel, ALIGNED_NUMEL)
+        own = tracks[0][0]
+        if live[0].dtype != own.dtype:
+            nbytes = self._numel * live[0].element_size()
+            self.scratch_numel += aligned(math.ceil(nbytes / own.element_size()), ALIGNED_NUMEL)
+        flat = [[averaged[0].as_strided((self._numel,), (1,))] for averaged in tracks]
         super().__init__([value.view(-1) for value in live], flat)
 
     def bring(self, scratch: torch.Tensor, steps: Steps) -> list[torch.Tensor]:
-        packed = scratch[: self.scratch_numel]
-        if self._live[0].dtype == packed.dtype:
+        packed = scratch[: self._numel]
+        dtype = self._live[0].dtype
+        if dtype == packed.dtype:
             steps.again(partial(torch.cat, self._live, out=packed))
-        else:
-            steps.again(lambda: packed.copy_(torch.cat(self._live)))  # cat with a conversion into `out` is slower
+        else:  # to convert while packing is slower
+            with made_for_any_mode():  # the steps may be done again in another mode
+                unconverted = scratch[self._start : self.scratch_numel].view(dtype)[: self._numel]
+            steps.again(partial(torch.cat, self._live, out=unconverted))
+            steps.again(partial(packed.copy_, unconverted))
         return [packed]
 
 

@@ -6,13 +6,14 @@ tiny tensors on a CPU, which are packed end to end. Several tracks go block by b
 read from memory once and from the cache after that. On several CPU threads blocks are shared out (cpu_threads.py).
 Blocks that come from a device into host memory are fetched one ahead. An update may run beside training (streams.py).
 
-An update is a job (uninterrupted.py): all of its steps are done, or none. Tensors that may have infinities are watched
-(infinities.py), and averaged with care.
+An update is a job (uninterrupted/jobs.py): all of its steps are done, or none. Where nothing but the momenta changes,
+the steps of the latest update are done again. Tensors that may have infinities are watched (infinities.py), and
+averaged with care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,8 @@ from dist_ema.averaging.moves import Moves, adding_up
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.streams import Stream
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted import Job, Lane, Once, Steps, made_for_any_mode
+from dist_ema.uninterrupted.jobs import InLine, Job, Lane, Once, Steps
+from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["Updater"]
 
@@ -67,7 +69,7 @@ class Updater:
         )
         self._prepared: Prepared | None = None
         self._watch = Watch(self._shards, self._tracks, is_free=skip_nonfinite)
-        self._begun: Job | None = None
+        self._begun: Job | InLine | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which prepares its own lists; the events of these could not be copied."""
@@ -242,13 +244,40 @@ class Updater:
             self._watch.forget()  # the next update looks at what is copied now
         self._run(stream, Job(lanes, count, prepared.share))
 
+    def can_repeat(self) -> bool:
+        """Whether the next update may be made of the latest one's steps, and the momenta alone may differ.
+
+        No communication. The memory of all tensors is compared.
+        """
+        prepared = self._prepared
+        return (
+            prepared is not None
+            and self._begun is None
+            and self.stream.is_in_line
+            and self._moves.kept is not None
+            and self._moves.kept.prepared is prepared
+            and self._watch.is_idle
+            and prepared.is_current(flagged=False)
+        )
+
+    def repeat(self, momenta: Sequence[float], count: Callable[[], Any]) -> None:
+        """As `lerp`, at once after `can_repeat`, and with gradients or without. No communication.
+
+        Args:
+            momenta: as in `lerp`; none of them is 0.
+            count: a call of C that counts the update, and may be made again.
+        """
+        self._begun = job = InLine(self._moves.kept_steps(momenta), count)
+        job()
+        self._begun = None
+
     def _ready(self, *, flagged: bool) -> Prepared:
         prepared = self._prepared
-        if prepared is None or not prepared.is_current():
+        if prepared is None or not prepared.is_current(flagged=flagged):
             prepared = None
             self._watch.follow()
         watched = self._watch.watched()
-        if prepared is None or prepared.watched != watched or not prepared.is_ready(flagged=flagged):
+        if prepared is None or prepared.watched != watched:
             self._prepared = prepared = None  # its memory is freed before the new memory is made
             self._moves.forget()
             prepared = Prepared(

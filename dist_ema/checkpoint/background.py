@@ -18,7 +18,7 @@ import torch
 from dist_ema.averaging.averages import aligned
 from dist_ema.boxes.shards import Box
 from dist_ema.checkpoint.writing import Pieces
-from dist_ema.uninterrupted import End, insist
+from dist_ema.uninterrupted.threads import End, insist
 
 __all__ = ["Background"]
 

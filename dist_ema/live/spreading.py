@@ -19,7 +19,7 @@ from dist_ema.boxes.owners import Division
 from dist_ema.boxes.plan import Plan
 from dist_ema.boxes.shards import Box, Shard
 from dist_ema.ranks.broadcasts import broadcast_steps
-from dist_ema.uninterrupted import Job, Lane, Steps
+from dist_ema.uninterrupted.jobs import Job, Lane, Steps
 
 __all__ = ["LiveBackup", "put_average", "spread", "spread_all"]
 

@@ -1,4 +1,4 @@
-"""The context in which the averaged weights are in the model. See [Note: interrupts] in `dist_ema.uninterrupted`."""
+"""The context in which the averaged weights are in the model: see [Note: interrupts] in uninterrupted/jobs.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ema.live.holders.replicas import Replicas
 from dist_ema.live.kept_buffers import check_keeping, keep_buffers
 from dist_ema.live.spreading import LiveBackup, put_average
 from dist_ema.ranks.calls import Call, Calls
-from dist_ema.uninterrupted import insist
+from dist_ema.uninterrupted.threads import insist
 
 __all__ = ["Swap", "agreed_values", "meeting", "put_for_good"]
 

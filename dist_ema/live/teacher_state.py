@@ -20,7 +20,7 @@ from dist_ema.boxes.shards import Shard
 from dist_ema.live.teacher import Teacher, TeacherAverages, copy_pairs
 from dist_ema.options import Options
 from dist_ema.schedules.base import Schedule
-from dist_ema.uninterrupted import Job, Lane, Once
+from dist_ema.uninterrupted.jobs import Job, Lane, Once
 
 __all__ = ["TeacherState"]
 
@@ -78,6 +78,7 @@ class TeacherState(AveragedState):
 
     takes_buffers = False  # every update gives the teacher the live ones
     takes_tracks = False
+    repeats = False  # every update begins with `_begin_update`
 
     def __init__(self, teacher: Teacher, options: Options, schedules: Mapping[str, Schedule]) -> None:
         super().__init__(teacher.plan, options, schedules)

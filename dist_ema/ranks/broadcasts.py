@@ -1,8 +1,8 @@
 """Broadcasts of values to the ranks that hold the same tensor, in training's own process groups.
 
 A rank that leaves these groups spoils them for training. So a broadcast that the ranks have agreed on is not cut off:
-it is given as steps (see [Note: interrupts] in uninterrupted.py), which one call of C begins; an interrupt cannot cut
-that in two. What an interrupt leaves is done before the interrupt is raised.
+it is given as steps (see [Note: interrupts] in uninterrupted/jobs.py), which one call of C begins; an interrupt
+cannot cut that in two. What an interrupt leaves is done before the interrupt is raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_ema.uninterrupted import Steps
+from dist_ema.uninterrupted.jobs import Steps
 
 __all__ = ["Passing", "broadcast_steps"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_ema.ranks.exchange import Exchange
-from dist_ema.uninterrupted import insist
+from dist_ema.uninterrupted.threads import insist
 
 __all__ = ["groups_of", "launched_without_a_group", "names_of", "of_ranks"]
 

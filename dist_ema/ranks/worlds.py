@@ -28,7 +28,7 @@ from dist_ema.ranks.store.link import Farewell, LeftError, Link
 from dist_ema.ranks.store.presence import Presence
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError
 from dist_ema.ranks.wires.wires import Wires
-from dist_ema.uninterrupted import End, insist
+from dist_ema.uninterrupted.threads import End, insist
 
 __all__ = ["STORE_IS_GONE", "Patience", "World", "simulated", "this_world"]
 

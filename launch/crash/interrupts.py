@@ -112,21 +112,28 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 class Net(nn.Module):
     """Tiny tensors that are packed, larger ones, a frozen mask and one in a buffer."""
 
-    def __init__(self, head: int = 3) -> None:
+    def __init__(self, head: int = 3, masked: bool = True) -> None:
         super().__init__()
         self.body = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
         self.wide = nn.Linear(40, 60)
         self.head = nn.Linear(3, head)
-        self.mask = nn.Parameter(MASK.clone(), requires_grad=False)
-        self.register_buffer("shown", MASK.clone())
+        if masked:
+            self.mask = nn.Parameter(MASK.clone(), requires_grad=False)
+            self.register_buffer("shown", MASK.clone())
 
 
 def subject(
-    schedule: Any = TWO, *, dtype: torch.dtype = torch.float32, updates: int = 2, teacher: bool = False, **options: Any
+    schedule: Any = TWO,
+    *,
+    dtype: torch.dtype = torch.float32,
+    updates: int = 2,
+    teacher: bool = False,
+    masked: bool = True,
+    **options: Any,
 ) -> Callable[[Path], Subject]:
     def make(folder: Path) -> Subject:
         torch.manual_seed(0)
-        model = Net().to(dtype)
+        model = Net(masked=masked).to(dtype)
         into = copy.deepcopy(model).float().requires_grad_(False) if teacher else None
         chosen = ONE if teacher else schedule
         made = Subject(model, ShardedEMA(model, chosen, into=into, **options), into, folder)
@@ -307,6 +314,9 @@ ROWS = [
     Row("update, flag", subject(), flagged),
     Row("update, flag of a skipped step", subject(), lambda given: flagged(given, skipped=1.0)),
     Row("update, float64 averages", subject(dtype=torch.float64)),
+    Row("update, by the steps of the latest", subject(masked=False, updates=3)),
+    Row("update, by the steps of the latest, bfloat16", subject(ONE, dtype=torch.bfloat16, masked=False, updates=3)),
+    Row("update, by the steps of the latest, default device", subject(masked=False, updates=3), within=lambda: CPU),
     Row("update, averages afar", subject(dtype=torch.bfloat16), within=fetched),
     Row("update, threads", subject(), within=threads),
     Row("update, threads, compensated", subject(compensated=True), within=threads),

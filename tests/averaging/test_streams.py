@@ -524,7 +524,7 @@ def test_detach_after_a_failed_update_ends_the_overlap_all_the_same(monkeypatch)
     model, ema, _ = made(overlap=True)
     ema.update()
     with monkeypatch.context() as patched:
-        patched.setattr("dist_ema.uninterrupted._one_by_one", lambda lanes: 1 / 0)
+        patched.setattr("dist_ema.uninterrupted.jobs._one_by_one", lambda lanes: 1 / 0)
         ema.update()
         with pytest.raises(ZeroDivisionError):
             ema.detach()

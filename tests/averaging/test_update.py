@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -607,3 +609,111 @@ threading.Thread(target=late).start()
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == str(list(range(9))), ran.stderr
+
+
+class Trained(nn.Module):
+    """What may stand in a model that is trained: tied, empty, of several dtypes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for _ in range(4)))
+        self.square = nn.Parameter(torch.randn(5, 5, dtype=dtype))
+        self.other = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+        self.tied = self.layers[0].weight
+        self.void = nn.Parameter(torch.empty(0, 3, dtype=dtype))
+
+
+def step_size(step: int) -> float:
+    """A schedule that stands still for a while."""
+    return 0.0 if step % 7 == 5 else 1.0 / (step + 2)
+
+
+def acts(folder: Path) -> dict[str, Callable[[ShardedEMA, Trained], object]]:
+    """What may come between two updates, and changes what the next one must do."""
+
+    def turned(ema: ShardedEMA, model: Trained) -> None:
+        model.square.data = model.square.data.t()
+
+    def replaced(ema: ShardedEMA, model: Trained) -> None:
+        model.layers[1].weight = nn.Parameter(model.layers[1].weight.detach() + 1.0)
+
+    def moved(ema: ShardedEMA, model: Trained) -> None:
+        model.layers[2].bias.data = model.layers[2].bias.data.clone()
+
+    def of_another_dtype(ema: ShardedEMA, model: Trained) -> None:
+        model.layers[3].bias.data = model.layers[3].bias.data.double()
+
+    def frozen(ema: ShardedEMA, model: Trained) -> None:
+        model.square.requires_grad_(False)
+        ema.update()
+        model.square.requires_grad_(True)
+
+    def saved_and_loaded(ema: ShardedEMA, model: Trained) -> None:
+        ema.save(folder / "saved")
+        ema.update()
+        ema.load(folder / "saved")
+
+    def swapped(ema: ShardedEMA, model: Trained) -> None:
+        with ema.average_parameters("a"):
+            pass
+
+    def track(ema: ShardedEMA, model: Trained) -> None:
+        if "c" in ema.tracks:
+            ema.drop_track("c")
+        else:
+            ema.add_track("c", ConstantSchedule(momentum=0.25))
+
+    return {
+        "turned": turned,
+        "replaced": replaced,
+        "moved": moved,
+        "of another dtype": of_another_dtype,
+        "frozen": frozen,
+        "saved and loaded": saved_and_loaded,
+        "swapped": swapped,
+        "track": track,
+        "restart": lambda ema, model: ema.restart(),
+        "flag": lambda ema, model: ema.update(found_inf=torch.zeros(1)),
+        "skipped": lambda ema, model: ema.update(found_inf=torch.ones(1)),
+        "without gradients": lambda ema, model: torch.no_grad()(ema.update)(),
+        "in inference mode": lambda ema, model: torch.inference_mode()(ema.update)(),
+        "copied": lambda ema, model: copy.copy(ema).num_updates,
+        "infinite": lambda ema, model: model.square.data.fill_(float("inf")),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:only your code can rebuild", "ignore:update number")
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_updates_by_the_steps_of_the_latest_are_those_that_were_made_anew(tmp_path, dtype, interval, seed) -> None:
+    runs = []
+    repeated = []
+    for repeats in (True, False):
+        torch.manual_seed(seed)
+        model = Trained(dtype)
+        tracks = {"a": ConstantSchedule(momentum=0.3), "b": step_size}
+        ema = ShardedEMA(model, tracks, interval=interval)
+        ema._state.repeats = repeats
+        chance = random.Random(seed)
+        found = []
+        between = acts(tmp_path / str(repeats))
+        for step in range(60):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9).add_(0.01 * step)
+            repeated.append(repeats and step % interval == 0 and ema._state._updater.can_repeat())
+            ema.update()
+            if step % 3 == 2:
+                between[chance.choice(list(between))](ema, model)
+            states = {f"{name} {track}": value for track in "ab" for name, value in ema.full_state_dict(track).items()}
+            found.append((ema.num_updates, {name: value.clone() for name, value in states.items()}))
+            assert not any(value.requires_grad for row in ema._state.averages.values() for value in row.values)
+        runs.append(found)
+    assert any(repeated)
+    for step, ((number, own), (number_anew, anew)) in enumerate(zip(*runs, strict=True)):
+        assert number == number_anew, step
+        different = [
+            name for name, value in own.items() if not torch.equal(value.nan_to_num(7.0), anew[name].nan_to_num(7.0))
+        ]
+        assert not different, (step, different)

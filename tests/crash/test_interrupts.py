@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import random
 import signal
@@ -19,15 +20,15 @@ from typing import Any
 import interrupts
 import pytest
 import torch
-from interrupts import ROWS, Alarm, Row, sweep_lines, sweep_signals
+from interrupts import ROWS, TWO, Alarm, Row, sweep_lines, sweep_signals
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dist_ema import (
     ConstantSchedule,
     DistEMAError,
     ShardedEMA,
     SwapError,
-    uninterrupted,
 )
 from dist_ema.averaging import streams
 from dist_ema.averaging.infinities import Watch
@@ -35,10 +36,13 @@ from dist_ema.averaging.streams import HostThread
 from dist_ema.checkpoint import background, save_calls
 from dist_ema.live import swap as swapping
 from dist_ema.live.spreading import LiveBackup
-from dist_ema.uninterrupted import Job, Lane, Once, Steps, insist
+from dist_ema.uninterrupted import threads
+from dist_ema.uninterrupted.jobs import InLine, Job, Lane, Once, Steps
+from dist_ema.uninterrupted.threads import insist
 
 BY_NAME = {row.name: row for row in ROWS}
-ALL_LINES = ["update, two tracks", "update, threads", "update, host thread", "swap"]
+REPEATED = "update, by the steps of the latest"
+ALL_LINES = ["update, two tracks", REPEATED, "update, threads", "update, host thread", "swap"]
 
 
 @pytest.mark.parametrize("name", ALL_LINES)
@@ -55,7 +59,9 @@ def test_an_interrupt_at_some_line_leaves_nothing_half_done(tmp_path: Path, row:
     assert points > 0 and not bad
 
 
-@pytest.mark.parametrize("name", ["update, two tracks", "update, default device", "update, threads", "swap", "load"])
+@pytest.mark.parametrize(
+    "name", ["update, two tracks", REPEATED, "update, default device", "update, threads", "swap", "load"]
+)
 def test_a_signal_at_any_time_and_a_second_one_leave_nothing_half_done(tmp_path: Path, name: str) -> None:
     points, bad = sweep_signals(BY_NAME[name], tmp_path, 40, seed=len(name))
     assert points > 0 and not bad, bad
@@ -120,6 +126,64 @@ def test_a_step_that_had_moved_its_tensor_when_the_interrupt_came_is_not_done_ag
     with pytest.raises(KeyboardInterrupt):
         job()
     assert all(torch.equal(value, torch.ones(2)) for value in values)
+
+
+@pytest.mark.parametrize("interrupted", range(3))
+def test_steps_in_line_and_their_count_are_done_once_though_a_step_raises(interrupted: int) -> None:
+    values = [torch.zeros(2) for _ in range(3)]
+    steps, counts = Steps(), torch.zeros(())
+    for index, value in enumerate(values):
+        moving(steps, value, interrupted=index == interrupted)
+    job = InLine(steps, functools.partial(counts.add_, 1.0))
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    assert all(torch.equal(value, torch.ones(2)) for value in values) and counts.item() == 1.0
+    assert not job.is_left
+
+
+class Raising(TorchFunctionMode):
+    """Raises once, after one of torch's functions has done its work."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.was_raised = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is self._function and not self.was_raised:
+            self.was_raised = True
+            raise KeyboardInterrupt
+        return result
+
+
+@pytest.mark.parametrize(("function", "is_whole"), [(torch.cat, False), (torch._foreach_lerp_, True)])
+def test_an_interrupt_within_a_repeated_update_leaves_all_of_it_or_nothing(function: Any, is_whole: bool) -> None:
+    """Python code may run within a step where a mode of torch is on."""
+
+    def run() -> tuple[nn.Module, ShardedEMA]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+        ema = ShardedEMA(model, TWO)
+        for _ in range(3):
+            ema.update()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.5)
+        return model, ema
+
+    (_, ema), (_, twin) = run(), run()
+    assert ema._state._updater.can_repeat()
+    with pytest.raises(KeyboardInterrupt), Raising(function):
+        ema.update()
+    if is_whole:
+        twin.update()
+    for _ in range(2):
+        assert ema.num_updates == twin.num_updates
+        for track in ema.tracks:
+            own, expected = ema.full_state_dict(track), twin.full_state_dict(track)
+            assert all(torch.equal(value, expected[name]) for name, value in own.items())
+        ema.update()
+        twin.update()
 
 
 def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +516,7 @@ def test_a_save_that_was_interrupted_while_its_thread_started_is_waited_for(
 
 def test_work_is_waited_for_when_an_interrupt_comes_as_its_thread_is_started(monkeypatch) -> None:
     """The update raised while its thread was still at work: made again, it was made twice."""
-    real, started, done = uninterrupted._thread.start_new_thread, [], []
+    real, started, done = threads._thread.start_new_thread, [], []
 
     def start(*arguments: Any) -> None:
         real(*arguments)
@@ -464,7 +528,7 @@ def test_work_is_waited_for_when_an_interrupt_comes_as_its_thread_is_started(mon
         time.sleep(0.3)
         done.append(1)
 
-    monkeypatch.setattr(uninterrupted._thread, "start_new_thread", start)
+    monkeypatch.setattr(threads._thread, "start_new_thread", start)
     with pytest.raises(KeyboardInterrupt):
         insist(work)
     assert done == [1] and len(started) == 2

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dist_ema.averaging.fused.launches import Launch
-from dist_ema.uninterrupted import Steps
+from dist_ema.uninterrupted.jobs import Steps
 
 os.environ["TRITON_INTERPRET"] = "1"
 SHAPES = [(300, 7), (1,), (33,), (4096,), (4097,), (16384,), (16385,), (2, 20000)]

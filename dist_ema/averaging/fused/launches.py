@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from dist_ema.uninterrupted import Steps, insist, made_for_any_mode
+from dist_ema.uninterrupted.jobs import Steps
+from dist_ema.uninterrupted.modes import made_for_any_mode
+from dist_ema.uninterrupted.threads import insist
 
 __all__ = ["Launch", "can_move", "is_aligned", "is_ready", "launch_for"]
 

@@ -19,7 +19,7 @@ from dist_ema.boxes.owners import boxes_of_run
 from dist_ema.boxes.shards import Box
 from dist_ema.live.elsewhere.chunks import Portion
 from dist_ema.live.elsewhere.routes import ALIGNMENT, Routes, Run, Tensors, routes_of
-from dist_ema.uninterrupted import made_for_any_mode
+from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["Laid", "Left", "Places"]
 

@@ -34,7 +34,8 @@ from dist_ema.options import floating_dtype
 from dist_ema.ranks.broadcasts import Passing
 from dist_ema.ranks.calls import Call
 from dist_ema.ranks.deliveries import deliveries, device_of_messages
-from dist_ema.uninterrupted import Job, Lane, Steps, insist
+from dist_ema.uninterrupted.jobs import Job, Lane, Steps
+from dist_ema.uninterrupted.threads import insist
 
 __all__ = ["NamedTensors", "whole_tensors"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_ema.ranks.store.shared_store import SharedStore, StoreError, innermost
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted.threads import End
 
 __all__ = ["Clients"]
 

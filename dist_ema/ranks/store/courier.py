@@ -17,7 +17,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from dist_ema.uninterrupted import End, outlast
+from dist_ema.uninterrupted.threads import End, outlast
 
 __all__ = ["Courier"]
 

@@ -43,7 +43,7 @@ import torch
 from dist_ema.ranks.wires.addresses import Address, addresses_of_host, host_identity, open_listener
 from dist_ema.ranks.wires.outgoing import GO, NUMBER_BYTES, TOKEN_BYTES, Outgoing
 from dist_ema.ranks.wires.tasks import Sockets, Task, Tasks, Wait, WireError, read, write
-from dist_ema.uninterrupted import insist
+from dist_ema.uninterrupted.threads import insist
 
 __all__ = ["MOST_ACCEPTED", "Board", "Content", "WireError", "Wires"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from dist_ema.uninterrupted import End
+from dist_ema.uninterrupted.threads import End
 
 
 def test_all_who_wait_for_an_end_go_on_when_it_comes() -> None:

@@ -1,4 +1,4 @@
-"""Work that is done whole or not at all, whatever a signal handler raises meanwhile. No communication.
+"""Jobs: steps that are done whole or not at all. No communication.
 
 [Note: interrupts]
 Python runs signal handlers between two of its own instructions, in the main thread. Ctrl-C raises there, and so may
@@ -13,29 +13,18 @@ counts versions of a tensor, and these show whether a step that was cut off has 
 
 from __future__ import annotations
 
-import _thread
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = [
-    "End",
-    "Job",
-    "Lane",
-    "Once",
-    "Steps",
-    "insist",
-    "keeping_autograd",
-    "made_for_any_mode",
-    "outlast",
-    "version_of",
-]
+from dist_ema.uninterrupted.threads import insist
+
+__all__ = ["InLine", "Job", "Lane", "Once", "Steps", "version_of"]
 
 # These two are C, and so are `partial`, `map`, `next` and `list.extend`: no handler runs between the steps.
 _call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
@@ -43,29 +32,6 @@ version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
 _POLL_SECONDS = 1e-4
 _COUNTS_NOTHING = partial(bool)
-
-
-def keeping_autograd(work: Callable[[], None]) -> None:
-    """Do `work`. After an exception autograd is as before: an interrupt at the end of `no_grad()` leaves it off."""
-    mode = torch.is_grad_enabled()
-    try:
-        try:
-            work()
-        except BaseException:
-            torch.set_grad_enabled(mode)
-            raise
-    except BaseException:  # a second one, before the first was dealt with
-        torch.set_grad_enabled(mode)
-        raise
-
-
-def made_for_any_mode() -> AbstractContextManager[object]:
-    """A context whose tensors can be written to in and outside of `torch.inference_mode()`. No communication.
-
-    It does nothing outside of that mode. An interrupt at the end of `torch.inference_mode(False)` would leave open what
-    ends it: whenever Python frees that, autograd is set as it was at the beginning.
-    """
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Steps:
@@ -271,117 +237,51 @@ class Job:
             self._is_finished, self._has_failed = True, False
 
 
-class End:
-    """The end of work that another thread does.
+class InLine:
+    """Steps that this thread does at once, and their count: all of it, or nothing. One call of C does it.
 
-    The wait for it is one lock. A signal handler that raises makes a condition variable of Python, as in a `Future`,
-    raise an error of its own, or leave a lock locked.
+    It is what `Job` is, for one lane of known steps, in less time.
 
-    Attributes:
-        has_come: whether the work is done, or has failed.
-        failure: what the work raised.
+    Args:
+        steps: the steps.
+        count: a call of C that records that they are done, and may be made again.
     """
 
-    def __init__(self) -> None:
-        self.has_come = False
-        self.failure: BaseException | None = None
-        self._lock = _thread.allocate_lock()  # locked until the end has come
-        self._lock.acquire()
+    __slots__ = ("_count", "_done", "_finishing", "_has_failed", "_steps")
 
-    def come_of(self, work: Callable[[], None]) -> None:
-        """Do `work`, on the other thread, and let the end come."""
+    def __init__(self, steps: Steps, count: Callable[[], Any]) -> None:
+        self._steps = steps
+        self._count = count
+        self._done: list[Any] = []
+        self._finishing = threading.Lock()
+        self._has_failed = False
+
+    def __call__(self) -> None:
+        """Do it. An exception leaves it done, unless a step raised: then nothing is done, or something is left."""
         try:
-            work()
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.has_come = True
-            self._lock.release()
-
-    def wait(self) -> None:
-        """Wait until the end has come. It raises what a signal handler raises meanwhile."""
-        while not self.has_come:
-            self.comes_within(1.0)
-
-    def comes_within(self, seconds: float) -> bool:
-        """Wait for so long at most. It raises what a signal handler raises meanwhile.
-
-        Returns:
-            Whether the end has come.
-        """
-        if not self.has_come and self._lock.acquire(timeout=seconds):
-            self._lock.release()  # for whoever else waits
-        return self.has_come
-
-
-def outlast(ends: Iterable[End]) -> BaseException | None:
-    """Wait for all ends, whatever a signal handler raises meanwhile. Returns the latest of it."""
-    latest: BaseException | None = None
-    for end in ends:
-        while not end.has_come:
             try:
-                end.wait()
-            except BaseException as error:
-                latest = error
-    return latest
+                self._done.extend(map(_call, [*self._steps.calls, self._count]))
+            except BaseException:
+                self.finish()
+                raise
+        except BaseException:  # a second exception, before the first was dealt with
+            self.finish()
+            raise
 
+    @property
+    def is_left(self) -> bool:
+        """Whether a part of it is done, and a part is not."""
+        return 0 < len(self._done) <= len(self._steps.calls)
 
-def insist(work: Callable[[], None]) -> None:
-    """Have a thread, which no signal handler interrupts, do `work`; wait for it, whatever is raised meanwhile.
+    def finish(self, *, again: bool = False) -> None:
+        """As `Job.finish`."""
+        if self.is_left and (again or not self._has_failed):
+            insist(self._finish)
 
-    It raises the exception of the work, else the latest exception that came while it waited.
-    """
-    end = End()
-    carried = _carried()
-    taken: dict[str, int] = {}
-
-    def within() -> None:
-        with carried():
-            work()
-
-    def run() -> None:
-        mine = threading.get_ident()
-        if taken.setdefault("by", mine) == mine:
-            end.come_of(within)
-
-    is_given = False
-    latest: BaseException | None = None
-    while not end.has_come:
-        try:
-            if not is_given:
-                # After an interrupt at the end of this call a second thread is started, which finds the work taken.
-                _start(run)
-                is_given = True
-            end.wait()
-        except BaseException as error:
-            latest = error
-    failure = end.failure or latest
-    if failure is not None:
-        raise failure
-
-
-def _start(run: Callable[[], None]) -> None:
-    try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError:  # no more threads, or the interpreter is ending
-        run()
-
-
-def _carried() -> Callable[[], Any]:
-    """The state of torch in this thread, as a context for another one: without gradients, on the same stream."""
-    inference = torch.is_inference_mode_enabled()
-    stream: Any = None
-    kind = torch.accelerator.current_accelerator()
-    of: Any = None if kind is None else torch.get_device_module(kind)
-    if of is not None and getattr(of, "is_initialized", bool)():
-        with suppress(RuntimeError):  # a device without streams
-            stream = torch.accelerator.current_stream()
-
-    @contextmanager
-    def carried() -> Iterator[None]:
-        with torch.inference_mode() if inference else torch.no_grad():
-            if stream is not None:
-                torch.accelerator.set_stream(stream)
-            yield
-
-    return carried
+    def _finish(self) -> None:
+        with self._finishing:  # the thread of an earlier try may still be at work
+            if self.is_left:
+                self._has_failed = True
+                self._steps.run(self._done)
+                self._done.append(self._count())
+                self._has_failed = False

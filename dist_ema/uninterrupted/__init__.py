@@ -1,0 +1,1 @@
+"""Work that is done whole or not at all, whatever a signal handler raises meanwhile. No communication."""
