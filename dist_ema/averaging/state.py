@@ -7,10 +7,10 @@ methods communicate.
 
 from __future__ import annotations
 
-import functools
 import math
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -155,24 +155,19 @@ class AveragedState:
         step = now.num_updates
         if not (now.is_ordinary and self.repeats and step % self.options.interval == 0 and self._updater.can_repeat()):
             return False
-        momenta = [self._momentum(schedule, step) for schedule in self.schedules.values()]
-        now = self._with_momenta(now.after_update(step, None), momenta)
+        momenta = list(map(self._momentum, self.schedules.values(), repeat(step)))
+        now = now.after_update(step, None)
+        if self._watches_momenta:
+            now = now.with_momenta(momenta)
         if 0.0 in momenta:
-            without_gradients(functools.partial(self._updater.lerp, momenta, Once(self, "_now", now)))
+            without_gradients(partial(self._updater.lerp, momenta, Once(self, "_now", now)))
         else:
-            self._updater.repeat(momenta, functools.partial(setattr, self, "_now", now))
+            self._updater.repeat(momenta, partial(setattr, self, "_now", now))
         return True
 
     def _counting(self, now: Now, momenta: Sequence[float]) -> Once:
         """Sets the counters of an update with these momenta."""
-        return Once(self, "_now", self._with_momenta(now, momenta))
-
-    def _with_momenta(self, now: Now, momenta: Sequence[float]) -> Now:
-        if not self._watches_momenta:
-            return now
-        # Three digits: the functions of C may round differently on other machines.
-        text = " ".join(f"{momentum:.3g}" for momentum in momenta)
-        return now._replace(momenta=zlib.crc32(text.encode(), now.momenta))
+        return Once(self, "_now", now.with_momenta(momenta) if self._watches_momenta else now)
 
     @property
     def progress(self) -> dict[str, int]:
@@ -270,7 +265,7 @@ class AveragedState:
 
     def _replacing(self, track: str, values: Sequence[torch.Tensor]) -> Lane:
         """The lane that sets the averages of one track."""
-        return Lane.of(functools.partial(self.averages[track].replace, values))
+        return Lane.of(partial(self.averages[track].replace, values))
 
     def take_over(self, track: str, values: Sequence[torch.Tensor], num_updates: int) -> None:
         """Take over the averages of one track; the others stay, or start from the live weights of now."""
@@ -451,7 +446,7 @@ class AveragedState:
             averaged: pairs of an averaged value of a buffer (or what rounding took of it) and what replaces it.
         """
         kept = {**self._now.kept, track: KeptBuffers(self.num_updates, values)}
-        copy = functools.partial(copy_pairwise, [pair[0] for pair in averaged], [pair[1] for pair in averaged])
+        copy = partial(copy_pairwise, [pair[0] for pair in averaged], [pair[1] for pair in averaged])
         self._updater.set(Job([Lane.of(copy)], Once(self, "_now", self._now._replace(kept=kept))))
         self.use.tracks_with_buffers.add(track)
 

@@ -249,15 +249,14 @@ class Updater:
 
         No communication. The memory of all tensors is compared.
         """
-        prepared = self._prepared
+        kept = self._moves.kept
         return (
-            prepared is not None
+            kept is not None
+            and kept.prepared is self._prepared
             and self._begun is None
             and self.stream.is_in_line
-            and self._moves.kept is not None
-            and self._moves.kept.prepared is prepared
             and self._watch.is_idle
-            and prepared.is_current(flagged=False)
+            and kept.prepared.is_current(flagged=False)
         )
 
     def repeat(self, momenta: Sequence[float], count: Callable[[], Any]) -> None:

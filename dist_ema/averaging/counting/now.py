@@ -10,7 +10,8 @@ at the values of another one has them for its update number 0: its next update i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,12 @@ class Now(NamedTuple):
         kept = {} if self.not_started else self.kept  # averages that had not started move in any case
         fields = (step + 1, flag, _ALL_STARTED, self.num_refused_before, kept, self.starts, self.begun_at, self.momenta)
         return tuple.__new__(Now, fields)  # every update makes one; `Now()` takes half as long again
+
+    def with_momenta(self, momenta: Sequence[float]) -> Now:
+        """The counters with the momenta of one more update in their checksum."""
+        # Three digits: the functions of C may round differently on other machines.
+        text = " ".join(f"{momentum:.3g}" for momentum in momenta)
+        return self._replace(momenta=zlib.crc32(text.encode(), self.momenta))
 
     def own_number(self, track: str, step: int) -> int:
         """The number that an update of the average has for a track."""
