@@ -243,7 +243,7 @@ class InLine:
     It is what `Job` is, for one lane of known steps, in less time.
 
     Args:
-        steps: the steps.
+        steps: the steps; the first of them moves nothing that counts, unless `Steps.once` has added it.
         count: a call of C that records that they are done, and may be made again.
     """
 
