@@ -5,7 +5,7 @@
     ├── UnsupportedModelError (also TypeError)   the model cannot be averaged as it is
     ├── AttachError                              model, optimizer and accelerator do not belong together
     ├── ModelChangedError                        the model is no longer the one that was planned
-    ├── SwapError                                not allowed while averaged weights are in the model, or streamed
+    ├── SwapError                                not allowed while averages are in the model, streamed, or moved
     ├── CommunicationError                       other ranks died, left the call, or made another one
     ├── RankMismatchError                        the ranks differ in model, options or counter
     └── CheckpointError                          a folder could not be written or read
@@ -56,7 +56,7 @@ class ModelChangedError(DistEMAError):
 
 
 class SwapError(DistEMAError):
-    """The call is not allowed while the averaged weights are swapped into the model, or are being streamed."""
+    """The call is not allowed while the averaged weights are in the model, are being streamed, or are being moved."""
 
 
 class CommunicationError(DistEMAError):

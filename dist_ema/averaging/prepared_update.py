@@ -60,7 +60,8 @@ class Prepared:
         flagged: bool = False,
     ) -> None:
         self.watched = watched
-        live = [shard.observed() for shard in shards]
+        # Aliases of its own: whoever has the views may ask them for a gradient.
+        live = [shard.observed().detach() for shard in shards]
         filled = [index for index, value in enumerate(live) if value.numel()]
         compensated = any(track.residuals for track in tracks)
         rows = [track.values for track in tracks] + [track.residuals for track in tracks if compensated]
@@ -104,8 +105,7 @@ class Prepared:
             for index, block in enumerate(self.blocks if self._landings else ()):
                 block.land_in(self._landings[index % 2])
         self.is_fetched = bool(self._landings)
-        is_tracked = any(value.requires_grad for value in self._live)
-        self.is_repeated = self._workers == 1 and not (self.is_fetched or watched or is_tracked)
+        self.is_repeated = self._workers == 1 and not (self.is_fetched or watched)
 
     def is_current(self, *, flagged: bool) -> bool:
         """Whether live tensors and averages have the memory that they had, and launches can go, with a flag or not."""

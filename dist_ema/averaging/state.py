@@ -146,19 +146,19 @@ class AveragedState:
     def update_again(self) -> bool:
         """One update, whole or not at all, if it can be made of the steps of the latest one. No communication.
 
-        Gradients may be on. A small model is averaged in half of the time of `update`.
+        Gradients may be on. So it is for schedules of this package alone: those of users may be anything, and change
+        the model.
 
         Returns:
             Whether it is done; else nothing is, and `update` does it.
         """
         now = self._now
         step = now.num_updates
-        if not (now.is_ordinary and self.repeats and step % self.options.interval == 0 and self._updater.can_repeat()):
+        may_repeat = self.repeats and now.is_ordinary and not self._watches_momenta
+        if not may_repeat or step % self.options.interval or not self._updater.can_repeat():
             return False
         momenta = list(map(self._momentum, self.schedules.values(), repeat(step)))
         now = now.after_update(step, None)
-        if self._watches_momenta:
-            now = now.with_momenta(momenta)
         if 0.0 in momenta:
             without_gradients(partial(self._updater.lerp, momenta, Once(self, "_now", now)))
         else:

@@ -25,7 +25,8 @@ from dist_ema.averaging.moves import Moves, adding_up
 from dist_ema.averaging.prepared_update import Prepared
 from dist_ema.averaging.streams import Stream
 from dist_ema.boxes.shards import Shard
-from dist_ema.uninterrupted.jobs import InLine, Job, Lane, Once, Steps
+from dist_ema.errors import SwapError
+from dist_ema.uninterrupted.jobs import InLine, Job, Lane, Once, Steps, is_within
 from dist_ema.uninterrupted.modes import made_for_any_mode
 
 __all__ = ["Updater"]
@@ -100,10 +101,19 @@ class Updater:
         return sum(int(count.item()) for count in self._refused.values())
 
     def complete(self) -> None:
-        """Do what two exceptions in a row have left undone of the latest job. No communication."""
+        """Do what two exceptions in a row have left undone of the latest job. No communication.
+
+        Raises:
+            SwapError: the job is not left, but under way beneath this call, which a signal handler makes.
+        """
         job = self._begun
         if job is not None:
             if job.is_left:
+                if is_within(job):
+                    raise SwapError(
+                        "a signal handler has called the average in the middle of its update, where a part has moved "
+                        "and a part has not: let the handler set a flag, and look at it after update()"
+                    )
                 job.finish(again=True)
             self._begun = None
 

@@ -107,7 +107,7 @@ class SaveCalls:
 
     def expect_updates(self) -> None:
         """Take the live weights of now for untrained; see `SaveWarnings.expect_updates`. No communication."""
-        self.warnings.expect_updates(self._state.plan)
+        self.warnings.expect_updates(self._state.plan, self._state.num_updates)
 
     def save(
         self, call: Call, path: PathLike, max_shard_size: int | str, *, background: bool, only_unchanged: bool

@@ -39,23 +39,31 @@ class SaveWarnings:
         self._warned_of_buffers = False
         self._warned_of_nan = False
         self._sample: bytes | None = None
+        self._expected_from = 0  # the number of updates when the sample was taken
+        self._written: set[Path] = set()
 
-    def expect_updates(self, plan: Plan) -> None:
+    def expect_updates(self, plan: Plan, num_updates: int) -> None:
         """Keep a sample of the live weights: `warn_of_no_updates` looks whether they have changed. No communication.
 
         Waits for the device: a few elements of every tensor go to the host.
         """
         self._sample = _live_sample(plan)
+        self._expected_from = num_updates
 
     def tell_of_a_better_one(self, target: Path, num_updates: int, use: Use) -> None:
         """On rank 0: warn if an average of more updates is at `target`. No communication.
 
-        There is no warning after a load, `start_from` or `restart`: there the user chose where the counter stands.
+        Where a hook saves, an average of any number counts that this run has not written: a resume that was forgotten
+        may have caught up by now. There is no warning after a load, `start_from` or `restart`: there the user chose
+        where the counter stands.
         """
+        is_first = target not in self._written
+        self._written.add(target)
         if self._warned_of_better or use.is_begun_on_purpose:
             return
         saved = _updates_in(target)
-        if saved is not None and saved > num_updates and saved >= _FEWEST_TO_LOSE:
+        is_lost = saved is not None and (saved > num_updates or (is_first and self._sample is not None))
+        if saved is not None and is_lost and saved >= _FEWEST_TO_LOSE:
             self._warned_of_better = True
             tell(
                 f"{target} holds an average of {saved} updates, and this save replaces it by one of {num_updates}: an "
@@ -65,17 +73,27 @@ class SaveWarnings:
             )
 
     def warn_of_no_updates(self, exchange: Exchange, plan: Plan, num_updates: int) -> None:
-        """Collective at 0 updates, else no communication. Warn if weights of a rank changed without updates."""
-        if num_updates or self._warned_of_no_updates_in == exchange.epoch or self._sample is None:
+        """Warn if weights of a rank changed, and nothing was averaged since updates were expected.
+
+        Collective until the first update since then, and no communication after that.
+        """
+        is_stepped = num_updates != self._expected_from
+        if is_stepped or self._warned_of_no_updates_in == exchange.epoch or self._sample is None:
             return
         changed = exchange.agree("comparing the weights", lambda: _live_sample(plan) != self._sample)
         if exchange.sum_integers([int(changed)]) != [0]:
             self._warned_of_no_updates_in = exchange.epoch
+            since, written = (
+                ("", ": what is written are the live weights")
+                if num_updates == 0
+                else (f" since its checkpoint was loaded, at {num_updates}", "")
+            )
             exchange.warn(
-                "the average has had 0 updates, though the weights are no longer those of when it was attached: what "
-                "is written are the live weights. The step() of the attached optimizer was never called (first_step "
+                f"the average has had 0 updates{since}, though the weights are no longer those of when it was "
+                f"attached{written}. The step() of the attached optimizer was never called (first_step "
                 "and second_step of a SAM optimizer do not call it; or another optimizer has stepped): call "
-                "ema.update() after each of its steps. If you have only loaded weights, all is well"
+                "ema.update() after each of its steps. If you have only loaded weights, or put an average into the "
+                "model, all is well"
             )
 
     def tell_of_nan(self, target: Path, tracks: Mapping[str, Pieces], part: Plan) -> None:

@@ -160,7 +160,7 @@ def attach(
             _log.warning("the average %r is not saved, its model was released: call ema.detach()", name)
             return
         _line_up(accelerator, exchange)
-        ema.save(os.path.join(output_dir, name), background=background)
+        ema.save(_folder_in(output_dir, name), background=background)
 
     def before_load(models: list[nn.Module], input_dir: str) -> None:
         _line_up(accelerator, exchange)
@@ -168,7 +168,7 @@ def attach(
             "If the run that saved it had no average, attach with on_missing='live': the average then starts from the "
             "loaded weights, at the first update"
         )
-        folder, arguments = os.path.join(input_dir, name), checked_load_arguments(on_load)
+        folder, arguments = _folder_in(input_dir, name), checked_load_arguments(on_load)
         if not load_or_begin(ema, exchange, folder, on_missing=on_missing, hint=hint, on_load=arguments):
             ema.restart()
 
@@ -190,6 +190,12 @@ def attach(
     ema.on_detach(accelerator.register_save_state_pre_hook(before_save).remove)
     ema.on_detach(accelerator.register_load_state_pre_hook(before_load).remove)
     return ema
+
+
+def _folder_in(checkpoint: str, name: str) -> str:
+    """The folder of an average beside what accelerate writes: it takes `~` for a name like any other."""
+    is_local = "://" not in checkpoint  # else the refusal is to name what was given
+    return os.path.join(os.path.abspath(checkpoint) if is_local else checkpoint, name)
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

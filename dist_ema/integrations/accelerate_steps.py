@@ -22,6 +22,7 @@ overflow. DeepSpeed is never imported.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,6 +138,24 @@ class _Rounds:
                 self._end(_any_of(skipped))
 
 
+def _is_of_an_outer_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of the optimizer's own class has made this one, by `super().step()`. The outer one counts.
+
+    Torch puts its hooks around `step` of each class of which an optimizer was ever made, so they run for both.
+    """
+    num_steps = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _STEP_WITH_HOOKS and frame.f_locals.get("args", (None,))[0] is optimizer:
+            num_steps += 1
+        frame = frame.f_back
+    return num_steps > 1
+
+
+# The function that torch puts in the place of `step`.
+_STEP_WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
+
+
 def _any_of(skipped: Mapping[int, torch.Tensor | None]) -> torch.Tensor | None:
     flags = [flag for flag in skipped.values() if flag is not None]
     return functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags)) if flags else None
@@ -159,7 +178,7 @@ def follow_optimizers(
     for which, optimizer in enumerate(optimizers):
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any, which: int = which) -> None:
-            if is_state_initialisation():
+            if is_state_initialisation() or _is_of_an_outer_step(stepped):
                 return
             # Only a fused optimizer under a GradScaler has a `found_inf`, and only during its step.
             found_inf = getattr(stepped, "found_inf", None)

@@ -13,6 +13,7 @@ counts versions of a tensor, and these show whether a step that was cut off has 
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 import time
@@ -24,7 +25,7 @@ import torch
 
 from dist_ema.uninterrupted.threads import insist
 
-__all__ = ["InLine", "Job", "Lane", "Once", "Steps", "version_of"]
+__all__ = ["InLine", "Job", "Lane", "Once", "Steps", "is_within", "version_of"]
 
 # These two are C, and so are `partial`, `map`, `next` and `list.extend`: no handler runs between the steps.
 _call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
@@ -247,9 +248,10 @@ class InLine:
         count: a call of C that records that they are done, and may be made again.
     """
 
-    __slots__ = ("_count", "_done", "_finishing", "_has_failed", "_steps")
+    __slots__ = ("_count", "_done", "_finishing", "_has_failed", "_owner", "_steps")
 
     def __init__(self, steps: Steps, count: Callable[[], Any]) -> None:
+        self._owner = threading.get_ident()
         self._steps = steps
         self._count = count
         self._done: list[Any] = []
@@ -270,7 +272,11 @@ class InLine:
 
     @property
     def is_left(self) -> bool:
-        """Whether a part of it is done, and a part is not."""
+        """Whether a part of it is done and a part is not, as this thread sees it; another one may see it at work."""
+        return self._owner == threading.get_ident() and self._is_in_part
+
+    @property
+    def _is_in_part(self) -> bool:
         return 0 < len(self._done) <= len(self._steps.calls)
 
     def finish(self, *, again: bool = False) -> None:
@@ -280,8 +286,28 @@ class InLine:
 
     def _finish(self) -> None:
         with self._finishing:  # the thread of an earlier try may still be at work
-            if self.is_left:
+            if self._is_in_part:
                 self._has_failed = True
                 self._steps.run(self._done)
                 self._done.append(self._count())
                 self._has_failed = False
+
+
+def is_within(job: Job | InLine) -> bool:
+    """Whether this thread is in the middle of the steps of a job, as a signal handler is that came between them.
+
+    Steps that Python code runs in (a mode of torch's functions) let handlers in, and so does the garbage collector.
+    """
+    is_among_steps = False
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in _OF_JOBS and frame.f_locals.get("self") is job:
+            return is_among_steps or isinstance(job, InLine)
+        if frame.f_code is insist.__code__:  # a thread does what is left of the job, and this one waits
+            return False
+        is_among_steps = is_among_steps or frame.f_code is Steps.run.__code__
+        frame = frame.f_back
+    return False
+
+
+_OF_JOBS = (Job.__call__.__code__, InLine.__call__.__code__)

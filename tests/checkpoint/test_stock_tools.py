@@ -172,6 +172,23 @@ def test_a_model_without_a_configuration_has_no_config_json(tmp_path) -> None:
     assert not (tmp_path / "ema" / "config.json").exists()
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_module_around_a_model_of_transformers_has_no_config_json(tmp_path, shares: bool) -> None:
+    """AutoModel found the configuration there and none of the names, and loaded random weights."""
+
+    class Reward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = gpt2()
+            self.config = self.backbone.config if shares else GPT2Config()
+            self.head = nn.Linear(2, 1)
+
+    ema = ShardedEMA(Reward(), HALF)
+    ema.update()
+    ema.save(tmp_path / "ema")
+    assert not (tmp_path / "ema" / "config.json").exists()
+
+
 def test_a_configuration_that_cannot_be_told_does_not_end_the_run(tmp_path) -> None:
     class Config:
         model_type = "odd"

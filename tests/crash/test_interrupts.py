@@ -186,6 +186,44 @@ def test_an_interrupt_within_a_repeated_update_leaves_all_of_it_or_nothing(funct
         twin.update()
 
 
+class Handled(TorchFunctionMode):
+    """Has a signal handler run before one of torch's functions, or after it."""
+
+    def __init__(self, function: Any, handler: Any, *, first: bool) -> None:
+        self._function, self._handler, self._first = function, handler, first
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self._function and self._first:
+            self._handler()
+        result = func(*args, **(kwargs or {}))
+        if func is self._function and not self._first:
+            self._handler()
+        return result
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_handler_that_asks_for_the_average_in_the_middle_of_its_update_is_refused(repeats: bool, first: bool) -> None:
+    """It was taken for an update that was left undone, and finished; then the update went on, and moved twice."""
+    _, ema = made()
+    ema.update()
+    ema._state.repeats = repeats
+    twin = copy.deepcopy(ema)
+    refused: list[SwapError] = []
+
+    def handler() -> None:
+        try:
+            ema.full_state_dict()
+        except SwapError as error:
+            refused.append(error)
+
+    with Handled(torch._foreach_lerp_, handler, first=first):
+        ema.update()
+    twin.update()
+    assert len(refused) == 1 and "set a flag" in str(refused[0])
+    assert all(torch.equal(value, twin.full_state_dict()[name]) for name, value in ema.full_state_dict().items())
+
+
 def test_work_that_fails_is_told_and_done_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that runs out in the middle: what is left is not forgotten, and nothing is moved twice."""
     model = nn.ParameterDict({name: nn.Parameter(torch.randn(3, 4)) for name in "abc"})

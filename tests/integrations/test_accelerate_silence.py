@@ -41,6 +41,17 @@ SCHEDULE = ConstantSchedule(momentum=0.25)
 
 
 @contextmanager
+def within(folder: str) -> Iterator[None]:
+    """In that folder; `contextlib.chdir` came with Python 3.11."""
+    former = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(former)
+
+
+@contextmanager
 def warned() -> Iterator[list[str]]:
     """The messages of our warnings inside, whatever the filters say."""
     told: list[str] = []
@@ -88,6 +99,50 @@ def test_a_better_average_is_not_overwritten_without_a_word(world, tmp_path, lay
     """ace#349, Samudra#282: attached after load_state, the average began anew, and the checkpoint lost its own."""
     (told,), _ = world(2).run(attached_after_the_load, layout, str(tmp_path / "ckpt"))
     assert "of 5 updates" in told and "by one of 2" in told and "attach before load_state" in told
+
+
+def attached_after_the_load_and_caught_up(folder: str) -> list[str]:
+    for run in range(2):
+        with accelerator_of("plain") as accelerator:
+            model, optimizer = prepared(accelerator, "plain")
+            if run:
+                accelerator.load_state(folder)
+            attach(accelerator, model, optimizer, SCHEDULE)
+            for step in range(5):
+                take_step(model, optimizer, step)
+            with warned() as told:
+                accelerator.save_state(folder)
+            with warned() as again:
+                accelerator.save_state(folder)
+            assert not again and (run or not told)
+    return told
+
+
+def test_an_average_that_was_not_loaded_is_told_of_though_the_new_one_has_as_many_updates(world, tmp_path) -> None:
+    """A folder for the latest checkpoint, and as many steps between two saves: 5 updates over 5, where 10 are right."""
+    ((told,),) = world(1).run(attached_after_the_load_and_caught_up, str(tmp_path / "latest"))
+    assert "of 5 updates" in told and "by one of 5" in told and "attach before load_state" in told
+
+
+def saved_beside(folder: str) -> None:
+    with (
+        accelerator_of("plain") as accelerator,
+        within(folder),
+    ):
+        model, optimizer = prepared(accelerator, "plain")
+        ema = attach(accelerator, model, optimizer, SCHEDULE)
+        take_step(model, optimizer, 0)
+        accelerator.save_state("~/ckpt")
+        beside = os.listdir(os.path.join("~", "ckpt"))
+        assert "ema" in beside and len(beside) > 1, beside
+        take_step(model, optimizer, 1)
+        accelerator.load_state("./~/ckpt")  # accelerate looks for ~ in the home directory here
+        assert ema.num_updates == 1
+
+
+def test_the_average_lies_beside_what_accelerate_writes_whatever_the_folder_is_called(world, tmp_path) -> None:
+    """accelerate takes ~ for a name like any other; the average went to the home directory."""
+    world(1).run(saved_beside, str(tmp_path))
 
 
 def saved(folder: Path, num_updates: int) -> ShardedEMA:
@@ -216,6 +271,37 @@ def test_an_optimizer_whose_step_is_never_called_is_told_at_the_save(world, tmp_
     assert "0 updates" in told and "ema.update()" in told and "SAM" in told
 
 
+def resumed_without_steps(folder: str) -> list[str]:
+    with accelerator_of("plain") as accelerator:
+        model, optimizer = prepared(accelerator, "plain")
+        attach(accelerator, model, optimizer, SCHEDULE)
+        for step in range(5):
+            take_step(model, optimizer, step)
+        accelerator.save_state(folder)
+    with accelerator_of("plain") as accelerator:
+        model, optimizer = prepared(accelerator, "plain")
+        attach(accelerator, model, optimizer, SCHEDULE)
+        accelerator.load_state(folder)
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warned() as unchanged:
+            accelerator.save_state(f"{folder}-0")
+        assert not unchanged
+        take_step(model, other, 6)
+        with warned() as told:
+            accelerator.save_state(f"{folder}-1")
+        take_step(model, optimizer, 7)
+        with warned() as stepped:
+            accelerator.save_state(f"{folder}-2")
+        assert not stepped
+    return told
+
+
+def test_an_optimizer_whose_step_is_not_called_after_a_resume_is_told_at_the_save(world, tmp_path) -> None:
+    """The counter was not 0 there, and so nobody looked."""
+    ((told,),) = world(1).run(resumed_without_steps, str(tmp_path / "ckpt"))
+    assert "0 updates since its checkpoint was loaded, at 5" in told and "another optimizer has stepped" in told
+
+
 def exported_apart(folder: str) -> str:
     ema = ShardedEMA(nn.Linear(2, 2), SCHEDULE)
     for _ in range(1 + dist.get_rank()):
@@ -314,6 +400,44 @@ def counted_twice() -> list[str]:
 def test_updates_by_hand_between_those_of_attach_are_told(world) -> None:
     (told,), _ = world(2).run(counted_twice)
     assert "counts twice" in told and "Leave ema.update() out" in told
+
+
+class Inherited(torch.optim.SGD):
+    """A step around that of the parent, as optimizers of one's own often are."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class InheritedTwice(Inherited):
+    """Two steps in one."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        return super().step(closure)
+
+
+def counted_in_a_step_within_a_step() -> None:
+    for kind in (Inherited, InheritedTwice):
+        with accelerator_of("plain") as accelerator:
+            torch.manual_seed(0)
+            model = Nasty()
+            torch.optim.SGD(model.parameters())  # from now on torch has its hooks around the parent's step
+            Inherited(model.parameters())
+            model, optimizer = accelerator.prepare(model, kind(model.parameters(), lr=0.0))
+            ema = attach(accelerator, model, optimizer, SCHEDULE)
+            for step in range(4):
+                take_step(model, optimizer, step)
+            assert ema.num_updates == 4, kind
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step(lambda: 1 / 0)
+            take_step(model, optimizer, 4)
+            assert ema.num_updates == 5, kind
+
+
+def test_a_step_that_calls_the_step_of_its_parent_is_one_step(world) -> None:
+    """Torch runs the hooks around both, and every step counted twice."""
+    world(1).run(counted_in_a_step_within_a_step)
 
 
 def by_hand() -> None:

@@ -91,11 +91,14 @@ def _is_own(model: Model, config: object) -> bool:
         return False
     if not are_described(name for name, _ in module.named_parameters()):
         return False
-    # A model of transformers shares its configuration with the models within it; any other module only forwards it.
+    # A model of transformers shares its configuration with the models within it. Any other module only forwards it, or
+    # has one of its own around such a model, whose names have a prefix then.
     owns = isinstance(getattr(type(module), "config_class", None), type)
-    return owns or all(
-        getattr(inner, "config", None) is not config for inner in module.modules() if inner is not module
-    )
+    return owns or not any(_is_configured(inner) for inner in module.modules() if inner is not module)
+
+
+def _is_configured(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(getattr(module, "config", None), "model_type", None), str)
 
 
 def config_with_dtype(content: bytes, dtype: torch.dtype) -> bytes:
