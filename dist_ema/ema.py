@@ -730,12 +730,16 @@ class ShardedEMA:
         join_all()
         self._saves.wait()
 
-    def expect_updates(self) -> None:
+    def expect_updates(self, *, user_resumes: bool = False) -> None:
         """Have a save warn if the live weights have changed since now, and no update was made. No communication.
 
         It is for integrations whose hooks call `update`; they call it again where weights are loaded.
+
+        Args:
+            user_resumes: whether the user's own program says when a run resumes, and may forget the average. Then the
+                first save into a folder warns if it replaces an average that was not loaded.
         """
-        self._saves.expect_updates()
+        self._saves.expect_updates(user_resumes=user_resumes)
 
     def num_refused(self) -> int:
         """Collective: every rank must call it. How many live values `skip_nonfinite` has left out, over all updates.

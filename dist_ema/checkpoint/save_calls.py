@@ -105,9 +105,9 @@ class SaveCalls:
         """Wait for the save in the background, if one is under way, and raise its error. No communication."""
         self.background.wait()
 
-    def expect_updates(self) -> None:
+    def expect_updates(self, *, user_resumes: bool) -> None:
         """Take the live weights of now for untrained; see `SaveWarnings.expect_updates`. No communication."""
-        self.warnings.expect_updates(self._state.plan, self._state.num_updates)
+        self.warnings.expect_updates(self._state.plan, self._state.num_updates, user_resumes=user_resumes)
 
     def save(
         self, call: Call, path: PathLike, max_shard_size: int | str, *, background: bool, only_unchanged: bool

@@ -40,29 +40,36 @@ class SaveWarnings:
         self._warned_of_nan = False
         self._sample: bytes | None = None
         self._expected_from = 0  # the number of updates when the sample was taken
+        self._user_resumes = False
         self._written: set[Path] = set()
 
-    def expect_updates(self, plan: Plan, num_updates: int) -> None:
+    def expect_updates(self, plan: Plan, num_updates: int, *, user_resumes: bool) -> None:
         """Keep a sample of the live weights: `warn_of_no_updates` looks whether they have changed. No communication.
 
         Waits for the device: a few elements of every tensor go to the host.
+
+        Args:
+            plan: the model as boxes.
+            num_updates: the number of updates so far.
+            user_resumes: whether the user's own program says when a run resumes, and may forget it; no trainer does.
         """
         self._sample = _live_sample(plan)
+        self._user_resumes = self._user_resumes or user_resumes
         self._expected_from = num_updates
 
     def tell_of_a_better_one(self, target: Path, num_updates: int, use: Use) -> None:
         """On rank 0: warn if an average of more updates is at `target`. No communication.
 
-        Where a hook saves, an average of any number counts that this run has not written: a resume that was forgotten
-        may have caught up by now. There is no warning after a load, `start_from` or `restart`: there the user chose
-        where the counter stands.
+        Where the user's program resumes, and a hook saves, an average of any number counts that this run has not
+        written: one that was attached too late may have caught up by now. There is no warning after a load,
+        `start_from` or `restart`: there the user chose where the counter stands.
         """
         is_first = target not in self._written
         self._written.add(target)
         if self._warned_of_better or use.is_begun_on_purpose:
             return
         saved = _updates_in(target)
-        is_lost = saved is not None and (saved > num_updates or (is_first and self._sample is not None))
+        is_lost = saved is not None and (saved > num_updates or (is_first and self._user_resumes))
         if saved is not None and is_lost and saved >= _FEWEST_TO_LOSE:
             self._warned_of_better = True
             tell(

@@ -148,7 +148,7 @@ def attach(
         exchange.arrive("attach")
         blending = exchange.agree_alike("attach", check, lambda made: {"blending": repr(made)})
     ema = ShardedEMA(model, schedule, **options)
-    exchange.agree("attach", ema.expect_updates)
+    exchange.agree("attach", lambda: ema.expect_updates(user_resumes=True))
     watch = Watch(ema, name, rank=exchange.rank, ends=options.get("into") is None, blending=blending)
     names = _attached_names.setdefault(accelerator, set())
     names.add(name)
@@ -192,10 +192,10 @@ def attach(
     return ema
 
 
-def _folder_in(checkpoint: str, name: str) -> str:
+def _folder_in(checkpoint: str | os.PathLike[str], name: str) -> str:
     """The folder of an average beside what accelerate writes: it takes `~` for a name like any other."""
-    is_local = "://" not in checkpoint  # else the refusal is to name what was given
-    return os.path.join(os.path.abspath(checkpoint) if is_local else checkpoint, name)
+    path = os.fspath(checkpoint)
+    return os.path.join(path if "://" in path else os.path.abspath(path), name)  # a refusal is to name what was given
 
 
 def _line_up(accelerator: Accelerator, exchange: Exchange) -> None:

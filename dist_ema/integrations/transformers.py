@@ -174,7 +174,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if checkpoint is not None:
             folder = os.path.join(checkpoint, self._name)
             load_or_begin(ema, exchange, folder, on_missing=self._on_missing, hint=_NONE_THERE, on_load=self._on_load)
-        exchange.agree("train", ema.expect_updates)
+        if ema.num_updates == 0:  # a resume may have no step left, and end with other weights: those of the best model
+            exchange.agree("train", ema.expect_updates)
         self._trainer, self._exchange, self._saved_step, self.ema = trainer, exchange, None, ema
         self._stop_updates = self._follow(inner_optimizer(trainer), engine, ema, exchange)
         ema.on_detach(self._stop_updates)
