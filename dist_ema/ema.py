@@ -738,6 +738,9 @@ class ShardedEMA:
         Args:
             user_resumes: whether the user's own program says when a run resumes, and may forget the average. Then the
                 first save into a folder warns if it replaces an average that was not loaded.
+
+        Raises:
+            ModelChangedError: the model is no longer the one that was planned.
         """
         self._saves.expect_updates(user_resumes=user_resumes)
 
