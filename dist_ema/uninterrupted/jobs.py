@@ -31,6 +31,8 @@ __all__ = ["InLine", "Job", "Lane", "Once", "Steps", "is_within", "version_of"]
 _call = getattr(operator, "call", None) or operator.methodcaller("__call__")  # the first from Python 3.11 on
 version_of: Callable[[torch.Tensor], Any] = operator.attrgetter("_version")
 
+_thread_now = threading.get_ident
+
 _POLL_SECONDS = 1e-4
 _COUNTS_NOTHING = partial(bool)
 
@@ -248,14 +250,15 @@ class InLine:
         count: a call of C that records that they are done, and may be made again.
     """
 
-    __slots__ = ("_count", "_done", "_finishing", "_has_failed", "_owner", "_steps")
+    __slots__ = ("_count", "_done", "_has_failed", "_owner", "_steps")
+
+    _finishing = threading.Lock()  # one for all jobs: only what an exception has cut off needs it
 
     def __init__(self, steps: Steps, count: Callable[[], Any]) -> None:
-        self._owner = threading.get_ident()
+        self._owner = _thread_now()
         self._steps = steps
         self._count = count
         self._done: list[Any] = []
-        self._finishing = threading.Lock()
         self._has_failed = False
 
     def __call__(self) -> None:
@@ -273,7 +276,7 @@ class InLine:
     @property
     def is_left(self) -> bool:
         """Whether a part of it is done and a part is not, as this thread sees it; another one may see it at work."""
-        return self._owner == threading.get_ident() and self._is_in_part
+        return self._owner == _thread_now() and self._is_in_part
 
     @property
     def _is_in_part(self) -> bool:
