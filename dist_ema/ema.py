@@ -35,7 +35,7 @@ from dist_ema.ranks.calls import Calls
 from dist_ema.ranks.exchange import Exchange
 from dist_ema.schedules.base import fraction_between
 from dist_ema.schedules.functions import ScheduleLike
-from dist_ema.uninterrupted.modes import keeping_autograd
+from dist_ema.uninterrupted.modes import without_gradients
 
 __all__ = ["ShardedEMA"]
 
@@ -761,7 +761,7 @@ class ShardedEMA:
             SwapError: the averaged weights are in the model.
         """
         self._state.begin("restart")
-        keeping_autograd(self._state.restart)
+        without_gradients(self._state.restart)
 
     def detach(self) -> None:
         """Remove every hook, those of `attach` too; the average stays usable by hand. No communication."""

@@ -7,25 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["keeping_autograd", "made_for_any_mode", "without_gradients"]
-
-
-def keeping_autograd(work: Callable[[], None]) -> None:
-    """Do `work`. After an exception autograd is as before: an interrupt at the end of `no_grad()` leaves it off."""
-    mode = torch.is_grad_enabled()
-    try:
-        try:
-            work()
-        except BaseException:
-            torch.set_grad_enabled(mode)
-            raise
-    except BaseException:  # a second one, before the first was dealt with
-        torch.set_grad_enabled(mode)
-        raise
+__all__ = ["made_for_any_mode", "without_gradients"]
 
 
 def without_gradients(work: Callable[[], None]) -> None:
-    """Do `work` with gradients off. Then autograd is as before, whatever was raised."""
+    """Do `work` with gradients off. Autograd is as before then: `no_grad()` leaves it off if its end is interrupted."""
     mode = torch.is_grad_enabled()
     try:
         try:
